@@ -1,0 +1,1 @@
+"""Google's REST APIs, as far as the program and its clients use them."""

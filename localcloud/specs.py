@@ -1,0 +1,53 @@
+"""What the API asks of the backends, and what it gets back.
+
+These types are the whole vocabulary between `localcloud/api` (Google's REST) and `localcloud/backends`
+(processes): neither side reads the other's records.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+class BackendError(Exception):
+    """A backend could not do its work. The message is for the user: what failed, on what, what to do next."""
+
+
+@dataclass(frozen=True)
+class InstanceSpec:
+    """A virtual machine to run.
+
+    `id` is Google's numeric id as a decimal string, `ip` the loopback address that belongs to the instance,
+    `hostname` its full name (`NAME.c.PROJECT.internal`), `service_account_email` is empty if it has none,
+    `metadata` the attributes at the time of the call (the metadata server reads live ones from the store).
+    """
+
+    name: str
+    project: str
+    zone: str
+    id: str
+    ip: str
+    hostname: str
+    service_account_email: str = ""
+    scopes: tuple[str, ...] = ()
+    metadata: dict[str, str] = field(default_factory=dict)
+    machine_type: str = "e2-small"
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """A Kubernetes control plane to run. `webhook_url` answers the API server's TokenReviews."""
+
+    name: str
+    project: str
+    location: str
+    webhook_url: str
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running control plane: `endpoint` is HOST:PORT, the CA is PEM text, `version` like `1.37.2`."""
+
+    endpoint: str
+    ca_certificate_pem: str
+    version: str
