@@ -1,0 +1,150 @@
+"""What each of the commands does, step by step."""
+
+import functools
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.lib import environment, paths, prerequisites, pulumi, rust, toolchain, venv
+from scripts.lib.steps import Log, StepError, lock, step
+
+CRATES = ("krustlet", "wasm_app")
+
+
+def _set_up(*, tests: bool) -> None:
+    """Everything that ./scripts/up and ./scripts/test need before localcloud starts."""
+    prerequisites.check()
+    toolchain.ensure(tests=tests)
+    venv.ensure()
+    rust.ensure_wasm_target()
+
+
+def _python(log: Log, *, env: Mapping[str, str], arguments: list[str]) -> None:
+    log.run([environment.python(), *arguments], env=env)
+
+
+def _compile() -> None:
+    """Compiles both crates into the cache that `pulumi up` looks in, so that the long wait has a name."""
+    env = environment.before_localcloud()
+    for crate in CRATES:
+        arguments = ["-m", "components.providers.cargo", crate]
+        if crate == "wasm_app":
+            arguments += ["--target", rust.TARGET]
+        step(f"compile {crate}", functools.partial(_python, env=env, arguments=arguments))
+
+
+def up() -> None:
+    """From a bare clone to an answered curl: tools, localcloud, pulumi up, verification."""
+    _set_up(tests=False)
+    _compile()
+    with lock(paths.LOGS / "up.lock"):
+        start = environment.before_localcloud()
+        step(
+            "start localcloud", functools.partial(_python, env=start, arguments=["-m", "localcloud", "start"])
+        )
+        env = environment.complete()
+        step("pulumi up", lambda log: pulumi.up(log, env))
+        outputs = pulumi.outputs(env)
+        pulumi.write_kubeconfig(outputs, environment.KUBECONFIG)
+    verified = program("verify", [])
+    if verified != 0:
+        raise StepError("the stack is up, but scripts/verify found a fault; see the table above")
+    url = outputs["url"]
+    print(f'\nUp. Try:\n  curl {url}/primorial/30\n  eval "$(./scripts/env)"   # pulumi, kubectl by hand')
+
+
+def _remove_run() -> None:
+    for path in (paths.STACKS, paths.LOCALCLOUD_HOME, paths.LOGS):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def down(*, force: bool) -> None:
+    """Destroys the stack, then stops localcloud and removes every file of the run; caches stay."""
+    if not paths.STACKS.exists() and not paths.LOCALCLOUD_HOME.exists():
+        print("nothing is up")
+        return
+    start = environment.before_localcloud()
+    try:
+        if paths.STACKS.exists():
+            step(
+                "start localcloud",
+                functools.partial(_python, env=start, arguments=["-m", "localcloud", "start"]),
+            )
+            env = environment.complete()
+            step("pulumi destroy", lambda log: pulumi.destroy(log, env))
+    except StepError as error:
+        if not force:
+            raise StepError(f"{error}\n  to remove it all the same: ./scripts/down --force") from error
+    step("stop localcloud", functools.partial(_python, env=start, arguments=["-m", "localcloud", "reset"]))
+    _remove_run()
+
+
+def env() -> None:
+    """Prints the environment for working by hand."""
+    print(environment.exports())
+
+
+def program(name: str, arguments: list[str]) -> int:
+    """Runs a program of scripts/lib in the environment of the stack; gives its exit status."""
+    return subprocess.run(
+        [environment.python(), str(paths.REPOSITORY / "scripts" / "lib" / f"{name}.py"), *arguments],
+        env=environment.complete(),
+        check=False,
+    ).returncode
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tests that run together: a program, and the directory that it runs in."""
+
+    command: tuple[str, ...]
+    directory: Path = paths.REPOSITORY
+
+
+def _pytest(directory: str) -> Suite:
+    return Suite(("python", "-m", "pytest", "-q", directory))
+
+
+CARGO = ("cargo", "--quiet")
+SUITES: dict[str, list[Suite]] = {
+    "lint": [
+        Suite(("ruff", "check", ".")),
+        Suite(("ruff", "format", "--check", ".")),
+        Suite(("python", "-m", "mypy", "__main__.py", "components", "localcloud", "scripts/lib", "tests")),
+    ],
+    "unit": [_pytest("tests/unit")],
+    "app": [
+        Suite(("cargo", "fmt", "--check"), paths.REPOSITORY / "wasm_app"),
+        Suite(
+            ("cargo", "clippy", "--locked", "--all-targets", "--", "-D", "warnings"),
+            paths.REPOSITORY / "wasm_app",
+        ),
+        Suite(("cargo", "test", "--locked"), paths.REPOSITORY / "wasm_app"),
+    ],
+    "agent": [
+        Suite(("cargo", "fmt", "--all", "--check"), paths.REPOSITORY / "krustlet"),
+        Suite(
+            ("cargo", "clippy", "--locked", "--release", "--workspace", "--all-targets"),
+            paths.REPOSITORY / "krustlet",
+        ),
+        Suite(("cargo", "test", "--locked", "--release", "--workspace"), paths.REPOSITORY / "krustlet"),
+    ],
+    "integration": [_pytest("tests/integration")],
+    "e2e": [_pytest("tests/e2e")],
+}
+
+
+def test(names: list[str]) -> None:
+    """Sets up as ./scripts/up does and runs every test, quickest first; ends at the first that fails."""
+    _set_up(tests=True)
+    _compile()
+    env = environment.before_localcloud(tests=True)
+    for name in names:
+        for suite in SUITES[name]:
+            print(f"\n── {name}: {' '.join(suite.command)}", flush=True)
+            result = subprocess.run(suite.command, cwd=suite.directory, env=env, check=False)
+            if result.returncode != 0:
+                raise StepError(f"{name}: {' '.join(suite.command)} exited with {result.returncode}")
+    print("\nall green")

@@ -1,0 +1,104 @@
+"""The environment that pulumi, kubectl and the tests run in; ./scripts/env prints it for working by hand."""
+
+import json
+import os
+import secrets
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from scripts.lib import paths, rust, toolchain, venv
+from scripts.lib.steps import StepError
+
+KUBECONFIG = paths.LOCALCLOUD_HOME / "kubeconfig"
+# Taken out: pulumi would prefer it to the file, and fail to decrypt the state with it.
+UNSET = ("PULUMI_CONFIG_PASSPHRASE",)
+
+
+def passphrase_file() -> Path:
+    """The file with the passphrase of this machine's stacks: made once, readable by its user alone."""
+    path = paths.PASSPHRASE
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        scratch = path.with_name(f".passphrase-{os.getpid()}")
+        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(secrets.token_urlsafe(32))
+        try:
+            # Linked and not renamed: of two runs at once, the second one takes the first one's.
+            os.link(scratch, path)
+        except FileExistsError:
+            pass
+        finally:
+            scratch.unlink()
+    if path.stat().st_mode & 0o077:
+        raise StepError(f"{path} can be read by others; it is a secret: chmod 600 {shlex.quote(str(path))}")
+    return path
+
+
+def base(*, tests: bool) -> dict[str, str]:
+    """What holds before localcloud runs: tools and libraries on PATH, where the stacks and the caches are."""
+    environment = venv.directory()
+    path = [environment / "bin", *toolchain.directories(tests=tests), os.environ.get("PATH", os.defpath)]
+    return {
+        "PATH": os.pathsep.join(map(str, path)),
+        "VIRTUAL_ENV": str(environment),
+        "CARGO_TARGET_DIR": str(rust.target_directory()),
+        "LOCALCLOUD_HOME": str(paths.LOCALCLOUD_HOME),
+        "KUBECONFIG": str(KUBECONFIG),
+        "PULUMI_BACKEND_URL": f"file://{paths.STACKS}",
+        "PULUMI_CONFIG_PASSPHRASE_FILE": str(passphrase_file()),
+        "PULUMI_SKIP_UPDATE_CHECK": "true",
+        # The salt of the encryption is this machine's own: it stays in the state, not in the committed file.
+        "PULUMI_FALLBACK_TO_STATE_SECRETS_MANAGER": "true",
+    }
+
+
+def _process(variables: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in {**os.environ, **variables}.items() if key not in UNSET}
+
+
+def before_localcloud(*, tests: bool = False) -> dict[str, str]:
+    """A whole process environment for what needs no localcloud."""
+    return _process(base(tests=tests))
+
+
+def complete(*, tests: bool = False) -> dict[str, str]:
+    """A whole process environment with what localcloud adds: endpoints, credentials, plugins.
+
+    Raises StepError when localcloud was never started.
+    """
+    start = before_localcloud(tests=tests)
+    dump = "import json, os; print(json.dumps(dict(os.environ)))"
+    script = f'eval "$("$0" -m localcloud env)" && exec "$0" -c "{dump}"'
+    python = str(venv.directory() / "bin" / "python")
+    answer = subprocess.run(
+        ["sh", "-c", script, python],
+        cwd=paths.REPOSITORY,
+        env=start,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if answer.returncode != 0 or not answer.stdout:
+        raise StepError(f"localcloud has no environment to give: {answer.stderr.strip()}")
+    found = json.loads(answer.stdout)
+    return {
+        str(key): str(value) for key, value in found.items() if key not in ("_", "PWD", "OLDPWD", "SHLVL")
+    }
+
+
+def exports() -> str:
+    """Shell lines for eval: what differs from the environment that this runs in."""
+    wanted = complete()
+    changed = {key: value for key, value in sorted(wanted.items()) if os.environ.get(key) != value}
+    lines = [f"unset {key}" for key in UNSET]
+    lines += [f"export {key}={shlex.quote(value)}" for key, value in changed.items()]
+    return "\n".join(lines)
+
+
+def python() -> str:
+    """The virtual environment's Python; this one's, where there is none yet."""
+    found = venv.directory() / "bin" / "python"
+    return str(found) if found.exists() else sys.executable

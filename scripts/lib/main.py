@@ -1,0 +1,65 @@
+"""The commands of scripts/: up, down, env, test, verify, bench."""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts.lib import commands
+from scripts.lib.steps import StepError
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    """SIGTERM and SIGHUP end a run the way an interrupt does: what was started is ended with it."""
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="scripts")
+    names = parser.add_subparsers(dest="command", required=True)
+    names.add_parser("up", prog="./scripts/up", description=commands.up.__doc__)
+    down = names.add_parser("down", prog="./scripts/down", description=commands.down.__doc__)
+    down.add_argument(
+        "--force", action="store_true", help="remove everything also where `pulumi destroy` fails"
+    )
+    names.add_parser("env", prog="./scripts/env", description=commands.env.__doc__)
+    test = names.add_parser("test", prog="./scripts/test", description=commands.test.__doc__)
+    test.add_argument(
+        "only", nargs="*", choices=[*commands.SUITES, []], help="suites to run; all, unless given"
+    )
+    for name in ("verify", "bench"):
+        names.add_parser(name, prog=f"./scripts/{name}", add_help=False)
+    return parser
+
+
+def main() -> int:
+    """Runs one command and gives its exit status."""
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, _terminate)
+    arguments, rest = _parser().parse_known_args()
+    try:
+        match arguments.command:
+            case "up":
+                commands.up()
+            case "down":
+                commands.down(force=arguments.force)
+            case "env":
+                commands.env()
+            case "test":
+                commands.test(arguments.only or list(commands.SUITES))
+            case name:
+                return commands.program(name, rest)
+    except StepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again to carry on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Drives the pulumi CLI for the stack `local`."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scripts.lib import paths
+from scripts.lib.steps import Log, StepError
+
+STACK = "local"
+SETTINGS = paths.REPOSITORY / f"Pulumi.{STACK}.yaml"
+
+
+def _drop_salt() -> None:
+    """Takes the salt out that pulumi writes into the stack's file.
+
+    It belongs to this machine's passphrase and is kept in the state too; in a committed file it would lock
+    everybody else out.
+    """
+    text = SETTINGS.read_text(encoding="utf-8")
+    clean = re.sub(r"^encryptionsalt:.*\n?", "", text, flags=re.MULTILINE)
+    if clean != text:
+        SETTINGS.write_text(clean, encoding="utf-8")
+
+
+def _clear_stale_lock(log: Log, env: Mapping[str, str]) -> None:
+    """Removes the lock of a pulumi that was killed; one that is alive keeps its own."""
+    for lock in paths.STACKS.glob(f".pulumi/locks/**/{STACK}/*.json"):
+        holder = json.loads(lock.read_text(encoding="utf-8"))
+        if holder.get("hostname") == socket.gethostname() and not _alive(int(holder["pid"])):
+            log.run(["pulumi", "cancel", "--yes", "--stack", STACK], env=env)
+            return
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _select(log: Log, env: Mapping[str, str]) -> None:
+    paths.STACKS.mkdir(mode=0o700, exist_ok=True)
+    log.run(["pulumi", "stack", "select", "--create", STACK], env=env)
+
+
+def up(log: Log, env: Mapping[str, str]) -> None:
+    """Creates or updates the stack."""
+    _drop_salt()
+    try:
+        _select(log, env)
+        _clear_stale_lock(log, env)
+        log.run(["pulumi", "up", "--yes", "--stack", STACK, "--color", "never"], env=env)
+    finally:
+        _drop_salt()
+
+
+def destroy(log: Log, env: Mapping[str, str]) -> None:
+    """Destroys the stack and forgets it."""
+    _drop_salt()
+    try:
+        _select(log, env)
+        _clear_stale_lock(log, env)
+        log.run(["pulumi", "destroy", "--yes", "--stack", STACK, "--color", "never"], env=env)
+        log.run(["pulumi", "stack", "rm", "--yes", "--preserve-config", STACK], env=env)
+    finally:
+        _drop_salt()
+
+
+def outputs(env: Mapping[str, str]) -> dict[str, Any]:
+    """The stack's outputs, secrets included.
+
+    Raises StepError when pulumi does not give them.
+    """
+    command = ["pulumi", "stack", "output", "--json", "--show-secrets", "--stack", STACK]
+    answer = subprocess.run(
+        command, cwd=paths.REPOSITORY, env=dict(env), capture_output=True, text=True, check=False
+    )
+    if answer.returncode != 0:
+        raise StepError(f"pulumi stack output: {answer.stderr.strip()}")
+    found: dict[str, Any] = json.loads(answer.stdout)
+    return found
+
+
+def write_kubeconfig(stack_outputs: Mapping[str, Any], path: Path) -> None:
+    """Writes the cluster's kubeconfig where KUBECONFIG points, readable by its user alone."""
+    text = stack_outputs["kubeconfig"]
+    content = text if isinstance(text, str) else json.dumps(text)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(content)

@@ -1,0 +1,159 @@
+"""Builds the tools of ../toolchain from pinned source, each into a cache directory keyed by its inputs.
+
+A tool is a go.mod with `tool` lines: go.mod pins the versions, go.sum the content. Nothing prebuilt is
+downloaded.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scripts.lib import paths
+from scripts.lib.steps import Log, StepError, lock, step
+
+MODULES = paths.REPOSITORY / "scripts" / "toolchain"
+KUBERNETES = "v1.37.2"
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A directory of scripts/toolchain: the programs it gives and what must be linked into them."""
+
+    name: str
+    programs: tuple[str, ...]
+    ldflags: str = "-s -w"
+    # The name that the Go tool chain gives a program, and the one that it is known by.
+    rename: dict[str, str] = field(default_factory=dict)
+    # Files of a module that are programs already: module, and paths in it.
+    scripts: tuple[str, tuple[str, ...]] | None = None
+
+
+def _kubernetes_version() -> str:
+    """Linker flags with the version, which a build outside the Kubernetes tree does not know by itself."""
+    major, minor = KUBERNETES.removeprefix("v").split(".")[:2]
+    values = {"gitVersion": KUBERNETES, "gitMajor": major, "gitMinor": minor, "gitTreeState": "clean"}
+    packages = ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version")
+    return " ".join(f"-X {package}.{name}={value}" for package in packages for name, value in values.items())
+
+
+PULUMI = Tool(
+    "pulumi",
+    ("pulumi", "pulumi-language-python-exec", "pulumi-resource-pulumi-python"),
+    # Without it the program calls itself a development build and warns about it.
+    ldflags="-s -w -X github.com/pulumi/pulumi/sdk/v3/go/common/version.Version=v3.259.0",
+    scripts=(
+        "github.com/pulumi/pulumi/sdk/v3",
+        ("python/cmd/pulumi-language-python-exec", "python/dist/pulumi-resource-pulumi-python"),
+    ),
+)
+LANGUAGE_HOST = Tool("pulumi-language-python", ("pulumi-language-python",))
+CLUSTER = Tool(
+    "kubernetes",
+    ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl", "etcd"),
+    ldflags=f"-s -w {_kubernetes_version()}",
+    rename={"server": "etcd"},
+)
+REGISTRY = Tool("registry", ("registry",))
+# Peers for the tests: clients that we did not write.
+PEERS = Tool("peers", ("cosign", "crane", "oras"))
+
+# The oldest pulumi of the user's own that is taken instead of building one.
+OLDEST_PULUMI = (3, 220)
+
+
+def _go(*arguments: str, cwd: Path) -> str:
+    answer = subprocess.run(["go", *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        raise StepError(f"go {' '.join(arguments)}: {answer.stderr.strip()}")
+    return answer.stdout.strip()
+
+
+def _directory(tool: Tool) -> Path:
+    """The tool's place in the cache: another go.mod, recipe, compiler or machine is another place."""
+    digest = hashlib.sha256()
+    for name in ("go.mod", "go.sum"):
+        digest.update((MODULES / tool.name / name).read_bytes())
+    recipe = [repr(tool), _go("env", "GOVERSION", cwd=MODULES), platform.system(), platform.machine()]
+    digest.update(json.dumps(recipe).encode())
+    return paths.CACHE / "tools" / f"{tool.name}-{digest.hexdigest()[:12]}"
+
+
+def _build(tool: Tool, directory: Path, log: Log) -> None:
+    source = MODULES / tool.name
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{tool.name}-") as scratch:
+        made = Path(scratch) / tool.name
+        made.mkdir()
+        env = {**os.environ, "CGO_ENABLED": "0"}
+        flags = ["-mod=readonly", "-trimpath", "-ldflags", tool.ldflags]
+        log.run(["go", "build", *flags, "-o", f"{made}/", "tool"], cwd=source, env=env)
+        for built, known in tool.rename.items():
+            (made / built).rename(made / known)
+        if tool.scripts is not None:
+            module, files = tool.scripts
+            tree = Path(_go("list", "-m", "-f", "{{.Dir}}", module, cwd=source))
+            for file in files:
+                target = made / Path(file).name
+                shutil.copyfile(tree / file, target)
+                target.chmod(0o755)
+        missing = [program for program in tool.programs if not (made / program).is_file()]
+        if missing:
+            raise StepError(f"the build of {tool.name} did not give {', '.join(missing)}")
+        # Moved into place whole: a build that is killed leaves nothing that looks like a tool.
+        made.rename(directory)
+
+
+def _ensure(tool: Tool) -> Path:
+    directory = _directory(tool)
+    if directory.is_dir():
+        return directory
+    with lock(paths.CACHE / "tools" / f"{tool.name}.lock"):
+        if not directory.is_dir():
+            for left in directory.parent.glob(f".{tool.name}-*"):
+                shutil.rmtree(left, ignore_errors=True)
+            step(f"build {tool.name}", lambda log: _build(tool, directory, log))
+    return directory
+
+
+def _users_pulumi() -> bool:
+    """Whether a pulumi with its Python host is on PATH and new enough to be used as it is."""
+    if not (shutil.which("pulumi") and shutil.which("pulumi-language-python")):
+        return False
+    answer = subprocess.run(["pulumi", "version"], capture_output=True, text=True, check=False)
+    found = re.search(r"v?(\d+)\.(\d+)", answer.stdout)
+    return found is not None and tuple(int(part) for part in found.groups()) >= OLDEST_PULUMI
+
+
+def needed(*, tests: bool) -> list[Tool]:
+    """The tools that this machine needs, what is quick to build last."""
+    tools = [CLUSTER, REGISTRY]
+    if not _users_pulumi():
+        tools += [PULUMI, LANGUAGE_HOST]
+    return [*tools, PEERS] if tests else tools
+
+
+def ensure(*, tests: bool) -> list[Path]:
+    """Builds what is missing and gives the directories for PATH.
+
+    Raises StepError when a build fails.
+    """
+    (paths.CACHE / "tools").mkdir(parents=True, exist_ok=True)
+    return [_ensure(tool) for tool in needed(tests=tests)]
+
+
+def directories(*, tests: bool) -> list[Path]:
+    """The directories for PATH, without building anything.
+
+    Raises StepError when one is not there.
+    """
+    found = [_directory(tool) for tool in needed(tests=tests)]
+    missing = [directory.name for directory in found if not directory.is_dir()]
+    if missing:
+        raise StepError(f"not built yet: {', '.join(missing)}; run ./scripts/up first")
+    return found

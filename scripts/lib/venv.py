@@ -1,0 +1,40 @@
+"""The virtual environment, in the cache and keyed by the lock file and the Python that it is made with."""
+
+import hashlib
+import shutil
+import sys
+from pathlib import Path
+
+from scripts.lib import paths
+from scripts.lib.steps import Log, lock, step
+
+LOCK_FILE = paths.REPOSITORY / "requirements.txt"
+
+
+def directory() -> Path:
+    """The environment's place: another lock file or another Python is another place."""
+    digest = hashlib.sha256(LOCK_FILE.read_bytes())
+    digest.update(f"{sys.version_info[:3]} {sys.base_prefix}".encode())
+    return paths.CACHE / "venvs" / digest.hexdigest()[:12]
+
+
+def _make(target: Path, log: Log) -> None:
+    log.run([sys.executable, "-m", "venv", "--clear", target])
+    pip: list[str | Path] = [target / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    log.run([*pip, "--require-hashes", "--requirement", LOCK_FILE])
+    # The last thing: an environment without it was interrupted and is made anew.
+    (target / "complete").touch()
+
+
+def ensure() -> Path:
+    """Makes the environment if it is not complete, and gives its directory.
+
+    Raises StepError when it cannot be made.
+    """
+    target = directory()
+    if not (target / "complete").is_file():
+        with lock(target.with_suffix(".lock")):
+            if not (target / "complete").is_file():
+                shutil.rmtree(target, ignore_errors=True)
+                step("virtual environment", lambda log: _make(target, log))
+    return target
