@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,12 +88,22 @@ class Store:
             yield
             return
         connection.execute("BEGIN IMMEDIATE")
+        self._local.after_commit = []
         try:
             yield
         except BaseException:
             connection.execute("ROLLBACK")
             raise
         connection.execute("COMMIT")
+        for function in self._local.after_commit:
+            function()
+
+    def after_commit(self, function: Callable[[], None]) -> None:
+        """Call `function` when this thread's transaction is kept (never if it is not), or now if there is none."""
+        if self._connection().in_transaction:
+            self._local.after_commit.append(function)
+        else:
+            function()
 
     def get(self, key: str) -> Record | None:
         row = (

@@ -68,7 +68,7 @@ class RegistryAccess:
 def mint_access_token(
     home: Home, email: str, scopes: Sequence[str], lifetime: int = ACCESS_TOKEN_SECONDS
 ) -> AccessToken:
-    """A new access token for a service account. Its holder is checked again at each use (see `api/auth.py`)."""
+    """A new access token for a service account. Its holder is checked at each use."""
     expires_at = int(time.time()) + lifetime
     claims = {"email": email, "scopes": list(scopes), "exp": expires_at, "jti": secrets.token_hex(8)}
     payload = _encode(json.dumps(claims).encode())

@@ -1,0 +1,136 @@
+"""Long-running operations: a request records one and returns, a worker does its work and records how it ended.
+
+Operations on the same target run one after the other, in the order of the requests; others run side by side. An
+operation that was not done when the process ended is taken up again by `resume`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from localcloud.api.errors import ApiError
+from localcloud.specs import BackendError
+from localcloud.store import Json, Record, Store
+
+if TYPE_CHECKING:
+    from localcloud.api.service import Services, Task
+
+logger = logging.getLogger("localcloud.operations")
+
+Finish = Callable[[Json, Json | None, ApiError | None], None]
+"""Writes the end into an operation's body: (body, response or None, error or None)."""
+
+_WORKERS = 8
+_KEPT = 500
+
+
+class Operations:
+    """The worker. `kinds` says for each kind of record how its body shows the end."""
+
+    def __init__(self, store: Store, tasks: dict[str, Task], kinds: dict[str, Finish]) -> None:
+        self._store = store
+        self._tasks = tasks
+        self._kinds = kinds
+        self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="operation")
+        self._changed = threading.Condition()
+        self._queues: dict[str, deque[str]] = {}
+        self._services: Services | None = None
+
+    def attach(self, services: Services) -> None:
+        """Say with what the tasks work."""
+        self._services = services
+
+    def submit(self, record: Record, target: str, task: str, arguments: Json) -> Json:
+        """Keep a new operation, and have its work done once the caller's transaction is kept."""
+        record.private |= {
+            "task": task,
+            "arguments": arguments,
+            "target": target,
+            "done": False,
+            "order": time.time_ns(),
+        }
+        self._store.put(record)
+        self._forget_old(record.kind)
+        self._store.after_commit(lambda: self._enqueue(record.key, target))
+        return record.body
+
+    def _enqueue(self, key: str, target: str) -> None:
+        with self._changed:
+            queue = self._queues.setdefault(target, deque())
+            queue.append(key)
+            if len(queue) == 1:
+                self._pool.submit(self._drain, target)
+
+    def resume(self) -> list[str]:
+        """Take up what an earlier process left; returns the operations' keys."""
+        left = [record for kind in self._kinds for record in self._store.list(kind)]
+        left = [record for record in left if not record.private["done"]]
+        left.sort(key=lambda record: record.private["order"])
+        for record in left:
+            self._enqueue(record.key, record.private["target"])
+        return [record.key for record in left]
+
+    def wait(self, key: str, seconds: float) -> Record | None:
+        """The operation when it is done, or as it is after so many seconds; None if there is none."""
+        end = time.monotonic() + seconds
+        with self._changed:
+            while True:
+                record = self._store.get(key)
+                left = end - time.monotonic()
+                if record is None or record.private["done"] or left <= 0:
+                    return record
+                self._changed.wait(left)
+
+    def close(self) -> None:
+        """Begin no more work; what runs is left to finish, or to `resume`."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _drain(self, target: str) -> None:
+        while True:
+            with self._changed:
+                queue = self._queues[target]
+                key = queue[0]
+            self._do(key)
+            with self._changed:
+                queue.popleft()
+                self._changed.notify_all()
+                if not queue:
+                    del self._queues[target]
+                    return
+
+    def _do(self, key: str) -> None:
+        record = self._store.get(key)
+        if record is None or self._services is None:
+            return
+        response: Json | None = None
+        error: ApiError | None = None
+        try:
+            response = self._tasks[record.private["task"]](self._services, record.private["arguments"])
+        except ApiError as raised:
+            error = raised
+        except BackendError as raised:
+            error = ApiError(503, str(raised))
+        except Exception as raised:
+            logger.exception("operation %s failed", key)
+            error = ApiError(500, f"Internal error: {type(raised).__name__}: {raised}")
+        with self._store.transaction():
+            record = self._store.get(key)
+            if record is not None:
+                self._kinds[record.kind](record.body, response, error)
+                record.private["done"] = True
+                self._store.put(record)
+
+    def _forget_old(self, kind: str) -> None:
+        """Google forgets operations after a while; we keep the latest few hundred."""
+        records = self._store.list(kind)
+        if len(records) > _KEPT * 2:
+            done = [record for record in records if record.private["done"]]
+            done.sort(key=lambda record: record.private["order"])
+            for record in done[: len(records) - _KEPT]:
+                self._store.delete(record.key)

@@ -1,0 +1,268 @@
+"""Requests against the discovery document, with the messages that Google's front end gives.
+
+What passes is normalized as it is there: 64-bit integers become strings, smaller ones numbers, output-only fields
+are dropped, nulls count as absent.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from localcloud.api.discovery import Document, Method
+from localcloud.api.errors import ApiError
+from localcloud.store import Json
+
+_RANGES = {
+    "int32": (-(2**31), 2**31 - 1),
+    "uint32": (0, 2**32 - 1),
+    "int64": (-(2**63), 2**63 - 1),
+    "uint64": (0, 2**64 - 1),
+}
+_PACKAGES = {
+    "compute": "google.cloud.compute",
+    "container": "google.container",
+    "artifactregistry": "google.devtools.artifactregistry",
+    "iam": "google.iam.admin",
+}
+_OUTPUT_ONLY = re.compile(r"\[?output only", re.IGNORECASE)
+_DATETIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)")
+_DURATION = re.compile(r"-?\d+(\.\d{1,9})?s")
+
+
+def check_path(method: Method, values: dict[str, str]) -> None:
+    """
+    Raises:
+        ApiError: 400, a value does not match its parameter's pattern.
+    """
+    for name, value in values.items():
+        pattern = method.parameters.get(name, {}).get("pattern")
+        if pattern and not re.fullmatch(pattern, value):
+            raise ApiError(
+                400,
+                f"Invalid value for field '{name}': '{value}'. Must be a match of regex '{pattern}'",
+                reason="invalidParameter",
+            )
+
+
+def check_query(method: Method, items: Sequence[tuple[str, str]]) -> Json:
+    """The query's values, in the types that the document gives them.
+
+    Raises:
+        ApiError: 400, an unknown parameter, or a value of the wrong type.
+    """
+    values: Json = {}
+    problems: list[tuple[str, str]] = []
+    for name, text in items:
+        schema = method.parameters.get(name.removeprefix("$")) or method.parameters.get(name)
+        if schema is None or schema.get("location") != "query":
+            problems.append(
+                (
+                    name,
+                    f'Invalid JSON payload received. Unknown name "{name}": Cannot bind query parameter. '
+                    f"Field '{name}' could not be found in request message.",
+                )
+            )
+            continue
+        value = _Checker(method.document, problems).scalar(schema, text, name)
+        if schema.get("repeated"):
+            values.setdefault(name, []).append(value)
+        else:
+            values[name] = value
+    _raise(problems)
+    return values
+
+
+def check_body(method: Method, content: bytes) -> Json:
+    """The request's body, normalized; empty for a method that takes none.
+
+    Raises:
+        ApiError: 400, not JSON, an unknown field, a wrong type or a value that an enum does not have.
+    """
+    if method.request is None:
+        return {}
+    if not content.strip():
+        if method.service == "compute":
+            raise ApiError(400, "Required field 'resource' not specified", reason="required")
+        return {}
+    try:
+        body = json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ApiError(400, f"Invalid JSON payload received. {error}", reason="parseError") from error
+    if not isinstance(body, dict):
+        raise ApiError(400, "Invalid JSON payload received. Root element must be a message.")
+    problems: list[tuple[str, str]] = []
+    checked = _Checker(method.document, problems).message(method.request, body, _root(method))
+    _raise(problems)
+    return checked
+
+
+def _root(method: Method) -> str:
+    """The name of the request's field that holds the body; empty if the body is the whole request."""
+    if method.service == "compute":
+        return "resource"
+    request = method.request or ""
+    return "" if request.endswith("Request") else _snake(request)
+
+
+def _raise(problems: list[tuple[str, str]]) -> None:
+    if problems:
+        violations = [{"field": where, "description": text} for where, text in problems]
+        raise ApiError(
+            400,
+            "\n".join(text for _, text in problems),
+            reason="invalid",
+            details=({"@type": "type.googleapis.com/google.rpc.BadRequest", "fieldViolations": violations},),
+        )
+
+
+class _Checker:
+    """Walks a body along its schema and collects every problem, as Google reports them all at once."""
+
+    def __init__(self, document: Document, problems: list[tuple[str, str]]) -> None:
+        self._document = document
+        self._problems = problems
+
+    def message(self, name: str, value: Json, where: str) -> Json:
+        schema = self._document.schemas[name]
+        properties: dict[str, Json] = schema.get("properties", {})
+        extra: Json | None = schema.get("additionalProperties")
+        checked: Json = {}
+        for key, item in value.items():
+            field = properties.get(key, extra)
+            if field is None:
+                at = f" at '{where}'" if where else ""
+                self._add(
+                    where,
+                    f'Invalid JSON payload received. Unknown name "{key}"{at}: Cannot find field.',
+                )
+            elif item is not None:
+                child = self.value(field, item, f"{where}.{_snake(key)}".removeprefix("."))
+                if not _is_output_only(field):
+                    checked[key] = child
+        return checked
+
+    def value(self, schema: Json, value: Any, where: str) -> Any:
+        if "$ref" in schema:
+            if not isinstance(value, dict):
+                return self._wrong(where, self._type_url(schema["$ref"]), value)
+            return self.message(schema["$ref"], value, where)
+        kind = schema.get("type")
+        if kind == "array":
+            if not isinstance(value, list):
+                return self._wrong(where, "repeated", value)
+            return [self.value(schema["items"], item, f"{where}[{i}]") for i, item in enumerate(value)]
+        if kind == "object":
+            return self._map(schema, value, where)
+        if kind == "any":
+            return value
+        return self.scalar(schema, value, where)
+
+    def _map(self, schema: Json, value: Any, where: str) -> Any:
+        if not isinstance(value, dict):
+            return self._wrong(where, "TYPE_MESSAGE", value)
+        item = schema.get("additionalProperties", {"type": "any"})
+        return {key: self.value(item, entry, f"{where}[{key}]") for key, entry in value.items()}
+
+    def scalar(self, schema: Json, value: Any, where: str) -> Any:
+        if isinstance(value, dict | list):
+            what = "start list" if isinstance(value, list) else "start object"
+            parent, _, name = where.rpartition(".")
+            at = f" at '{parent}'" if parent else ""
+            self._add(
+                parent,
+                f'Invalid JSON payload received. Unknown name "{name}"{at}: '
+                f"Proto field is not repeating, cannot {what}.",
+            )
+            return value
+        kind, form = schema.get("type"), schema.get("format")
+        if kind == "boolean":
+            return self._boolean(value, where)
+        if form in _RANGES:
+            return self._integer(form, kind == "string", value, where)
+        if kind == "number":
+            return self._number(value, where)
+        return self._string(schema, value, where)
+
+    def _boolean(self, value: Any, where: str) -> Any:
+        if isinstance(value, bool):
+            return value
+        if value in ("true", "false"):
+            return value == "true"
+        return self._wrong(where, "TYPE_BOOL", value)
+
+    def _integer(self, form: str, as_string: bool, value: Any, where: str) -> Any:
+        low, high = _RANGES[form]
+        try:
+            number = int(value)
+        except (TypeError, ValueError):
+            return self._wrong(where, f"TYPE_{form.upper()}", value)
+        if isinstance(value, bool) or number != float(value) or not low <= number <= high:
+            return self._wrong(where, f"TYPE_{form.upper()}", value)
+        return str(number) if as_string else number
+
+    def _number(self, value: Any, where: str) -> Any:
+        try:
+            return float(value) if not isinstance(value, bool) else self._wrong(where, "TYPE_DOUBLE", value)
+        except ValueError:
+            return self._wrong(where, "TYPE_DOUBLE", value)
+
+    def _string(self, schema: Json, value: Any, where: str) -> Any:
+        if not isinstance(value, str):
+            return self._wrong(where, "TYPE_STRING", value)
+        if "enum" in schema and value not in schema["enum"]:
+            return self._wrong(where, self._type_url(_camel(where)), value)
+        form = schema.get("format")
+        if form == "byte" and not _is_base64(value):
+            self._add(
+                where, f"Invalid value at '{where}' (TYPE_BYTES), Base64 decoding failed for \"{value}\""
+            )
+        elif form == "google-datetime" and not _DATETIME.fullmatch(value):
+            self._add(
+                where,
+                f"Invalid value at '{where}' (type.googleapis.com/google.protobuf.Timestamp), "
+                f"Field '{where}', Invalid time format: {value}",
+            )
+        elif form == "google-duration" and not _DURATION.fullmatch(value):
+            self._add(
+                where,
+                f"Invalid value at '{where}' (type.googleapis.com/google.protobuf.Duration), "
+                f"Field '{where}', Illegal duration format; duration must end with 's'",
+            )
+        return value
+
+    def _type_url(self, name: str) -> str:
+        package = _PACKAGES[self._document.name]
+        return f"type.googleapis.com/{package}.{self._document.version}.{name}"
+
+    def _wrong(self, where: str, kind: str, value: Any) -> Any:
+        self._add(where, f"Invalid value at '{where}' ({kind}), {json.dumps(value)}")
+        return value
+
+    def _add(self, where: str, text: str) -> None:
+        self._problems.append((where, text))
+
+
+def _is_output_only(field: Json) -> bool:
+    return bool(field.get("readOnly") or _OUTPUT_ONLY.match(field.get("description", "")))
+
+
+def _is_base64(value: str) -> bool:
+    try:
+        base64.b64decode(value.replace("-", "+").replace("_", "/") + "=" * (-len(value) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        return False
+    return True
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])([A-Z])", lambda match: "_" + match.group(1).lower(), name).lower()
+
+
+def _camel(where: str) -> str:
+    last = re.sub(r"\[[^]]*\]", "", where.rpartition(".")[2])
+    return "".join(part.capitalize() for part in last.split("_"))
