@@ -37,6 +37,18 @@ def passphrase_file() -> Path:
     return path
 
 
+def _pulumi_home() -> Path:
+    """Where pulumi keeps its logs and the selected stack: in the cache, with the plugins of the user."""
+    given = os.environ.get("PULUMI_HOME")
+    if given:
+        return Path(given)
+    home, plugins = paths.CACHE / "pulumi", Path.home() / ".pulumi" / "plugins"
+    home.mkdir(parents=True, exist_ok=True)
+    if plugins.is_dir() and not (home / "plugins").exists():
+        (home / "plugins").symlink_to(plugins)
+    return home
+
+
 def base(*, tests: bool) -> dict[str, str]:
     """What holds before localcloud runs: tools and libraries on PATH, where the stacks and the caches are."""
     environment = venv.directory()
@@ -47,6 +59,7 @@ def base(*, tests: bool) -> dict[str, str]:
         "CARGO_TARGET_DIR": str(rust.target_directory()),
         "LOCALCLOUD_HOME": str(paths.LOCALCLOUD_HOME),
         "KUBECONFIG": str(KUBECONFIG),
+        "PULUMI_HOME": str(_pulumi_home()),
         "PULUMI_BACKEND_URL": f"file://{paths.STACKS}",
         "PULUMI_CONFIG_PASSPHRASE_FILE": str(passphrase_file()),
         "PULUMI_SKIP_UPDATE_CHECK": "true",

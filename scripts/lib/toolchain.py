@@ -31,8 +31,8 @@ class Tool:
     ldflags: str = "-s -w"
     # The name that the Go tool chain gives a program, and the one that it is known by.
     rename: dict[str, str] = field(default_factory=dict)
-    # Files of a module that are programs already: module, and paths in it.
-    scripts: tuple[str, tuple[str, ...]] | None = None
+    # Files that are programs already: the tool whose go.mod pins their module, the module, and paths in it.
+    scripts: tuple[str, str, tuple[str, ...]] | None = None
 
 
 def _kubernetes_version() -> str:
@@ -45,15 +45,20 @@ def _kubernetes_version() -> str:
 
 PULUMI = Tool(
     "pulumi",
-    ("pulumi", "pulumi-language-python-exec", "pulumi-resource-pulumi-python"),
+    ("pulumi",),
     # Without it the program calls itself a development build and warns about it.
     ldflags="-s -w -X github.com/pulumi/pulumi/sdk/v3/go/common/version.Version=v3.259.0",
+)
+LANGUAGE_HOST = Tool(
+    "pulumi-language-python",
+    ("pulumi-language-python", "pulumi-language-python-exec", "pulumi-resource-pulumi-python"),
+    # The host looks for them beside itself; they go with the CLI's version, not with the host's.
     scripts=(
+        "pulumi",
         "github.com/pulumi/pulumi/sdk/v3",
         ("python/cmd/pulumi-language-python-exec", "python/dist/pulumi-resource-pulumi-python"),
     ),
 )
-LANGUAGE_HOST = Tool("pulumi-language-python", ("pulumi-language-python",))
 CLUSTER = Tool(
     "kubernetes",
     ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl", "etcd"),
@@ -78,8 +83,9 @@ def _go(*arguments: str, cwd: Path) -> str:
 def _directory(tool: Tool) -> Path:
     """The tool's place in the cache: another go.mod, recipe, compiler or machine is another place."""
     digest = hashlib.sha256()
-    for name in ("go.mod", "go.sum"):
-        digest.update((MODULES / tool.name / name).read_bytes())
+    for pinned_by in (tool.name, *(tool.scripts or ())[:1]):
+        for name in ("go.mod", "go.sum"):
+            digest.update((MODULES / pinned_by / name).read_bytes())
     recipe = [repr(tool), _go("env", "GOVERSION", cwd=MODULES), platform.system(), platform.machine()]
     digest.update(json.dumps(recipe).encode())
     return paths.CACHE / "tools" / f"{tool.name}-{digest.hexdigest()[:12]}"
@@ -96,8 +102,9 @@ def _build(tool: Tool, directory: Path, log: Log) -> None:
         for built, known in tool.rename.items():
             (made / built).rename(made / known)
         if tool.scripts is not None:
-            module, files = tool.scripts
-            tree = Path(_go("list", "-m", "-f", "{{.Dir}}", module, cwd=source))
+            pinned_by, module, files = tool.scripts
+            _go("mod", "download", module, cwd=MODULES / pinned_by)
+            tree = Path(_go("list", "-m", "-f", "{{.Dir}}", module, cwd=MODULES / pinned_by))
             for file in files:
                 target = made / Path(file).name
                 shutil.copyfile(tree / file, target)

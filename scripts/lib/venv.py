@@ -20,7 +20,8 @@ def directory() -> Path:
 
 def _make(target: Path, log: Log) -> None:
     log.run([sys.executable, "-m", "venv", "--clear", target])
-    pip: list[str | Path] = [target / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    python = target / "bin" / "python"
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     log.run([*pip, "--require-hashes", "--requirement", LOCK_FILE])
     # The last thing: an environment without it was interrupted and is made anew.
     (target / "complete").touch()
