@@ -1,0 +1,1 @@
+"""The real parts behind localcloud: supervised processes, a registry, control planes, instances."""
