@@ -18,6 +18,6 @@ CACHE = _xdg("XDG_CACHE_HOME", ".cache")
 PASSPHRASE = _xdg("XDG_CONFIG_HOME", ".config") / "passphrase"
 
 # The files of a run live in the checkout, so that two clones on one machine do not meet.
-LOCALCLOUD_HOME = Path(os.environ.get("LOCALCLOUD_HOME") or REPOSITORY / ".localcloud")
+LOCALCLOUD_HOME = REPOSITORY / ".localcloud"
 STACKS = REPOSITORY / ".stacks"
 LOGS = CACHE / "logs" / hashlib.sha256(str(REPOSITORY).encode()).hexdigest()[:12]

@@ -130,11 +130,12 @@ def _ensure(tool: Tool) -> Path:
 
 def _users_pulumi() -> bool:
     """Whether a pulumi with its Python host is on PATH and new enough to be used as it is."""
-    if not (shutil.which("pulumi") and shutil.which("pulumi-language-python")):
+    found = [shutil.which(program) for program in ("pulumi", "pulumi-language-python")]
+    if any(path is None or Path(path).is_relative_to(paths.CACHE) for path in found):
         return False
     answer = subprocess.run(["pulumi", "version"], capture_output=True, text=True, check=False)
-    found = re.search(r"v?(\d+)\.(\d+)", answer.stdout)
-    return found is not None and tuple(int(part) for part in found.groups()) >= OLDEST_PULUMI
+    version = re.search(r"v?(\d+)\.(\d+)", answer.stdout)
+    return version is not None and tuple(int(part) for part in version.groups()) >= OLDEST_PULUMI
 
 
 def needed(*, tests: bool) -> list[Tool]:

@@ -1,0 +1,126 @@
+"""A whole stack for the tests: a clone of its own, brought up by the command that a user types."""
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+# What scripts/env sets for one checkout must not reach another one.
+OWN = ("LOCALCLOUD_HOME", "KUBECONFIG", "PULUMI_BACKEND_URL", "PULUMI_HOME", "PULUMI_STACK")
+
+
+Answer = subprocess.CompletedProcess[str]
+
+
+@dataclass
+class Stack:
+    """A clone with its stack: runs the tools in it as a user would."""
+
+    directory: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    def run(
+        self, *command: str, check: bool = True, text: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a program in the clone; a failure shows what it printed."""
+        answer = subprocess.run(
+            command, cwd=self.directory, env=self.env, input=text, capture_output=True, text=True, check=False
+        )
+        if check and answer.returncode != 0:
+            raise AssertionError(
+                f"{' '.join(command)} exited with {answer.returncode}\n{answer.stdout}\n{answer.stderr}"
+            )
+        return answer
+
+    def read_environment(self) -> None:
+        """Takes over what ./scripts/env prints, as `eval` does."""
+        script = (
+            'eval "$(./scripts/env)" && exec python3 -c "import json,os;print(json.dumps(dict(os.environ)))"'
+        )
+        self.env = json.loads(self.run("sh", "-c", script).stdout)
+
+    def outputs(self) -> dict[str, Any]:
+        """`pulumi stack output`, secrets included."""
+        found: dict[str, Any] = json.loads(
+            self.run("pulumi", "stack", "output", "--json", "--show-secrets").stdout
+        )
+        return found
+
+    def kubectl(self, *arguments: str, check: bool = True, text: str | None = None) -> str:
+        """kubectl's standard output."""
+        return self.run("kubectl", *arguments, check=check, text=text).stdout
+
+    def kubectl_json(self, *arguments: str) -> dict[str, Any]:
+        """kubectl's answer as JSON."""
+        found: dict[str, Any] = json.loads(self.kubectl(*arguments, "--output", "json"))
+        return found
+
+    def get(self, path: str) -> requests.Response:
+        """An HTTP request to the pod."""
+        return requests.get(f"{self.outputs()['url']}{path}", timeout=10)
+
+
+def clone(target: Path) -> Stack:
+    """A copy of the working tree as git sees it, with a history of its own."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        source = REPOSITORY / name
+        if source.is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target / name, follow_symlinks=False)
+    env = {key: value for key, value in os.environ.items() if key not in OWN}
+    stack = Stack(target, env)
+    stack.run("git", "init", "--quiet")
+    stack.run("git", "add", "--all")
+    stack.run(
+        "git",
+        "-c",
+        "user.name=test",
+        "-c",
+        "user.email=test@localhost",
+        "commit",
+        "--quiet",
+        "-m",
+        "as it is",
+    )
+    return stack
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The stack that most tests share, up and verified."""
+    made = clone(tmp_path_factory.mktemp("clone"))
+    outside = Stack(made.directory, dict(made.env))
+    try:
+        made.run("./scripts/up")
+        made.read_environment()
+        yield made
+    finally:
+        outside.run("./scripts/down", "--force")
+
+
+@pytest.fixture
+def peers(stack: Stack, tmp_path: Path) -> dict[str, str]:
+    """Credentials for the registry in the form that crane, oras and cosign read."""
+    registry = str(stack.outputs()["registry"]).partition("/")[0]
+    secret = f"oauth2accesstoken:{stack.env['GOOGLE_OAUTH_ACCESS_TOKEN']}"
+    config = {"auths": {registry: {"auth": base64.b64encode(secret.encode()).decode()}}}
+    directory = tmp_path / "docker"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    return {"DOCKER_CONFIG": str(directory)}

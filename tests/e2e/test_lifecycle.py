@@ -1,0 +1,88 @@
+"""Bringing the stack up and down the hard way: killed in the middle, twice at once, torn down."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.e2e.conftest import Stack, clone
+from tests.waiting import until
+
+
+def _processes_of(directory: Path) -> list[str]:
+    """The processes whose command line, working directory or environment names the clone."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+            place = str((process / "cwd").readlink())
+        except OSError:
+            continue
+        if int(process.name) != os.getpid() and (str(directory).encode() in words or str(directory) in place):
+            found.append(f"{process.name} {(process / 'cmdline').read_bytes().decode(errors='replace')}")
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for what is left in Linux's /proc")
+def test_an_up_that_is_killed_carries_on_and_a_down_leaves_nothing(tmp_path: Path) -> None:
+    made = clone(tmp_path)
+    first = subprocess.Popen(
+        ["./scripts/up"], cwd=made.directory, env=made.env, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    state = made.directory / ".stacks"
+    # In the middle of `pulumi up`: the cluster or the VM is being made.
+    until(lambda: any(state.glob(".pulumi/locks/**/*.json")), "pulumi to be at work", timeout=300)
+    until(
+        lambda: any((made.directory / ".localcloud").glob("clusters/*/*")),
+        "a cluster to be begun",
+        timeout=120,
+    )
+    for process in _children(first.pid):
+        os.kill(process, signal.SIGKILL)
+    first.wait(timeout=30)
+
+    made.run("./scripts/up")
+    made.read_environment()
+    url = made.outputs()["url"]
+    assert requests.get(f"{url}/primorial/30", timeout=10).json()["primorial"] == "6469693230"
+
+    Stack(made.directory, made.env).run("./scripts/down")
+    assert until(lambda: not _processes_of(made.directory), "every process to end", timeout=20)
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"{url}/healthz", timeout=5)
+    assert made.run("git", "status", "--porcelain", "--ignored").stdout == ""
+
+
+def _children(pid: int) -> list[int]:
+    """A process and all its descendants that localcloud's supervisor does not own, the root first."""
+    parents: dict[int, list[int]] = {}
+    for process in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = process.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents.setdefault(int(fields[1]), []).append(int(process.parent.name))
+    found, queue = [], [pid]
+    while queue:
+        current = queue.pop()
+        found.append(current)
+        queue += parents.get(current, [])
+    return found
+
+
+def test_two_ups_at_once_wait_for_each_other(stack: Stack) -> None:
+    both = [
+        subprocess.Popen(
+            ["./scripts/up"],
+            cwd=stack.directory,
+            env=stack.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for _ in range(2)
+    ]
+    printed = [process.communicate(timeout=600)[0].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n".join(printed)

@@ -1,0 +1,156 @@
+"""The whole stack, seen from outside with clients that we did not write."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.e2e.conftest import Stack
+from tests.waiting import until
+
+
+def _token(stack: Stack, repository: str, registry: str) -> str:
+    """A pull token for one repository, by the registry's own challenge."""
+    answer = requests.get(f"http://{registry}/v2/", timeout=10)
+    challenge = dict(re.findall(r'(\w+)="([^"]*)"', answer.headers["WWW-Authenticate"]))
+    granted = requests.get(
+        challenge["realm"],
+        params={"service": challenge["service"], "scope": f"repository:{repository}:pull"},
+        auth=("oauth2accesstoken", stack.env["GOOGLE_OAUTH_ACCESS_TOKEN"]),
+        timeout=10,
+    )
+    granted.raise_for_status()
+    return str(granted.json()["token"])
+
+
+def test_the_pod_answers_with_the_right_number(stack: Stack) -> None:
+    answer = stack.run("curl", "--fail", "--silent", f"{stack.outputs()['url']}/primorial/30").stdout
+    assert json.loads(answer)["primorial"] == "6469693230"
+
+
+def test_verify_finds_nothing_wrong_and_says_so_to_machines(stack: Stack) -> None:
+    report = json.loads(stack.run("./scripts/verify", "--json").stdout)
+    assert report["ok"] is True
+    assert len(report["checks"]) >= 5
+
+
+def test_the_registry_serves_a_wasm_artifact_under_the_digest_of_the_pod(stack: Stack) -> None:
+    image = stack.outputs()["image"]
+    registry, _, rest = image.partition("/")
+    repository, _, digest = rest.partition("@")
+    manifest = requests.get(
+        f"http://{registry}/v2/{repository}/manifests/{digest}",
+        headers={
+            "Accept": "application/vnd.oci.image.manifest.v1+json",
+            "Authorization": f"Bearer {_token(stack, repository, registry)}",
+        },
+        timeout=10,
+    ).json()
+    assert manifest["config"]["mediaType"] == "application/vnd.wasm.config.v0+json"
+    assert [layer["mediaType"] for layer in manifest["layers"]] == ["application/wasm"]
+
+
+def test_the_registry_gives_nothing_to_the_anonymous(stack: Stack) -> None:
+    registry, _, rest = stack.outputs()["image"].partition("/")
+    repository, _, digest = rest.partition("@")
+    answer = requests.get(f"http://{registry}/v2/{repository}/manifests/{digest}", timeout=10)
+    assert answer.status_code == 401
+
+
+def test_cosign_finds_the_signature_valid(stack: Stack, tmp_path: Path, peers: dict[str, str]) -> None:
+    key = tmp_path / "cosign.pub"
+    key.write_text(stack.outputs()["public_key"])
+    env = {**stack.env, **peers}
+    image = stack.outputs()["image"]
+    flags = ["--insecure-ignore-tlog=true", "--private-infrastructure=true"]
+    Stack(stack.directory, env).run("cosign", "verify", *flags, "--key", str(key), image)
+
+
+def test_kubectl_sees_the_node_and_the_pod_on_it(stack: Stack) -> None:
+    outputs = stack.outputs()
+    node = stack.kubectl_json("get", "node", outputs["node"])
+    assert node["metadata"]["labels"]["kubernetes.io/arch"] == "wasm32-wasi"
+    assert any(c["type"] == "Ready" and c["status"] == "True" for c in node["status"]["conditions"])
+    pod = stack.kubectl_json("get", "pod", outputs["pod"], "--namespace", outputs["namespace"])
+    assert pod["spec"]["nodeName"] == outputs["node"]
+    assert pod["status"]["containerStatuses"][0]["imageID"].endswith(outputs["image"].partition("@")[2])
+
+
+def test_kubectl_logs_goes_through_the_nodes_own_api(stack: Stack) -> None:
+    outputs = stack.outputs()
+    stack.kubectl("logs", outputs["pod"], "--namespace", outputs["namespace"])
+
+
+def test_a_second_up_changes_nothing_and_a_refresh_shows_no_drift(stack: Stack) -> None:
+    stack.run("pulumi", "preview", "--expect-no-changes")
+    stack.run("pulumi", "refresh", "--yes", "--expect-no-changes")
+    stack.run("pulumi", "up", "--yes", "--expect-no-changes")
+
+
+def test_a_comment_in_a_provider_shows_nothing_in_a_preview(stack: Stack) -> None:
+    providers = sorted((stack.directory / "components" / "providers").glob("*.py"))
+    before = {path: path.read_text() for path in providers}
+    try:
+        for path, text in before.items():
+            path.write_text(text + "\n# A remark.\n")
+        stack.run("pulumi", "preview", "--expect-no-changes")
+    finally:
+        for path, text in before.items():
+            path.write_text(text)
+
+
+def test_the_state_holds_no_secret_in_the_clear(stack: Stack) -> None:
+    state = "".join(path.read_text() for path in stack.directory.glob(".stacks/.pulumi/stacks/**/*.json"))
+    assert "PRIVATE KEY" not in state
+    assert stack.env["GOOGLE_OAUTH_ACCESS_TOKEN"] not in state
+    assert stack.run("git", "status", "--porcelain").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("awesome-wasm:appPort", "99999"), ("awesome-wasm:nodeName", "Not_A_Name")],
+)
+def test_a_wrong_setting_is_one_line_that_names_it(stack: Stack, key: str, value: str) -> None:
+    answer = stack.run("pulumi", "preview", "--config", f"{key}={value}", check=False)
+    printed = answer.stdout + answer.stderr
+    assert answer.returncode != 0
+    assert "Traceback" not in printed
+    assert any(key.partition(":")[2] in line and value in line for line in printed.splitlines())
+
+
+def test_a_changed_line_of_the_app_changes_the_artifact_and_the_pod_alone(stack: Stack) -> None:
+    source = stack.directory / "wasm_app" / "src" / "page.html"
+    before, outputs = source.read_text(), stack.outputs()
+    place = (outputs["pod"], "--namespace", outputs["namespace"])
+    old, uid = outputs["image"], stack.kubectl_json("get", "pod", *place)["metadata"]["uid"]
+    try:
+        source.write_text(before.replace("</body>", "<p>another line</p></body>"))
+        preview = json.loads(stack.run("pulumi", "preview", "--json").stdout)
+        changed = {
+            step["urn"].rsplit("::", 2)[1].rsplit("$", 1)[-1]
+            for step in preview["steps"]
+            if step["op"] != "same"
+        }
+        stack.run("pulumi", "up", "--yes")
+        new = stack.outputs()
+        assert new["image"] != old
+        assert "another line" in stack.get("/").text
+        after = stack.kubectl_json("get", "pod", *place)
+        assert after["metadata"]["uid"] == uid, "the pod was swapped in place, not made anew"
+        assert not any(word in " ".join(changed) for word in ("gcp:", "Node", "Namespace")), changed
+    finally:
+        source.write_text(before)
+        stack.run("pulumi", "up", "--yes")
+    assert stack.outputs()["image"] == old, "the same source gives the same digest"
+
+
+def test_verify_says_what_is_wrong_when_the_pod_is_gone(stack: Stack) -> None:
+    outputs = stack.outputs()
+    stack.kubectl("delete", "pod", outputs["pod"], "--namespace", outputs["namespace"])
+    answer = stack.run("./scripts/verify", check=False)
+    assert answer.returncode != 0
+    assert outputs["pod"] in answer.stdout + answer.stderr
+    stack.run("pulumi", "up", "--yes", "--refresh")
+    until(lambda: stack.get("/healthz").status_code == 200, "the pod to answer again")
