@@ -8,7 +8,8 @@ supervisor.
 
 Identities and bindings are GKE's: the account of a Google access token is checked by a token webhook, nodes
 renew their client certificates (`selfnodeclient`), and csr_approver.py stands for GKE's own controller
-manager."""
+manager.
+"""
 
 from __future__ import annotations
 

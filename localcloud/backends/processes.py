@@ -45,7 +45,8 @@ def start_time(pid: int) -> str | None:
 
 def marked(prefix: str) -> list[int]:
     """Every living process, except the caller, whose mark starts with `prefix` (end it with `#` or be
-    exact)."""
+    exact).
+    """
     wanted = f"{MARK}={prefix}"
     if not _HAS_PROC:
         listing = subprocess.run(

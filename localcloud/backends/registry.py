@@ -1,7 +1,8 @@
 """Artifact Registry's storage: CNCF distribution under the supervisor, its files below registry/ of the home.
 
 Who may do what is decided by localcloud's token endpoint (localcloud/api/tokens.py); the registry checks the
-tokens."""
+tokens.
+"""
 
 from __future__ import annotations
 

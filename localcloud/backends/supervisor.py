@@ -20,6 +20,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -39,7 +40,7 @@ from localcloud.specs import BackendError
 
 # sun_path holds 104 bytes on macOS and 108 on Linux; supervisord binds PATH.PID first.
 _LONGEST_SOCKET_PATH = 90
-_SOURCES = Path(__file__).resolve().parents[2]
+SOURCES = Path(__file__).resolve().parents[2]
 _LIVE = frozenset({"STARTING", "RUNNING", "STOPPING", "BACKOFF"})
 
 # Paths are relative to supervisor/, where the daemon is started and stays: its parser would expand a `%` in
@@ -109,7 +110,8 @@ class Program:
     the directory below the home that it belongs to (`clusters/NAME`), `restart` systemd's `Restart=`,
     `restart_delay` seconds before each restart, `stop_seconds` the time between `stop_signal` and SIGKILL,
     `kill_mode` systemd's `KillMode=`. A lower `priority` starts earlier and stops later. Output also goes,
-    line by line with `identifier` in front, to the file `console` if that is given."""
+    line by line with `identifier` in front, to the file `console` if that is given.
+    """
 
     name: str
     command: tuple[str, ...]
@@ -132,7 +134,8 @@ class Program:
 @dataclass(frozen=True)
 class ProgramState:
     """`state` is supervisord's name for it (RUNNING, EXITED, …), ABSENT if there is no such program, or
-    WAITING before a restart; `pid` is 0 unless a process is there."""
+    WAITING before a restart; `pid` is 0 unless a process is there.
+    """
 
     name: str
     state: str
@@ -147,7 +150,7 @@ class ProgramState:
 
 def python_program(home: Home, name: str, module: str, *arguments: str, **options: Any) -> Program:
     """A program of localcloud's own: `python -m module` with this interpreter, sources and home."""
-    environment = {"LOCALCLOUD_HOME": str(home.root), "PYTHONPATH": str(_SOURCES), "PYTHONUNBUFFERED": "1"}
+    environment = {"LOCALCLOUD_HOME": str(home.root), "PYTHONPATH": str(SOURCES), "PYTHONUNBUFFERED": "1"}
     environment |= options.pop("environment", {})
     return Program(name, (sys.executable, "-P", "-m", module, *arguments), environment, **options)
 
@@ -254,7 +257,7 @@ class Supervisor:
         }
         return kept | {
             MARK: mark(self.home.root),
-            "PYTHONPATH": str(_SOURCES),
+            "PYTHONPATH": str(SOURCES),
             "LOCALCLOUD_PYTHON": sys.executable,
             "LOCALCLOUD_SUPERVISOR": str(self.home.supervisor),
             "LOCALCLOUD_SOCKET": str(self._private_socket()),
@@ -323,6 +326,14 @@ class Supervisor:
     def stop_program(self, name: str) -> None:
         """Stop a program; it stays known."""
         self._halt(name)
+
+    def set_autostart(self, name: str, *, enabled: bool) -> None:
+        """Whether a known program comes back at the daemon's next start; does not touch it now."""
+        path = self.home.supervisor / "conf.d" / f"{name}.conf"
+        with contextlib.suppress(FileNotFoundError):
+            text = path.read_text()
+            flag = str(enabled).lower()
+            _write_if_new(path, re.sub(r"^autostart=.*$", f"autostart={flag}", text, flags=re.MULTILINE))
 
     def state(self, name: str) -> str:
         return self.status(name).state
@@ -421,7 +432,8 @@ class Supervisor:
     @property
     def socket(self) -> Path:
         """Where the daemon listens: in the home, or in a directory of the user's own if that path is too
-        long."""
+        long.
+        """
         path = self.home.root / "supervisor" / "supervisor.sock"
         if len(os.fsencode(path)) <= _LONGEST_SOCKET_PATH:
             return path
