@@ -47,6 +47,11 @@ class Record:
         """The last part of the key."""
         return self.key.rsplit("/", 1)[-1]
 
+    @property
+    def is_seed(self) -> bool:
+        """Whether it came with the project rather than by a request."""
+        return bool(self.private.get("seed"))
+
 
 class Store:
     """Records in SQLite. Safe to use from many threads: each gets a connection of its own."""

@@ -10,8 +10,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 from localcloud.api.errors import ApiError
@@ -33,13 +34,13 @@ _KEPT = 500
 class Operations:
     """The worker. `kinds` says for each kind of record how its body shows the end."""
 
-    def __init__(self, store: Store, tasks: dict[str, Task], kinds: dict[str, Finish]) -> None:
+    def __init__(self, store: Store, tasks: dict[str, Task], kinds: Mapping[str, Finish]) -> None:
         self._store = store
         self._tasks = tasks
         self._kinds = kinds
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="operation")
         self._changed = threading.Condition()
-        self._queues: dict[str, deque[str]] = {}
+        self._queues: dict[str, deque[Callable[[], None]]] = {}
         self._services: Services | None = None
 
     def attach(self, services: Services) -> None:
@@ -57,15 +58,22 @@ class Operations:
         }
         self._store.put(record)
         self._forget_old(record.kind)
-        self._store.after_commit(lambda: self._enqueue(record.key, target))
+        self._store.after_commit(lambda: self.schedule(target, partial(self._do, record.key)))
         return record.body
 
-    def _enqueue(self, key: str, target: str) -> None:
+    def schedule(self, target: str, work: Callable[[], None]) -> None:
+        """Do some work once everything that was asked of `target` before is done."""
         with self._changed:
             queue = self._queues.setdefault(target, deque())
-            queue.append(key)
+            queue.append(work)
             if len(queue) == 1:
                 self._pool.submit(self._drain, target)
+
+    @property
+    def pending(self) -> int:
+        """How many targets have work that is not done."""
+        with self._changed:
+            return len(self._queues)
 
     def resume(self) -> list[str]:
         """Take up what an earlier process left; returns the operations' keys."""
@@ -73,7 +81,7 @@ class Operations:
         left = [record for record in left if not record.private["done"]]
         left.sort(key=lambda record: record.private["order"])
         for record in left:
-            self._enqueue(record.key, record.private["target"])
+            self.schedule(record.private["target"], partial(self._do, record.key))
         return [record.key for record in left]
 
     def wait(self, key: str, seconds: float) -> Record | None:
@@ -95,8 +103,11 @@ class Operations:
         while True:
             with self._changed:
                 queue = self._queues[target]
-                key = queue[0]
-            self._do(key)
+                work = queue[0]
+            try:
+                work()
+            except Exception:
+                logger.exception("work on %s failed", target)
             with self._changed:
                 queue.popleft()
                 self._changed.notify_all()

@@ -1,0 +1,268 @@
+"""localcloud's command line: `python -m localcloud start|stop|status|reset|env`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import shutil
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from localcloud.backends.supervisor import Supervisor, python_program
+from localcloud.environment import exports
+from localcloud.home import LOOPBACK, Config, Home, HomeError, free_port, is_free
+from localcloud.specs import BackendError
+from localcloud.store import Json, Record, Store
+
+PROGRAM = "api"
+_PRIORITY = 5  # before everything that asks it for tokens, and stopped after it
+_HEALTHY_SECONDS = 30.0
+_RESTORED_SECONDS = 180.0
+_NOT_RUNNING = 3  # the exit status of `status`, as init scripts have it
+_SHOWN = {
+    "artifactregistry.repositories": "repository",
+    "compute.addresses": "address",
+    "compute.firewalls": "firewall",
+    "compute.instances": "instance",
+    "compute.networks": "network",
+    "compute.subnetworks": "subnetwork",
+    "container.clusters": "cluster",
+    "iam.serviceAccounts": "service account",
+}
+_BOUND_TO_THE_PORT = ("artifactregistry.repositories", "compute.instances", "container.clusters")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="localcloud", description="Google Cloud on one machine.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("start", help="start it; returns when it answers and everything in it runs again")
+    commands.add_parser("stop", help="end every process of it; what is stored stays")
+    status = commands.add_parser("status", help="show what runs and what is stored")
+    status.add_argument("--json", action="store_true", help="for machines")
+    commands.add_parser("reset", help="stop it and delete everything that is stored")
+    commands.add_parser("env", help="print the shell commands that point clients at it")
+    commands.add_parser("serve", help="run the API server in the foreground (used by the supervisor)")
+    options = parser.parse_args(arguments)
+    home = Home.locate()
+    try:
+        match options.command:
+            case "start":
+                return start(home)
+            case "stop":
+                return stop(home)
+            case "status":
+                return show_status(home, as_json=options.json)
+            case "reset":
+                return reset(home)
+            case "env":
+                sys.stdout.write(exports(home, home.require_config()))
+                return 0
+            case _:
+                return serve(home)
+    except (HomeError, BackendError) as error:
+        sys.stderr.write(f"localcloud: {error}\n")
+        return 1
+
+
+def start(home: Home) -> int:
+    """Start the supervisor and the server, once, however often it is called."""
+    with home.lock("start"):
+        config = home.config()
+        supervisor = Supervisor(home)
+        if config is None or _health(home, config) is None:
+            if not (supervisor.is_running() and supervisor.status(PROGRAM).live):
+                config = _configured(home, config)
+            supervisor.start()
+            supervisor.add(python_program(home, PROGRAM, "localcloud", "serve", priority=_PRIORITY))
+            supervisor.start_program(PROGRAM)
+        config = home.require_config()
+        _wait_until_restored(home, config)
+    sys.stdout.write(f"localcloud runs at {config.url} (state: {home.root})\n")
+    return 0
+
+
+def stop(home: Home) -> int:
+    """End everything, and make sure of it."""
+    config = home.config()
+    if config is None:
+        sys.stdout.write(f"nothing was started in {home.root}\n")
+        return 0
+    with home.lock("start"):
+        Supervisor(home).stop()
+        if _health(home, config) is not None:
+            raise BackendError(f"something still answers for {home.root} at {config.url}")
+    sys.stdout.write("localcloud is stopped\n")
+    return 0
+
+
+def reset(home: Home) -> int:
+    """Stop, and delete the state directory."""
+    if not home.root.exists():
+        sys.stdout.write(f"there is nothing in {home.root}\n")
+        return 0
+    ours = home.config_path.exists() or home.store_path.exists() or not any(home.root.glob("*[!.lock]"))
+    if not ours:
+        raise HomeError(f"{home.root} does not look like localcloud's; delete it yourself if it is")
+    stop(home)
+    shutil.rmtree(home.root)
+    sys.stdout.write(f"{home.root} is deleted\n")
+    return 0
+
+
+def serve(home: Home) -> int:
+    """The API server itself; returns when it is told to stop."""
+    # Only this command needs the web server, and the others answer quicker without it.
+    import logging  # noqa: PLC0415
+
+    import uvicorn  # noqa: PLC0415
+
+    from localcloud.api.local import LocalBackends  # noqa: PLC0415
+    from localcloud.api.server import Api, application  # noqa: PLC0415
+
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    config = home.require_config()
+    api = Api(home, LocalBackends(home))
+    uvicorn.run(
+        application(api),
+        host=LOOPBACK,
+        port=config.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=2,
+    )
+    # Work in progress is taken up at the next start; waiting for it would outlast the supervisor's patience.
+    logging.shutdown()
+    os._exit(0)
+
+
+def show_status(home: Home, *, as_json: bool) -> int:
+    """Print the programs and the resources; the exit status says whether the server answers."""
+    config = home.config()
+    running = config is not None and _health(home, config) is not None
+    programs = [
+        {"name": item.name, "state": item.state, "pid": item.pid}
+        for item in (Supervisor(home).programs() if Supervisor(home).is_running() else [])
+    ]
+    resources = [
+        {"type": name, "name": record.name, "status": record.body.get("status", ""), "key": record.key}
+        for kind, name in _SHOWN.items()
+        for record in _records(home, kind)
+    ]
+    report: Json = {
+        "running": running,
+        "url": config.url if config else "",
+        "home": str(home.root),
+        "programs": programs,
+        "resources": resources,
+    }
+    if as_json:
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    else:
+        state = f"runs at {config.url}" if config and running else "does not run"
+        sys.stdout.write(f"localcloud {state} (state: {home.root})\n")
+        _table(["PROGRAM", "STATE", "PID"], [[p["name"], p["state"], str(p["pid"] or "")] for p in programs])
+        _table(["RESOURCE", "NAME", "STATUS"], [[r["type"], r["name"], r["status"]] for r in resources])
+    return 0 if running else _NOT_RUNNING
+
+
+def _records(home: Home, kind: str) -> list[Record]:
+    """The user's resources of a kind; what every project has from the first is left out."""
+    if not home.store_path.exists():
+        return []
+    return [record for record in Store(home.store_path, read_only=True).list(kind) if not record.is_seed]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> None:
+    if not rows:
+        return
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    sys.stdout.write("\n")
+    for row in [head, *rows]:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        sys.stdout.write(line.rstrip() + "\n")
+
+
+def _configured(home: Home, config: Config | None) -> Config:
+    """The configuration, with a port that can be used.
+
+    Raises:
+        HomeError: the remembered port is taken, and what is stored depends on it.
+    """
+    if config is None:
+        config = Config(port=free_port(), token=f"ya29.localcloud-{secrets.token_urlsafe(32)}")
+        home.save(config)
+    elif not is_free(config.port):
+        if any(_records(home, kind) for kind in _BOUND_TO_THE_PORT):
+            raise HomeError(
+                f"port {config.port} is taken{_owner(config.port)}, and what is stored in {home.root} depends on "
+                "it; end that program and start again, or give the state up: python -m localcloud reset"
+            )
+        taken = config.port
+        config = replace(config, port=free_port())
+        home.save(config)
+        sys.stdout.write(f"port {taken} is taken{_owner(taken)}; localcloud uses {config.port} from now on\n")
+    return config
+
+
+def _owner(port: int) -> str:
+    """` by NAME (process PID)` for who listens on a port, if that can be told (Linux only)."""
+    try:
+        lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    except OSError:
+        return ""
+    rows = [line.split() for line in lines]
+    inodes = {
+        f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port
+    }
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if str(entry.readlink()) in inodes:
+                process = entry.parents[1]
+                return f" by {(process / 'comm').read_text().strip()} (process {process.name})"
+        except OSError:
+            continue
+    return ""
+
+
+def _health(home: Home, config: Config) -> Json | None:
+    """What the server of this home says about itself; None if it does not answer, or another one does."""
+    try:
+        with urllib.request.urlopen(f"{config.url}/healthz", timeout=5) as reply:  # noqa: S310
+            body: Json = json.loads(reply.read())
+    except (OSError, ValueError, urllib.error.HTTPError):
+        return None
+    return body if body.get("home") == str(home.root) else None
+
+
+def _wait_until_restored(home: Home, config: Config) -> None:
+    """
+    Raises:
+        BackendError: the server does not come up, or what is in it does not come back, in time.
+    """
+    answered, end = False, time.monotonic() + _HEALTHY_SECONDS
+    while time.monotonic() < end:
+        health = _health(home, config)
+        if health is not None and health["pending"] == 0:
+            return
+        if health is not None and not answered:
+            answered, end = True, time.monotonic() + _RESTORED_SECONDS
+        time.sleep(0.05)
+    log = home.logs / f"{PROGRAM}.log"
+    if answered:
+        raise BackendError(
+            f"some resources are still being started after {_RESTORED_SECONDS:.0f} s; see {log}"
+        )
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:]) if log.exists() else ""
+    raise BackendError(f"the server does not answer at {config.url}; see {log}\n{tail}".rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""Artifact Registry v1 and v1beta2: repositories of container images, their policies and images."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import uuid
+from datetime import UTC, datetime
+from functools import partial
+from urllib.parse import quote
+
+from localcloud.api.compute.catalog import ZONES
+from localcloud.api.errors import ApiError
+from localcloud.api.iam import find_account
+from localcloud.api.listing import matching, page
+from localcloud.api.policy import REPOSITORY_ROLES, get_policy, set_policy, test_permissions
+from localcloud.api.service import TABLE, Call, Services
+from localcloud.store import Json, Record, Store
+
+REPOSITORY = "artifactregistry.repositories"
+OPERATION = "artifactregistry.operations"
+LOCATIONS = (*ZONES, "europe", "us", "asia")
+_NAME = re.compile(r"[a-z](?:[-a-z0-9]{0,61}[a-z0-9])?|(?:(?:us|eu|asia)\.)?gcr\.io")
+_CHANGEABLE = {"description", "labels", "cleanupPolicies", "cleanupPolicyDryRun", "dockerConfig"}
+_TYPE = "type.googleapis.com/google.devtools.artifactregistry."
+
+
+def _time() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _parent(call: Call) -> str:
+    location = call.path["location"]
+    if location not in LOCATIONS:
+        raise ApiError(400, f'Location "{location}" is not supported by Artifact Registry.')
+    return f"projects/{call.project}/locations/{location}"
+
+
+def _find(call: Call) -> Record:
+    """
+    Raises:
+        ApiError: 404, no such repository.
+    """
+    key = f"{_parent(call)}/repositories/{call.path['repository']}"
+    record = call.store.get(key)
+    if record is None:
+        raise ApiError(404, f'Repository "{key}" not found')
+    return record
+
+
+def repository_of(store: Store, image: str) -> Record | None:
+    """The repository that an image's name (`PROJECT/REPOSITORY/…`) belongs to."""
+    project, _, rest = image.partition("/")
+    name = rest.partition("/")[0]
+    for record in store.list(REPOSITORY, f"projects/{project}/"):
+        if record.name == name and not record.private.get("deleting"):
+            return record
+    return None
+
+
+@TABLE.serves("artifactregistry.projects.locations.repositories.create")
+def _create(call: Call) -> Json:
+    name = call.query.get("repositoryId") or call.query.get("repository_id", "")
+    if not _NAME.fullmatch(name):
+        raise ApiError(
+            400,
+            f'Invalid repository ID "{name}": it must start with a letter and may have lower-case letters, '
+            f"digits and hyphens, 63 characters at most.",
+        )
+    form = call.body.get("format", "FORMAT_UNSPECIFIED")
+    if form == "FORMAT_UNSPECIFIED":
+        raise ApiError(400, "Repository format must be specified.")
+    mode = call.body.get("mode", "STANDARD_REPOSITORY")
+    if form != "DOCKER" or mode not in ("STANDARD_REPOSITORY", "MODE_UNSPECIFIED"):
+        raise ApiError(501, f"localcloud serves standard DOCKER repositories only, not {form} ({mode})")
+    key = f"{_parent(call)}/repositories/{name}"
+    if call.store.get(key) is not None:
+        raise ApiError(409, "the repository already exists")
+    for other in call.store.list(REPOSITORY, f"projects/{call.project}/"):
+        if other.name == name:
+            raise ApiError(409, f"the repository already exists in another location: {other.key}")
+    body = call.body | {
+        "name": key,
+        "mode": "STANDARD_REPOSITORY",
+        "createTime": _time(),
+        "updateTime": _time(),
+        "satisfiesPzs": False,
+        "registryUri": "",
+        "vulnerabilityScanningConfig": {
+            "enablementState": "SCANNING_DISABLED",
+            "enablementStateReason": "API containerscanning.googleapis.com is not enabled.",
+        },
+    }
+    record = call.store.put(Record(key, REPOSITORY, body))
+    return _begin(call, record, "artifactregistry.repositories.create")
+
+
+@TABLE.task("artifactregistry.repositories.create")
+def _do_create(services: Services, arguments: Json) -> Json | None:
+    try:
+        address = services.backends.ensure_registry()
+    except BaseException:
+        services.store.delete(arguments["key"])
+        raise
+    with services.store.transaction():
+        record = services.store.get(arguments["key"])
+        if record is None:
+            return None
+        record.body["registryUri"] = f"{address}/{_prefix(record)}"
+        services.store.put(record)
+    return record.body | {"@type": f"{_TYPE}{arguments['version']}.Repository"}
+
+
+def _prefix(record: Record) -> str:
+    return f"{record.key.split('/')[1]}/{record.name}"
+
+
+@TABLE.serves("artifactregistry.projects.locations.repositories.get")
+def _get(call: Call) -> Json:
+    return _find(call).body
+
+
+@TABLE.serves("artifactregistry.projects.locations.repositories.list")
+def _list(call: Call) -> Json:
+    items = [record.body for record in call.store.list(REPOSITORY, f"{_parent(call)}/")]
+    return _page(call, "repositories", matching(items, call.query.get("filter")))
+
+
+def _page(call: Call, name: str, items: list[Json]) -> Json:
+    chosen, following = page(items, call.query.get("pageSize"), call.query.get("pageToken"), default=100)
+    return ({name: chosen} if chosen else {}) | ({"nextPageToken": following} if following else {})
+
+
+@TABLE.serves("artifactregistry.projects.locations.repositories.patch")
+def _patch(call: Call) -> Json:
+    record = _find(call)
+    paths = [_camel(path) for path in call.query.get("updateMask", "").split(",") if path]
+    for path in paths or [field for field in call.body if field in _CHANGEABLE]:
+        field, _, inner = path.partition(".")
+        if field not in _CHANGEABLE:
+            raise ApiError(400, f'field "{field}" cannot be updated')
+        if inner and isinstance(record.body.get(field, {}), dict):
+            _assign(record.body.setdefault(field, {}), inner, call.body.get(field, {}).get(inner))
+        else:
+            _assign(record.body, field, call.body.get(field))
+    record.body["updateTime"] = _time()
+    return call.store.put(record).body
+
+
+def _assign(body: Json, field: str, value: object) -> None:
+    """Set a field as a mask demands: what the mask names and the body lacks is cleared."""
+    if value in (None, "", {}, []):
+        body.pop(field, None)
+    else:
+        body[field] = value
+
+
+def _camel(path: str) -> str:
+    return re.sub(r"_([a-z])", lambda match: match[1].upper(), path)
+
+
+@TABLE.serves("artifactregistry.projects.locations.repositories.delete")
+def _delete(call: Call) -> Json:
+    record = _find(call)
+    record.private["deleting"] = True
+    call.store.put(record)
+    return _begin(call, record, "artifactregistry.repositories.delete")
+
+
+@TABLE.task("artifactregistry.repositories.delete")
+def _do_delete(services: Services, arguments: Json) -> Json | None:
+    record = services.store.get(arguments["key"])
+    if record is not None:
+        services.backends.delete_repository(_prefix(record))
+        services.store.delete(record.key)
+    return {"@type": "type.googleapis.com/google.protobuf.Empty"}
+
+
+@TABLE.serves("artifactregistry.projects.locations.repositories.getIamPolicy")
+def _get_policy(call: Call) -> Json:
+    return get_policy(_find(call))
+
+
+@TABLE.serves("artifactregistry.projects.locations.repositories.setIamPolicy")
+def _set_policy(call: Call) -> Json:
+    record = _find(call)
+    return set_policy(
+        call, record, REPOSITORY_ROLES, lambda email: find_account(call.store, "-", email) is not None
+    )
+
+
+@TABLE.serves("artifactregistry.projects.locations.repositories.testIamPermissions")
+def _test_permissions(call: Call) -> Json:
+    return test_permissions(call, _find(call))
+
+
+def _images(call: Call, record: Record) -> list[Json]:
+    """The repository's images, as the registry has them now."""
+    images = []
+    for manifest in call.services.backends.list_manifests(_prefix(record)):
+        path = manifest["name"].removeprefix(f"{_prefix(record)}/")
+        reference = f"{path}@{manifest['digest']}"
+        images.append(
+            {
+                "name": f"{record.key}/dockerImages/{quote(reference, safe='@:')}",
+                "uri": f"{record.body['registryUri']}/{reference}",
+                "tags": manifest["tags"],
+                "imageSizeBytes": str(manifest["size"]),
+                "mediaType": manifest["media_type"],
+                "uploadTime": manifest["uploaded"],
+                "updateTime": manifest["uploaded"],
+            }
+        )
+    return images
+
+
+@TABLE.serves("artifactregistry.projects.locations.repositories.dockerImages.list")
+def _list_images(call: Call) -> Json:
+    return _page(call, "dockerImages", _images(call, _find(call)))
+
+
+@TABLE.serves("artifactregistry.projects.locations.repositories.dockerImages.get")
+def _get_image(call: Call) -> Json:
+    record = _find(call)
+    name = f"{record.key}/dockerImages/{quote(call.path['dockerImage'], safe='@:')}"
+    for image in _images(call, record):
+        if image["name"] == name:
+            return image
+    raise ApiError(404, f"Image {name} not found")
+
+
+@TABLE.serves("artifactregistry.projects.locations.get")
+def _get_location(call: Call) -> Json:
+    return {"name": _parent(call), "locationId": call.path["location"]}
+
+
+@TABLE.serves("artifactregistry.projects.locations.list")
+def _list_locations(call: Call) -> Json:
+    items: list[Json] = [
+        {"name": f"projects/{call.project}/locations/{name}", "locationId": name} for name in LOCATIONS
+    ]
+    return _page(call, "locations", items)
+
+
+def _begin(call: Call, target: Record, task: str) -> Json:
+    name = f"{_parent(call)}/operations/{uuid.UUID(bytes=secrets.token_bytes(16), version=4)}"
+    version = call.method.document.version
+    body: Json = {"name": name, "metadata": {"@type": f"{_TYPE}{version}.OperationMetadata"}}
+    record = Record(name, OPERATION, body)
+    return call.services.operations.submit(record, target.key, task, {"key": target.key, "version": version})
+
+
+def finish(body: Json, response: Json | None, error: ApiError | None) -> None:
+    """Write an operation's end into its body."""
+    body["done"] = True
+    if error is not None:
+        body["error"] = {"code": 13, "message": error.message}
+    else:
+        body["response"] = response or {"@type": "type.googleapis.com/google.protobuf.Empty"}
+
+
+@TABLE.serves("artifactregistry.projects.locations.operations.get")
+def _get_operation(call: Call) -> Json:
+    record = call.store.get(f"{_parent(call)}/operations/{call.path['operation']}")
+    if record is None or record.kind != OPERATION:
+        raise ApiError(404, f"Operation {call.path['operation']} not found")
+    return record.body
+
+
+def reconcile(services: Services) -> None:
+    """Keep the registry running while there are repositories, and their addresses true."""
+    if services.store.list(REPOSITORY):
+        services.operations.schedule(REPOSITORY, partial(_restore, services))
+
+
+def _restore(services: Services) -> None:
+    address = services.backends.ensure_registry()
+    with services.store.transaction():
+        for record in services.store.list(REPOSITORY):
+            record.body["registryUri"] = f"{address}/{_prefix(record)}"
+            services.store.put(record)

@@ -1,0 +1,130 @@
+"""The work behind instances: what the operations do with the processes that stand for machines."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+from localcloud.api.compute.common import key_of
+from localcloud.api.errors import ApiError
+from localcloud.api.service import TABLE, Services, now
+from localcloud.specs import BackendError, InstanceSpec
+from localcloud.store import Json, Record
+
+INSTANCE = "compute.instances"
+
+logger = logging.getLogger("localcloud.machines")
+
+
+def instance_spec(record: Record) -> InstanceSpec:
+    """What the backend is told about an instance."""
+    _, project, _, zone, _, name = record.key.split("/")
+    account: Json = next(iter(record.body.get("serviceAccounts", [])), {})
+    return InstanceSpec(
+        name=name,
+        project=project,
+        zone=zone,
+        id=record.body["id"],
+        ip=record.private["ip"],
+        hostname=record.body.get("hostname") or f"{name}.c.{project}.internal",
+        service_account_email=account.get("email", ""),
+        scopes=tuple(account.get("scopes", [])),
+        metadata={item["key"]: item.get("value", "") for item in record.body["metadata"].get("items", [])},
+        machine_type=record.body["machineType"].rpartition("/")[2],
+    )
+
+
+def _change(services: Services, key: str, **fields: str) -> Record | None:
+    """Set fields of an instance's body, if it is still there."""
+    with services.store.transaction():
+        record = services.store.get(key)
+        if record is not None:
+            record.body |= fields
+            services.store.put(record)
+    return record
+
+
+@TABLE.task("compute.instances.create")
+def _create(services: Services, arguments: Json) -> None:
+    """Start a new machine; one that cannot be started leaves nothing behind, as on Google."""
+    key = arguments["key"]
+    try:
+        _start(services, arguments)
+    except BackendError as error:
+        _delete(services, arguments)
+        raise ApiError(
+            503, f"The instance '{key}' could not be started: {error}", reason="internalError"
+        ) from error
+
+
+@TABLE.task("compute.instances.start")
+def _start(services: Services, arguments: Json) -> None:
+    record = services.store.get(arguments["key"])
+    if record is None or record.body["status"] == "RUNNING":
+        return
+    record = _change(services, record.key, status="STAGING") or record
+    services.backends.start_instance(instance_spec(record))
+    _change(services, record.key, status="RUNNING", lastStartTimestamp=now())
+
+
+@TABLE.task("compute.instances.stop")
+def _stop(services: Services, arguments: Json) -> None:
+    record = services.store.get(arguments["key"])
+    if record is None or record.body["status"] == "TERMINATED":
+        return
+    services.backends.stop_instance(instance_spec(record))
+    _change(services, record.key, status="TERMINATED", lastStopTimestamp=now())
+
+
+@TABLE.task("compute.instances.reset")
+def _reset(services: Services, arguments: Json) -> None:
+    record = services.store.get(arguments["key"])
+    if record is not None:
+        services.backends.stop_instance(instance_spec(record))
+        services.backends.start_instance(instance_spec(record))
+        _change(services, record.key, lastStartTimestamp=now())
+
+
+@TABLE.task("compute.instances.delete")
+def _delete(services: Services, arguments: Json) -> None:
+    """End the machine first and forget it afterwards: a crash in between leaves the record, and so the work."""
+    record = services.store.get(arguments["key"])
+    if record is None:
+        return
+    services.backends.delete_instance(instance_spec(record))
+    with services.store.transaction():
+        for disk in record.body["disks"]:
+            _release_disk(services, disk)
+        for address in services.store.list("compute.addresses", f"projects/{record.key.split('/')[1]}/"):
+            if record.body["selfLink"] in address.body.get("users", []):
+                del address.body["users"]
+                address.body["status"] = "RESERVED"
+                services.store.put(address)
+        services.store.delete(record.key)
+
+
+def _release_disk(services: Services, attached: Json) -> None:
+    if attached["autoDelete"]:
+        services.store.delete(key_of(attached["source"]))
+        return
+    disk = services.store.get(key_of(attached["source"]))
+    if disk is not None:
+        disk.body["users"] = []
+        services.store.put(disk)
+
+
+def reconcile(services: Services) -> None:
+    """Make every machine that should run do so; one that cannot is shown as stopped."""
+    for record in services.store.list(INSTANCE):
+        services.operations.schedule(record.key, partial(_restore, services, record.key))
+
+
+def _restore(services: Services, key: str) -> None:
+    record = services.store.get(key)
+    if record is None or record.body["status"] != "RUNNING":
+        return
+    try:
+        services.backends.start_instance(instance_spec(record))
+    except BackendError as error:
+        logger.exception("instance %s could not be started again", record.name)
+        _change(services, key, status="TERMINATED", statusMessage=str(error))

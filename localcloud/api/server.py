@@ -1,0 +1,288 @@
+"""The one HTTP server: Google's REST, batches of it, the registry's tokens and the clusters' webhook."""
+
+from __future__ import annotations
+
+import contextlib
+import email.parser
+import email.policy
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from urllib.parse import parse_qsl, unquote
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from localcloud.api import artifactregistry, container, iam, registry_tokens, token_review
+from localcloud.api.auth import authenticate, authorize
+from localcloud.api.compute import catalog, instances, machines, networks
+from localcloud.api.compute import common as compute
+from localcloud.api.compute import operations as compute_operations
+from localcloud.api.discovery import Discovery
+from localcloud.api.errors import ApiError
+from localcloud.api.listing import partial
+from localcloud.api.operations import Operations
+from localcloud.api.service import PROJECT_NUMBER, TABLE, Backends, Call, Services
+from localcloud.api.tokens import webhook_secret
+from localcloud.api.validation import check_body, check_path, check_query
+from localcloud.home import Home
+from localcloud.specs import BackendError
+from localcloud.store import Json, Store
+
+logger = logging.getLogger("localcloud.api")
+
+_VERBS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+_LARGEST_BODY = 10 * 2**20
+_SERVED_MODULES = (compute_operations, instances)
+"""Imported for what they put into the table."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """An HTTP request as the API sees it; `path` is as it was sent, percent-encoded."""
+
+    verb: str
+    path: str
+    query: str
+    body: bytes
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+class Api:
+    """Answers requests. Every function here may be called from many threads."""
+
+    def __init__(self, home: Home, backends: Backends) -> None:
+        config = home.require_config()
+        store = Store(home.store_path)
+        kinds = {
+            compute.OPERATION: compute.finish,
+            container.OPERATION: container.finish,
+            artifactregistry.OPERATION: artifactregistry.finish,
+        }
+        operations = Operations(store, TABLE.tasks, kinds)
+        self.services = Services(home, config, store, backends, operations)
+        operations.attach(self.services)
+        self._discovery = Discovery()
+
+    def restore(self) -> None:
+        """Take up what an earlier process left, and bring the backends to what the store says."""
+        services = self.services
+        with services.store.transaction():
+            iam.seed(services.store, services.config.project)
+            networks.seed(services.store, services.config.project)
+        services.operations.resume()
+        artifactregistry.reconcile(services)
+        container.reconcile(services)
+        machines.reconcile(services)
+
+    def answer(self, message: Message) -> tuple[int, Json]:
+        """The status and the body that answer a request; errors too."""
+        started = time.monotonic()
+        name = f"{message.verb} {message.path}"
+        try:
+            status, body = 200, self._answer(message)
+        except ApiError as error:
+            status, body = error.code, error.body()
+            logger.info("%s: %s", name, error.message)
+        except BackendError as error:
+            status, body = 503, ApiError(503, str(error)).body()
+            logger.warning("%s: %s", name, error)
+        except Exception as error:
+            logger.exception("%s failed", name)
+            status, body = 500, ApiError(500, f"Internal error encountered: {type(error).__name__}").body()
+        logger.info("%s %d %.0f ms", name, status, (time.monotonic() - started) * 1000)
+        return status, body
+
+    def _answer(self, message: Message) -> Json:
+        query = parse_qsl(message.query, keep_blank_values=True)
+        given = dict(query)
+        principal = authenticate(
+            self.services, message.headers.get("authorization", ""), given.get("access_token", "")
+        )
+        method, raw = self._discovery.match(message.verb, message.path)
+        values = {name: unquote(value) for name, value in raw.items()}
+        check_path(method, values)
+        checked = check_query(method, query)
+        path = {_short(name): value for name, value in values.items()}
+        call = Call(method, path, checked, check_body(method, message.body), principal, self.services)
+        self._check_project(call)
+        authorize(call)
+        if message.verb == "GET" or method.id.endswith(".wait"):
+            body = TABLE.answer(call)
+        else:
+            # A change sees and leaves a consistent store; its operation starts when it is kept.
+            with self.services.store.transaction():
+                body = TABLE.answer(call)
+        body = self._rendered(call, body)
+        return partial(body, checked["fields"]) if checked.get("fields") else body
+
+    def _check_project(self, call: Call) -> None:
+        """There is one project, known by its id and by its number."""
+        project = call.path.get("project")
+        known = self.services.config.project
+        if project == PROJECT_NUMBER:
+            call.path["project"] = known
+        elif (
+            project in (None, known)
+            or (project == "-" and call.method.service == "iam")
+            or (project in catalog.PUBLIC_PROJECTS and call.method.id.startswith("compute.images."))
+        ):
+            return
+        elif call.method.service == "compute":
+            raise ApiError(404, f"The resource 'projects/{project}' was not found")
+        else:
+            raise ApiError(403, f"Permission denied on resource project {project}.")
+
+    def _rendered(self, call: Call, body: Json) -> Json:
+        base, document = self.services.config.url, call.method.document
+        render = {"compute": compute.rendered, "container": container.rendered}.get(document.name)
+        rendered: Json = body if render is None else render(body, base, document.version)
+        return rendered
+
+
+def _short(name: str) -> str:
+    """`projectsId`, `projectId` and `project` are one thing: `project`."""
+    stem = name.removesuffix("Id")
+    if stem in (name, "project"):
+        return stem
+    if stem.endswith("ies"):
+        return f"{stem[:-3]}y"
+    return stem.removesuffix("s")
+
+
+def application(api: Api) -> Starlette:
+    """The ASGI application."""
+
+    async def healthz(_request: Request) -> Response:
+        return JSONResponse(
+            {
+                "status": "ok",
+                "home": str(api.services.home.root),
+                "pending": api.services.operations.pending,
+            }
+        )
+
+    async def registry_token(request: Request) -> Response:
+        form: Json = dict(parse_qsl((await _body(request)).decode(errors="replace")))
+        scopes = [*request.query_params.getlist("scope"), *([form["scope"]] if "scope" in form else [])]
+        service = request.query_params.get("service") or form.get("service", "")
+
+        def work() -> Json:
+            caller = registry_tokens.caller(api.services, request.headers.get("authorization", ""), form)
+            return registry_tokens.grant(api.services, caller, service, scopes)
+
+        try:
+            return JSONResponse(await run_in_threadpool(work))
+        except registry_tokens.RegistryError as error:
+            logger.info("/v2/token %s: %s", " ".join(scopes), error)
+            return JSONResponse(error.body, error.status)
+
+    async def token_webhook(request: Request) -> Response:
+        expected = webhook_secret(api.services.home)
+        if not secrets.compare_digest(request.path_params["secret"].encode(), expected.encode()):
+            return _json(404, ApiError(404, "Not found").body())
+        try:
+            content = json.loads(await _body(request))
+            return JSONResponse(await run_in_threadpool(token_review.review, api.services, content))
+        except (ValueError, AttributeError):
+            return _json(400, ApiError(400, "expected a TokenReview").body())
+        except ApiError as error:
+            return _json(error.code, error.body())
+
+    async def batch(request: Request) -> Response:
+        content = await _body(request)
+        return await run_in_threadpool(_batch, api, request.headers, content)
+
+    async def rest(request: Request) -> Response:
+        try:
+            message = Message(
+                request.method,
+                request.scope["raw_path"].decode("ascii").partition("?")[0],
+                request.scope["query_string"].decode("ascii"),
+                await _body(request),
+                dict(request.headers),
+            )
+        except ApiError as error:
+            return _json(error.code, error.body())
+        return _json(*await run_in_threadpool(api.answer, message))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        await run_in_threadpool(api.restore)
+        yield
+        api.services.operations.close()
+
+    return Starlette(
+        routes=[
+            Route("/healthz", healthz),
+            Route("/v2/token", registry_token, methods=["GET", "POST"]),
+            Route("/kubernetes/tokenreview/{secret}", token_webhook, methods=["POST"]),
+            Route("/batch", batch, methods=["POST"]),
+            Route("/batch/{rest:path}", batch, methods=["POST"]),
+            Route("/{rest:path}", rest, methods=_VERBS),
+        ],
+        lifespan=lifespan,
+    )
+
+
+def _json(status: int, body: Json) -> Response:
+    headers = {"WWW-Authenticate": 'Bearer realm="https://accounts.google.com/"'} if status == 401 else None
+    content = json.dumps(body, indent=2, ensure_ascii=False).encode() + b"\n"
+    return Response(content, status, headers, media_type="application/json; charset=UTF-8")
+
+
+async def _body(request: Request) -> bytes:
+    """
+    Raises:
+        ApiError: 413, it is larger than any request that Google would take.
+    """
+    content = b""
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > _LARGEST_BODY:
+            raise ApiError(
+                413, "Request payload size exceeds the limit: 10485760 bytes.", reason="uploadTooLarge"
+            )
+    return content
+
+
+def _batch(api: Api, headers: object, content: bytes) -> Response:
+    """Several requests in one `multipart/mixed`, as gcloud and the older client libraries send them."""
+    outer = dict(headers)  # type: ignore[call-overload]
+    head = f"Content-Type: {outer.get('content-type', '')}\r\n\r\n".encode()
+    parser = email.parser.BytesParser(policy=email.policy.HTTP)
+    parts = parser.parsebytes(head + content)
+    if not parts.is_multipart():
+        return _json(400, ApiError(400, "The batch request is not multipart/mixed.").body())
+    boundary = f"batch_{secrets.token_hex(16)}"
+    answers = []
+    for part in parts.iter_parts():
+        inner = part.get_payload(decode=True) or b""
+        status, body = api.answer(_parsed(inner if isinstance(inner, bytes) else b"", outer))
+        identifier = str(part.get("Content-ID", "")).strip().removeprefix("<")
+        text = json.dumps(body)
+        answers.append(
+            f"--{boundary}\r\nContent-Type: application/http\r\nContent-ID: <response-{identifier}\r\n\r\n"
+            f"HTTP/1.1 {status} {'OK' if status == 200 else 'Error'}\r\n"
+            f"Content-Type: application/json; charset=UTF-8\r\n\r\n{text}\r\n"
+        )
+    answers.append(f"--{boundary}--\r\n")
+    return Response("".join(answers).encode(), media_type=f"multipart/mixed; boundary={boundary}")
+
+
+def _parsed(content: bytes, outer: dict[str, str]) -> Message:
+    """One request of a batch; what its headers lack, the batch's own say."""
+    line, _, rest = content.lstrip().partition(b"\n")
+    parsed = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(rest)
+    verb, target, *_ = [*line.decode("latin-1").split(), "", ""]
+    path, _, query = target.partition("?")
+    headers = {name.lower(): str(value) for name, value in parsed.items()}
+    body = parsed.get_payload(decode=True)
+    headers.setdefault("authorization", outer.get("authorization", ""))
+    return Message(verb, path, query, body if isinstance(body, bytes) else b"", headers)

@@ -1,0 +1,29 @@
+"""The webhook by which a cluster's API server turns a Google access token into a user, as Kubernetes Engine does."""
+
+from __future__ import annotations
+
+from localcloud.api.auth import identify
+from localcloud.api.errors import ApiError
+from localcloud.api.iam import find_account
+from localcloud.api.service import Services
+from localcloud.store import Json
+
+_VERSION = "authentication.k8s.io/v1"
+
+
+def review(services: Services, request: Json) -> Json:
+    """The answer to a TokenReview: the user is the account's address, its uid the account's unique id.
+
+    Raises:
+        ApiError: 400, not a TokenReview v1.
+    """
+    if request.get("kind") != "TokenReview" or request.get("apiVersion") != _VERSION:
+        raise ApiError(400, f"expected a TokenReview of {_VERSION}")
+    token = request.get("spec", {}).get("token", "")
+    principal = identify(services, token) if isinstance(token, str) and token else None
+    status: Json = {"authenticated": False}
+    if principal is not None:
+        account = find_account(services.store, "-", principal.email)
+        uid = account.body["uniqueId"] if account else principal.email
+        status = {"authenticated": True, "user": {"username": principal.email, "uid": uid}}
+    return {"apiVersion": _VERSION, "kind": "TokenReview", "status": status}
