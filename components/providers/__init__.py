@@ -1,0 +1,57 @@
+"""Dynamic providers, one a file, and the little that they share.
+
+A provider class is pickled into the state by reference: it lives in an importable module and its instances
+hold no data, so an edit inside it is no change of a resource. The work is in plain functions that know no
+Pulumi.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import pulumi
+from pulumi.dynamic import DiffResult
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class ProviderError(Exception):
+    """What went wrong with a resource and what to do next, in a line or two; no traceback is shown for it."""
+
+
+def is_unknown(value: object) -> bool:
+    """Say whether an input is not known yet, which is how a preview hands over another resource's output."""
+    return isinstance(value, str) and value == pulumi.runtime.rpc.UNKNOWN
+
+
+def operation(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a ProviderError reach the user as its message alone; any other exception keeps its traceback.
+
+    Pulumi's host for dynamic providers formats every exception with its traceback, and `sys.tracebacklimit`
+    is the one thing it listens to.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if hasattr(sys, "tracebacklimit"):
+            del sys.tracebacklimit
+        try:
+            return function(*args, **kwargs)
+        except ProviderError as error:
+            sys.tracebacklimit = 0
+            raise error from None
+
+    return wrapper
+
+
+def changed(olds: dict[str, Any], news: dict[str, Any], *, replace: set[str], update: set[str]) -> DiffResult:
+    """Compare the named inputs only: a change in `replace` needs a new resource, in `update` an update.
+
+    Everything else in the bags (outputs, where a file happens to lie) cannot matter and is not looked at.
+    """
+    differs = {key for key in replace | update if olds.get(key) != news.get(key)}
+    return DiffResult(changes=bool(differs), replaces=sorted(differs & replace))

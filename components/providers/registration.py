@@ -1,0 +1,555 @@
+"""Lets one VM join the cluster as a node, by Kubernetes' TLS bootstrap.
+
+The VM asks for its certificates with a token that lives for minutes. Each request is checked field by field
+against the VM that Pulumi created; one that is true is approved, one that lies is denied. Then the node must
+become Ready, and the token is deleted, on every way out.
+
+Sources: Kubernetes' "TLS bootstrapping" and "Certificate Signing Requests" (what a signer asks of a request).
+"""
+
+from __future__ import annotations
+
+import base64
+import ipaddress
+import json
+import re
+import secrets
+import string
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import kubernetes
+import pulumi
+import urllib3.exceptions
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import NameOID
+from kubernetes.client.exceptions import ApiException
+from pulumi.dynamic import CheckFailure, CheckResult, CreateResult, DiffResult, ResourceProvider, UpdateResult
+
+from components.providers import ProviderError, changed, is_unknown, operation
+
+BOOTSTRAP_GROUP = "system:bootstrappers:krustlet"
+CLIENT_SIGNER = "kubernetes.io/kube-apiserver-client-kubelet"
+SERVING_SIGNER = "kubernetes.io/kubelet-serving"
+NODES_GROUP = "system:nodes"
+CLIENT_USAGES = (
+    {"digital signature", "client auth"},
+    {"digital signature", "key encipherment", "client auth"},
+)
+SERVING_USAGES = (
+    {"digital signature", "server auth"},
+    {"digital signature", "key encipherment", "server auth"},
+)
+# The VM has to boot, fetch the agent and start it within this time; the token ends on its own a little later.
+TIMEOUT = timedelta(minutes=10)
+TOKEN_LIFE = TIMEOUT + timedelta(minutes=5)
+POLL_SECONDS = 0.5
+ROLE_LABEL = "node-role.kubernetes.io/wasm"
+WASM_LABELS = {"kubernetes.io/arch": "wasm32-wasi", "kubernetes.io/os": "wasi"}
+TOKEN = re.compile(r"[a-z0-9]{6}\.[a-z0-9]{16}")
+
+
+class RegistrationError(ProviderError):
+    """The node did not join; the message has the last known condition."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The VM that may join: its name, which is the node's, the DNS names and the addresses that it has."""
+
+    name: str
+    hostnames: frozenset[str]
+    addresses: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do with a certificate request: `approve`, or not, with the reason."""
+
+    approve: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """The fields of a CertificateSigningRequest that decide."""
+
+    signer: str
+    usages: frozenset[str]
+    username: str
+    groups: frozenset[str]
+    pem: bytes
+    expiration_seconds: int | None = None
+
+
+def generate_token() -> str:
+    """Make a bootstrap token, ID.SECRET."""
+    letters = string.ascii_lowercase + string.digits
+    pick = [secrets.choice(letters) for _ in range(22)]
+    return f"{''.join(pick[:6])}.{''.join(pick[6:])}"
+
+
+def machine(props: dict[str, Any]) -> Machine:
+    """Read the machine from a resource's inputs."""
+    return Machine(
+        props["node"],
+        frozenset([props["node"], *props["hostnames"]]),
+        frozenset(address for address in props["addresses"] if address),
+    )
+
+
+def judge(request: Request, vm: Machine, token_id: str) -> Verdict | None:
+    """Decide about a certificate request; None when it is another node's or has another signer.
+
+    A request is this machine's affair when it comes with this machine's token, or from the node itself, or
+    when it asks for this node's name.
+    """
+    if request.signer not in (CLIENT_SIGNER, SERVING_SIGNER):
+        return None
+    bootstrap, node = f"system:bootstrap:{token_id}", f"system:node:{vm.name}"
+    try:
+        csr = x509.load_pem_x509_csr(request.pem)
+    except ValueError:
+        return Verdict(False, "it is no PKCS#10 request") if request.username in (bootstrap, node) else None
+    names = [str(item.value) for item in csr.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    if request.username not in (bootstrap, node) and node not in names:
+        return None
+    lie = _lie(request, csr, vm, token_id)
+    return Verdict(False, lie) if lie else Verdict(True, f"it is {vm.name}'s, as created")
+
+
+def _lie(request: Request, csr: x509.CertificateSigningRequest, vm: Machine, token_id: str) -> str:
+    """Give the first thing in a request that is not as it must be, "" when there is none."""
+    node = f"system:node:{vm.name}"
+    subject = sorted((item.oid.dotted_string, str(item.value)) for item in csr.subject)
+    wanted = sorted(
+        [
+            (NameOID.COMMON_NAME.dotted_string, node),
+            (NameOID.ORGANIZATION_NAME.dotted_string, NODES_GROUP),
+        ]
+    )
+    if subject != wanted:
+        return f"its subject is {csr.subject.rfc4514_string()}, not CN={node},O={NODES_GROUP}"
+    if not csr.is_signature_valid:
+        return "its signature is wrong"
+    key = csr.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey) and not (
+        isinstance(key, rsa.RSAPublicKey) and key.key_size >= 2048
+    ):
+        return "its key is neither ECDSA nor RSA of 2048 bits or more"
+    unknown = [item.oid.dotted_string for item in csr.extensions if not _allowed_extension(item)]
+    if unknown:
+        return f"it asks for the extension {unknown[0]}"
+    if request.signer == CLIENT_SIGNER:
+        return _client_lie(request, csr, vm, token_id)
+    return _serving_lie(request, csr, vm)
+
+
+def _allowed_extension(extension: x509.Extension[Any]) -> bool:
+    value = extension.value
+    if isinstance(value, x509.BasicConstraints):
+        return not value.ca
+    return isinstance(value, x509.SubjectAlternativeName | x509.KeyUsage | x509.ExtendedKeyUsage)
+
+
+def _alternative_names(csr: x509.CertificateSigningRequest) -> list[x509.GeneralName]:
+    try:
+        return list(csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+    except x509.ExtensionNotFound:
+        return []
+
+
+def _client_lie(request: Request, csr: x509.CertificateSigningRequest, vm: Machine, token_id: str) -> str:
+    first = request.username == f"system:bootstrap:{token_id}" and BOOTSTRAP_GROUP in request.groups
+    renewal = request.username == f"system:node:{vm.name}" and NODES_GROUP in request.groups
+    if not first and not renewal:
+        return f"{request.username} may not ask for this node's client certificate"
+    if request.usages not in CLIENT_USAGES:
+        return f"its usages are {', '.join(sorted(request.usages))}, not those of a client certificate"
+    if _alternative_names(csr):
+        return "a client certificate has no alternative names"
+    return ""
+
+
+def _serving_lie(request: Request, csr: x509.CertificateSigningRequest, vm: Machine) -> str:
+    if request.username != f"system:node:{vm.name}" or NODES_GROUP not in request.groups:
+        return f"{request.username} may not ask for this node's serving certificate"
+    if request.usages not in SERVING_USAGES:
+        return f"its usages are {', '.join(sorted(request.usages))}, not those of a serving certificate"
+    names = _alternative_names(csr)
+    if not names:
+        return "it has no alternative names"
+    addresses = {ipaddress.ip_address(address) for address in vm.addresses}
+    for name in names:
+        if isinstance(name, x509.DNSName) and name.value in vm.hostnames:
+            continue
+        if isinstance(name, x509.IPAddress) and name.value in addresses:
+            continue
+        return f"its alternative name {name.value} is not the VM's"
+    return ""
+
+
+class Cluster:
+    """What registration does in a cluster; `kubeconfig` is its text (JSON or YAML)."""
+
+    def __init__(self, kubeconfig: str) -> None:
+        loaded = json.loads(kubeconfig)
+        api = kubernetes.config.new_client_from_config_dict(  # type: ignore[no-untyped-call]
+            loaded, persist_config=False
+        )
+        self.core = kubernetes.client.CoreV1Api(api)
+        self.certificates = kubernetes.client.CertificatesV1Api(api)
+        self.leases = kubernetes.client.CoordinationV1Api(api)
+
+    def put_token(self, token: str, description: str) -> None:
+        """Make the bootstrap token known to the cluster, for minutes.
+
+        Again with a new end when it is there.
+        """
+        token_id, secret = token.split(".")
+        name = f"bootstrap-token-{token_id}"
+        body = kubernetes.client.V1Secret(
+            metadata=kubernetes.client.V1ObjectMeta(name=name, namespace="kube-system"),
+            type="bootstrap.kubernetes.io/token",
+            string_data={
+                "description": description,
+                "token-id": token_id,
+                "token-secret": secret,
+                "expiration": (datetime.now(UTC) + TOKEN_LIFE).strftime("%Y-%m-%dT%H:%M:%SZ"),
+                "usage-bootstrap-authentication": "true",
+                "auth-extra-groups": BOOTSTRAP_GROUP,
+            },
+        )
+        try:
+            self.core.create_namespaced_secret("kube-system", body)
+        except ApiException as error:
+            if error.status != 409:
+                raise
+            self.core.replace_namespaced_secret(name, "kube-system", body)
+
+    def delete_token(self, token: str) -> None:
+        """Forget the token; one that is gone already is fine."""
+        name = f"bootstrap-token-{token.partition('.')[0]}"
+        with _gone_is_fine():
+            self.core.delete_namespaced_secret(name, "kube-system")
+
+    def requests(self) -> Iterator[tuple[Any, Request]]:
+        """Give the certificate requests that nobody decided about."""
+        for item in self.certificates.list_certificate_signing_request().items:
+            conditions = item.status.conditions if item.status else None
+            decided = {condition.type for condition in conditions or []}
+            if decided & {"Approved", "Denied", "Failed"}:
+                continue
+            yield item, _request(item)
+
+    def decide(self, item: Any, verdict: Verdict) -> None:
+        """Approve or deny a request; one that somebody else decided about in the meantime stays as it is."""
+        kind = "Approved" if verdict.approve else "Denied"
+        condition = {
+            "type": kind,
+            "status": "True",
+            "reason": "PulumiApproved" if verdict.approve else "PulumiDenied",
+            "message": verdict.reason,
+        }
+        item.status.conditions = [*(item.status.conditions or []), condition]
+        try:
+            self.certificates.replace_certificate_signing_request_approval(item.metadata.name, item)
+        except ApiException as error:
+            if error.status not in (404, 409):
+                raise
+
+    def node(self, name: str) -> Any | None:
+        """Read a Node, None when there is none."""
+        with _gone_is_fine():
+            return self.core.read_node(name)
+        return None
+
+    def renewed(self, name: str) -> datetime | None:
+        """Say when the node last renewed its lease."""
+        with _gone_is_fine():
+            lease = self.leases.read_namespaced_lease(name, "kube-node-lease")
+            return lease.spec.renew_time if lease.spec else None
+        return None
+
+    def name_role(self, name: str) -> None:
+        """Give a node its role, which it may not give itself (NodeRestriction)."""
+        with _gone_is_fine():
+            self.core.patch_node(name, {"metadata": {"labels": {ROLE_LABEL: ""}}})
+
+    def delete_node(self, name: str) -> None:
+        """Remove a Node; one that is gone already is fine."""
+        with _gone_is_fine():
+            self.core.delete_node(name)
+
+
+@contextmanager
+def _gone_is_fine() -> Iterator[None]:
+    try:
+        yield
+    except ApiException as error:
+        if error.status != 404:
+            raise
+
+
+def _request(item: Any) -> Request:
+    spec = item.spec
+    return Request(
+        spec.signer_name,
+        frozenset(spec.usages or []),
+        spec.username or "",
+        frozenset(spec.groups or []),
+        base64.b64decode(spec.request),
+        spec.expiration_seconds,
+    )
+
+
+@contextmanager
+def _api_errors(what: str) -> Iterator[None]:
+    """Say in one line what the API server did not do."""
+    try:
+        yield
+    except ApiException as error:
+        raise RegistrationError(f"{what}: the API server answers {error.status} {_message(error)}") from None
+    except (urllib3.exceptions.HTTPError, kubernetes.config.ConfigException) as error:
+        raise RegistrationError(f"{what}: the API server cannot be reached: {error}") from None
+
+
+def _message(error: ApiException) -> str:
+    try:
+        return str(json.loads(error.body or "")["message"])
+    except (ValueError, KeyError, TypeError):
+        return str(error.reason)
+
+
+def not_ready(node: Any | None, renewed: datetime | None, since: datetime | None) -> str:
+    """Say why a node is not the Ready wasm node that is waited for, "" when it is.
+
+    `since` is when the VM was created: a Ready condition of a former VM of the same name lives on for a
+    while, so that the lease must have been renewed after it.
+    """
+    if node is None:
+        return "there is no Node of its name yet"
+    labels = node.metadata.labels or {}
+    for key, value in WASM_LABELS.items():
+        if labels.get(key) != value:
+            return f"its label {key} is {labels.get(key)}, not {value}"
+    ready = next((item for item in node.status.conditions or [] if item.type == "Ready"), None)
+    if ready is None:
+        return "it has no Ready condition yet"
+    if ready.status != "True":
+        return f"its condition is Ready={ready.status} ({ready.reason}: {ready.message})"
+    if since is not None and (renewed is None or renewed < since):
+        return "its lease was not renewed since the VM was created"
+    return ""
+
+
+def join(
+    cluster: Cluster,
+    vm: Machine,
+    token: str,
+    since: datetime | None,
+    *,
+    timeout: timedelta = TIMEOUT,
+    log: Callable[[str], None] = lambda _line: None,
+) -> Any:
+    """Let the machine in and wait until it is Ready; give its Node.
+
+    Raises RegistrationError after `timeout`, with the last known condition. The token is gone afterwards in
+    any case.
+    """
+    token_id = token.partition(".")[0]
+    end = time.monotonic() + timeout.total_seconds()
+    denied = ""
+    trouble = "nothing was heard of it"
+    with _api_errors("the bootstrap token cannot be made"):
+        cluster.put_token(token, f"Lets the VM {vm.name} join")
+    try:
+        while time.monotonic() < end:
+            try:
+                with _api_errors(f"{vm.name} is waited for"):
+                    denied = _decide_all(cluster, vm, token_id, log) or denied
+                    node = cluster.node(vm.name)
+                    trouble = not_ready(node, cluster.renewed(vm.name), since)
+            except RegistrationError as error:
+                # An API server that restarts is no reason to give up before the time is over.
+                trouble = str(error)
+            if not trouble:
+                with _api_errors(f"the role of {vm.name} cannot be set"):
+                    cluster.name_role(vm.name)
+                return node
+            time.sleep(POLL_SECONDS)
+    finally:
+        with _api_errors("the bootstrap token cannot be deleted"):
+            cluster.delete_token(token)
+    last = f"{trouble}; {denied}" if denied else trouble
+    raise RegistrationError(
+        f"{vm.name} is not Ready after {timeout.total_seconds():.0f} s: {last}. "
+        "The VM's serial console has the log of its startup script"
+    )
+
+
+def _decide_all(cluster: Cluster, vm: Machine, token_id: str, log: Callable[[str], None]) -> str:
+    """Decide about each open request of this machine; give the last refusal, "" when there was none."""
+    refused = ""
+    for item, request in cluster.requests():
+        verdict = judge(request, vm, token_id)
+        if verdict is None:
+            continue
+        cluster.decide(item, verdict)
+        word = "approved" if verdict.approve else "denied"
+        log(f"{item.metadata.name} ({request.signer}) is {word}: {verdict.reason}")
+        if not verdict.approve:
+            refused = f"the request {item.metadata.name} was denied: {verdict.reason}"
+    return refused
+
+
+class BootstrapTokenProvider(ResourceProvider):
+    """CRUD of a node's claim to join.
+
+    The token is a value in the state; the cluster knows it only while the node joins. This resource is there
+    before the VM and outlives it, so that its delete is the one that finds no agent which would put the Node
+    back.
+    """
+
+    serialize_as_secret_always = False
+
+    @operation
+    def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
+        """Another node has another token; a kubeconfig is how to reach the cluster, not which one it is."""
+        return changed(olds, news, replace={"node"}, update={"kubeconfig"})
+
+    @operation
+    def create(self, props: dict[str, Any]) -> CreateResult:
+        """Make the token."""
+        return CreateResult(props["node"], {**props, "token": generate_token()})
+
+    @operation
+    def update(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
+        """Keep the token."""
+        return UpdateResult({**news, "token": olds["token"]})
+
+    @operation
+    def delete(self, _id: str, props: dict[str, Any]) -> None:
+        """Remove what is left in the cluster.
+
+        The token, and a Node that the agent put back before its VM ended.
+        """
+        with _api_errors(f"what is left of the node {props['node']} cannot be removed"):
+            cluster = Cluster(props["kubeconfig"])
+            cluster.delete_token(props["token"])
+            cluster.delete_node(props["node"])
+
+
+class BootstrapToken(pulumi.dynamic.Resource, module="registration", name="BootstrapToken"):
+    """A random bootstrap token, ID.SECRET; `token` is a secret."""
+
+    token: pulumi.Output[str]
+
+    def __init__(
+        self,
+        resource_name: str,
+        node: pulumi.Input[str],
+        kubeconfig: pulumi.Input[str],
+        opts: pulumi.ResourceOptions | None = None,
+    ) -> None:
+        """Make a token for the node of this name in the cluster of this kubeconfig (JSON)."""
+        super().__init__(
+            BootstrapTokenProvider(),
+            resource_name,
+            {"node": node, "kubeconfig": pulumi.Output.secret(kubeconfig), "token": None},
+            pulumi.ResourceOptions.merge(
+                opts, pulumi.ResourceOptions(additional_secret_outputs=["token", "kubeconfig"])
+            ),
+        )
+
+
+class NodeRegistrationProvider(ResourceProvider):
+    """CRUD of a node's membership."""
+
+    serialize_as_secret_always = False
+
+    @operation
+    def check(self, _olds: dict[str, Any], news: dict[str, Any]) -> CheckResult:
+        """Check the token's form."""
+        token = news["token"]
+        if not is_unknown(token) and not TOKEN.fullmatch(token):
+            return CheckResult(
+                news, [CheckFailure("token", "a bootstrap token is ID.SECRET, [a-z0-9]{6}.[a-z0-9]{16}")]
+            )
+        return CheckResult(news, [])
+
+    @operation
+    def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
+        """Another VM has to join anew; names and addresses count only while it joins."""
+        result = changed(olds, news, replace={"node", "instance"}, update={"kubeconfig"})
+        # The new Node has the old one's name.
+        result.delete_before_replace = True
+        return result
+
+    @operation
+    def create(self, props: dict[str, Any]) -> CreateResult:
+        """Let the VM in."""
+        created = props.get("created")
+        with _api_errors("the cluster cannot be reached"):
+            cluster = Cluster(props["kubeconfig"])
+        since = datetime.fromisoformat(created) if created else None
+        node = join(cluster, machine(props), props["token"], since)
+        return CreateResult(props["node"], {**props, "uid": node.metadata.uid})
+
+    @operation
+    def update(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
+        """Take over the new kubeconfig."""
+        return UpdateResult({**news, "uid": olds["uid"]})
+
+    @operation
+    def delete(self, _id: str, props: dict[str, Any]) -> None:
+        """Remove the Node."""
+        with _api_errors(f"the Node {props['node']} cannot be deleted"):
+            Cluster(props["kubeconfig"]).delete_node(props["node"])
+
+
+class NodeRegistration(pulumi.dynamic.Resource, module="registration", name="NodeRegistration"):
+    """A VM that joined and is Ready; `uid` is its Node's."""
+
+    node: pulumi.Output[str]
+    uid: pulumi.Output[str]
+
+    def __init__(
+        self,
+        resource_name: str,
+        *,
+        node: pulumi.Input[str],
+        instance: pulumi.Input[str],
+        created: pulumi.Input[str],
+        hostnames: Sequence[pulumi.Input[str]],
+        addresses: Sequence[pulumi.Input[str]],
+        token: pulumi.Input[str],
+        kubeconfig: pulumi.Input[str],
+        opts: pulumi.ResourceOptions | None = None,
+    ) -> None:
+        """Wait for the VM `instance` (Google's numeric id), `created` then (RFC 3339), to join as `node`.
+
+        `hostnames` and `addresses` are what its serving certificate may be for, besides `node` itself.
+        """
+        super().__init__(
+            NodeRegistrationProvider(),
+            resource_name,
+            {
+                "node": node,
+                "instance": instance,
+                "created": created,
+                "hostnames": hostnames,
+                "addresses": addresses,
+                "token": pulumi.Output.secret(token),
+                "kubeconfig": pulumi.Output.secret(kubeconfig),
+                "uid": None,
+            },
+            pulumi.ResourceOptions.merge(
+                opts, pulumi.ResourceOptions(additional_secret_outputs=["token", "kubeconfig"])
+            ),
+        )

@@ -1,0 +1,254 @@
+"""The signing key and signatures in cosign's format, so that `cosign verify --key` accepts what is pushed.
+
+Sources: cosign's `specs/SIGNATURE_SPEC.md` (payload, tag, annotation) and its `pkg/cosign/keys.go` (encrypted
+keys).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import nacl.exceptions
+import nacl.secret
+import pulumi
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
+from pulumi.dynamic import CheckFailure, CheckResult, CreateResult, DiffResult, ResourceProvider, UpdateResult
+
+from components.providers import ProviderError, changed, is_unknown, operation
+
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+COSIGN_LABELS = ("ENCRYPTED SIGSTORE PRIVATE KEY", "ENCRYPTED COSIGN PRIVATE KEY")
+
+
+class SignatureError(ProviderError):
+    """A key cannot be read or is of the wrong kind."""
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """An ECDSA P-256 key: PKCS#8 and SubjectPublicKeyInfo, both PEM."""
+
+    private_key: str
+    public_key: str
+
+
+@dataclass(frozen=True)
+class Signed:
+    """A payload, exactly as signed, and its signature (ASN.1 DER in base64, as cosign writes it)."""
+
+    payload: str
+    signature: str
+
+
+def generate_key() -> KeyPair:
+    """Make a new key."""
+    return _pair(ec.generate_private_key(ec.SECP256R1()))
+
+
+def read_key(pem: str, password: str = "") -> KeyPair:
+    """Read a private key: PKCS#8 or SEC1 PEM, plain or encrypted, or what `cosign generate-key-pair` writes.
+
+    Raises SignatureError when it cannot be read with this password or is no ECDSA P-256 key.
+    """
+    secret = password.encode() or None
+    try:
+        if any(label in pem for label in COSIGN_LABELS):
+            key = serialization.load_der_private_key(_decrypt_cosign(pem, password), None)
+        else:
+            key = serialization.load_pem_private_key(pem.encode(), secret)
+    except (ValueError, TypeError, KeyError, UnsupportedAlgorithm, nacl.exceptions.CryptoError):
+        # The library's own words may quote the key.
+        raise SignatureError(
+            "the signing key cannot be read: give a PEM private key (PKCS#8, or cosign's) "
+            "and, if it is encrypted, its password"
+        ) from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise SignatureError("the signing key is no ECDSA P-256 key, the kind that cosign makes")
+    return _pair(key)
+
+
+def _decrypt_cosign(pem: str, password: str) -> bytes:
+    body = "".join(line for line in pem.strip().splitlines() if not line.startswith("-----"))
+    box = json.loads(base64.b64decode(body))
+    if (box["kdf"]["name"], box["cipher"]["name"]) != ("scrypt", "nacl/secretbox"):
+        raise ValueError("unknown cipher")
+    cost = box["kdf"]["params"]
+    salt = base64.b64decode(box["kdf"]["salt"])
+    key = Scrypt(salt=salt, length=32, n=cost["N"], r=cost["r"], p=cost["p"]).derive(password.encode())
+    nonce = base64.b64decode(box["cipher"]["nonce"])
+    return nacl.secret.SecretBox(key).decrypt(base64.b64decode(box["ciphertext"]), nonce)
+
+
+def _pair(key: ec.EllipticCurvePrivateKey) -> KeyPair:
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    public = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return KeyPair(private.decode(), public.decode())
+
+
+def payload(repository: str, digest: str) -> str:
+    """Give the simple-signing document for an image; the same image gives the same bytes."""
+    document = {
+        "critical": {
+            "identity": {"docker-reference": repository},
+            "image": {"docker-manifest-digest": digest},
+            "type": "cosign container image signature",
+        },
+        "optional": None,
+    }
+    return json.dumps(document, separators=(",", ":"), sort_keys=True)
+
+
+def sign(private_key: str, repository: str, digest: str) -> Signed:
+    """Sign an image.
+
+    The nonce is derived from key and payload (RFC 6979), so that signing twice is signing once.
+    """
+    key = serialization.load_pem_private_key(private_key.encode(), None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise SignatureError("the signing key is no ECDSA key")
+    document = payload(repository, digest)
+    raw = key.sign(document.encode(), ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
+    return Signed(document, base64.b64encode(raw).decode())
+
+
+def key_id(public_key: str) -> str:
+    """Give a short name for a public key: the start of the sha256 of its DER form."""
+    der = serialization.load_pem_public_key(public_key.encode()).public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return hashlib.sha256(der).hexdigest()[:16]
+
+
+class SigningKeyProvider(ResourceProvider):
+    """CRUD of the key: generated once and kept in the state, or read from what the user gave."""
+
+    serialize_as_secret_always = False
+
+    @operation
+    def check(self, _olds: dict[str, Any], news: dict[str, Any]) -> CheckResult:
+        """Refuse a key that cannot be used, before anything is signed with it."""
+        given = news.get("given") or ""
+        if given and not is_unknown(given) and not is_unknown(news.get("password")):
+            try:
+                read_key(given, news.get("password") or "")
+            except SignatureError as error:
+                return CheckResult(news, [CheckFailure("given", str(error))])
+        return CheckResult(news, [])
+
+    @operation
+    def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
+        """Another given key is another key; another password for the same key is not."""
+        old, new = olds.get("given") or "", news.get("given") or ""
+        if old == new:
+            return DiffResult(changes=False)
+        return DiffResult(changes=True, replaces=["given"])
+
+    @operation
+    def create(self, props: dict[str, Any]) -> CreateResult:
+        """Generate or read the key."""
+        given = props.get("given") or ""
+        pair = read_key(given, props.get("password") or "") if given else generate_key()
+        outputs = {**props, "private_key": pair.private_key, "public_key": pair.public_key}
+        return CreateResult(key_id(pair.public_key), outputs)
+
+
+class SigningKey(pulumi.dynamic.Resource, module="signature", name="Key"):
+    """An ECDSA P-256 key; `private_key` is a secret."""
+
+    private_key: pulumi.Output[str]
+    public_key: pulumi.Output[str]
+
+    def __init__(
+        self,
+        resource_name: str,
+        given: pulumi.Input[str] | None = None,
+        password: pulumi.Input[str] | None = None,
+        opts: pulumi.ResourceOptions | None = None,
+    ) -> None:
+        """Use the `given` PEM private key, or generate one."""
+        secrets = pulumi.ResourceOptions(additional_secret_outputs=["private_key", "given", "password"])
+        super().__init__(
+            SigningKeyProvider(),
+            resource_name,
+            {
+                "given": None if given is None else pulumi.Output.secret(given),
+                "password": None if password is None else pulumi.Output.secret(password),
+                "private_key": None,
+                "public_key": None,
+            },
+            pulumi.ResourceOptions.merge(opts, secrets),
+        )
+
+
+class SignatureProvider(ResourceProvider):
+    """CRUD of one signature: a value, computed from key and digest."""
+
+    serialize_as_secret_always = False
+
+    @operation
+    def check(self, _olds: dict[str, Any], news: dict[str, Any]) -> CheckResult:
+        """Only a digest can be signed: a tag may point elsewhere tomorrow."""
+        digest = news["digest"]
+        if not is_unknown(digest) and not DIGEST.fullmatch(digest):
+            return CheckResult(news, [CheckFailure("digest", f"{digest} is no sha256 digest")])
+        return CheckResult(news, [])
+
+    @operation
+    def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
+        """Another image or another key is another signature."""
+        return changed(olds, news, replace={"repository", "digest", "private_key"}, update=set())
+
+    @operation
+    def create(self, props: dict[str, Any]) -> CreateResult:
+        """Sign."""
+        signed = sign(props["private_key"], props["repository"], props["digest"])
+        return CreateResult(
+            props["digest"], {**props, "payload": signed.payload, "signature": signed.signature}
+        )
+
+    @operation
+    def update(self, _id: str, _olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
+        """Keep what was signed; every input that matters is a replacement."""
+        signed = sign(news["private_key"], news["repository"], news["digest"])
+        return UpdateResult({**news, "payload": signed.payload, "signature": signed.signature})
+
+
+class Signature(pulumi.dynamic.Resource, module="signature", name="Signature"):
+    """The signature of an image by digest."""
+
+    payload: pulumi.Output[str]
+    signature: pulumi.Output[str]
+
+    def __init__(
+        self,
+        resource_name: str,
+        repository: pulumi.Input[str],
+        digest: pulumi.Input[str],
+        private_key: pulumi.Input[str],
+        opts: pulumi.ResourceOptions | None = None,
+    ) -> None:
+        """Sign `repository`@`digest` with a PEM private key."""
+        super().__init__(
+            SignatureProvider(),
+            resource_name,
+            {
+                "repository": repository,
+                "digest": digest,
+                "private_key": pulumi.Output.secret(private_key),
+                "payload": None,
+                "signature": None,
+            },
+            opts,
+        )
