@@ -1,0 +1,75 @@
+"""A Rust crate becomes a WebAssembly pod that answers: build, sign, push, join, run.
+
+Wiring and exports only.
+"""
+
+from __future__ import annotations
+
+import pulumi
+
+from components import config
+from components.artifact import AgentArtifact, AgentArtifactArgs, WasmArtifact, WasmArtifactArgs
+from components.cluster import KubernetesCluster, KubernetesClusterArgs
+from components.node import KrustletNode, KrustletNodeArgs
+from components.registry import ContainerRegistry, ContainerRegistryArgs
+from components.workload import WasmPod, WasmPodArgs
+
+settings = config.load()
+google, app = settings.google, settings.app
+
+registry = ContainerRegistry(
+    "registry",
+    ContainerRegistryArgs(google.project, settings.registry.name, settings.registry.location),
+)
+artifact = WasmArtifact(
+    app.name,
+    WasmArtifactArgs(
+        app.crate,
+        pulumi.Output.concat(registry.url, "/", app.name),
+        settings.signing_key,
+        settings.signing_key_password,
+    ),
+)
+agent = AgentArtifact(
+    "agent",
+    AgentArtifactArgs(
+        settings.node.agent_crate,
+        pulumi.Output.concat(registry.url, "/krustlet"),
+        settings.node.agent_target,
+    ),
+)
+cluster = KubernetesCluster(
+    "cluster",
+    KubernetesClusterArgs(google.project, google.region, google.zone, settings.cluster, settings.network),
+)
+node = KrustletNode(
+    "node",
+    KrustletNodeArgs(
+        google.project,
+        google.region,
+        google.zone,
+        settings.node,
+        app.port,
+        settings.network.sources,
+        cluster,
+        registry,
+        agent,
+        artifact.public_key,
+    ),
+)
+workload = WasmPod(
+    "workload",
+    WasmPodArgs(app, artifact.image, node),
+    pulumi.ResourceOptions(providers=[cluster.provider]),
+)
+
+pulumi.export("url", workload.url)
+pulumi.export("image", artifact.image)
+pulumi.export("public_key", artifact.public_key)
+pulumi.export("registry", registry.url)
+pulumi.export("cluster", cluster.name)
+pulumi.export("kubeconfig", cluster.kubeconfig)
+pulumi.export("node", node.name)
+pulumi.export("namespace", workload.namespace)
+pulumi.export("pod", workload.pod)
+pulumi.export("wasm_bytes", artifact.size)

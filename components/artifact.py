@@ -1,0 +1,103 @@
+"""WasmArtifact and AgentArtifact: a crate, built and pushed by digest; the app's is signed too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pulumi
+
+from components.providers.cargo import WASM_TARGET, CargoBuild
+from components.providers.oci import OciArtifact, OciSignature
+from components.providers.signature import Signature, SigningKey
+
+
+@dataclass(frozen=True)
+class WasmArtifactArgs:
+    """`repository` is HOST[:PORT]/PATH.
+
+    Without a `signing_key` (PEM) one is generated and kept in the state.
+    """
+
+    crate: str
+    repository: pulumi.Input[str]
+    signing_key: pulumi.Input[str] | None = None
+    signing_key_password: pulumi.Input[str] | None = None
+
+
+@dataclass(frozen=True)
+class AgentArtifactArgs:
+    """`target` is a Rust target, "" for this machine's."""
+
+    crate: str
+    repository: pulumi.Input[str]
+    target: str = ""
+
+
+class WasmArtifact(pulumi.ComponentResource):
+    """A WebAssembly component: compiled, pushed and signed."""
+
+    image: pulumi.Output[str]
+    """REPOSITORY@DIGEST, known once the signature is in the registry."""
+    public_key: pulumi.Output[str]
+    """PEM; what the node checks the signature with."""
+    size: pulumi.Output[int]
+    """Bytes of the component."""
+
+    def __init__(self, name: str, args: WasmArtifactArgs, opts: pulumi.ResourceOptions | None = None) -> None:
+        super().__init__("awesome-wasm:artifact:WasmArtifact", name, None, opts)
+        child = pulumi.ResourceOptions(parent=self)
+        build = CargoBuild(f"{name}-build", args.crate, WASM_TARGET, opts=child)
+        key = SigningKey(f"{name}-key", args.signing_key, args.signing_key_password, opts=child)
+        artifact = OciArtifact(
+            f"{name}-push",
+            repository=args.repository,
+            kind="wasm",
+            path=build.path,
+            sha256=build.sha256,
+            opts=child,
+        )
+        signature = Signature(
+            f"{name}-signature", args.repository, artifact.digest, key.private_key, opts=child
+        )
+        signed = OciSignature(
+            f"{name}-signature-push",
+            repository=args.repository,
+            digest=artifact.digest,
+            payload=signature.payload,
+            signature=signature.signature,
+            opts=child,
+        )
+        # Whoever uses the image waits for its signature, without which the node would refuse it.
+        self.image = pulumi.Output.all(artifact.image, signed.signature_digest).apply(
+            lambda parts: str(parts[0])
+        )
+        self.public_key = key.public_key
+        self.size = build.size
+        self.register_outputs({"image": self.image, "public_key": self.public_key, "size": self.size})
+
+
+class AgentArtifact(pulumi.ComponentResource):
+    """The node agent: compiled and pushed. A VM fetches it by digest and checks its sum."""
+
+    image: pulumi.Output[str]
+    """REPOSITORY@DIGEST."""
+    sha256: pulumi.Output[str]
+    """Sum of the binary, hex."""
+
+    def __init__(
+        self, name: str, args: AgentArtifactArgs, opts: pulumi.ResourceOptions | None = None
+    ) -> None:
+        super().__init__("awesome-wasm:artifact:AgentArtifact", name, None, opts)
+        child = pulumi.ResourceOptions(parent=self)
+        build = CargoBuild(f"{name}-build", args.crate, args.target, opts=child)
+        artifact = OciArtifact(
+            f"{name}-push",
+            repository=args.repository,
+            kind="agent",
+            path=build.path,
+            sha256=build.sha256,
+            opts=child,
+        )
+        self.image = artifact.image
+        self.sha256 = build.sha256
+        self.register_outputs({"image": self.image, "sha256": self.sha256})

@@ -1,0 +1,150 @@
+"""KubernetesCluster: a network of its own, a zonal GKE cluster in it, and the way to talk to that cluster."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pulumi
+import pulumi_gcp as gcp
+import pulumi_kubernetes as kubernetes
+
+from components.config import ClusterConfig, NetworkConfig
+
+AUTH_PLUGIN = "gke-gcloud-auth-plugin"
+PODS_RANGE = "pods"
+SERVICES_RANGE = "services"
+
+
+@dataclass(frozen=True)
+class KubernetesClusterArgs:
+    """Where the cluster is and what it is made of."""
+
+    project: str
+    region: str
+    zone: str
+    cluster: ClusterConfig
+    network: NetworkConfig
+
+
+def kubeconfig(name: str, endpoint: str, certificate: str) -> str:
+    """Give a kubeconfig (JSON, which is YAML too); its credentials come from Google's exec plugin.
+
+    `endpoint` is HOST or HOST:PORT, `certificate` the cluster's CA, PEM in base64.
+    """
+    return json.dumps(
+        {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [
+                {
+                    "name": name,
+                    "cluster": {
+                        "server": f"https://{endpoint}",
+                        "certificate-authority-data": certificate,
+                    },
+                }
+            ],
+            "contexts": [{"name": name, "context": {"cluster": name, "user": name}}],
+            "current-context": name,
+            "users": [
+                {
+                    "name": name,
+                    "user": {
+                        "exec": {
+                            "apiVersion": "client.authentication.k8s.io/v1beta1",
+                            "command": AUTH_PLUGIN,
+                            "installHint": f"gcloud components install {AUTH_PLUGIN}",
+                            "interactiveMode": "Never",
+                            "provideClusterInfo": True,
+                        }
+                    },
+                }
+            ],
+        }
+    )
+
+
+class KubernetesCluster(pulumi.ComponentResource):
+    """A GKE cluster in a network of its own."""
+
+    name: pulumi.Output[str]
+    endpoint: pulumi.Output[str]
+    """HOST or HOST:PORT of the API server."""
+    certificate: pulumi.Output[str]
+    """The cluster's CA, PEM in base64."""
+    kubeconfig: pulumi.Output[str]
+    """How to reach the cluster as the user (JSON); a secret."""
+    network: pulumi.Output[str]
+    subnetwork: pulumi.Output[str]
+    control_plane_ranges: list[str]
+    """Where the control plane's requests to a node come from."""
+    provider: kubernetes.Provider
+
+    def __init__(
+        self, name: str, args: KubernetesClusterArgs, opts: pulumi.ResourceOptions | None = None
+    ) -> None:
+        super().__init__("awesome-wasm:cluster:KubernetesCluster", name, None, opts)
+        child = pulumi.ResourceOptions(parent=self)
+        network = gcp.compute.Network(
+            f"{name}-network",
+            project=args.project,
+            name=f"{args.cluster.name}-network",
+            auto_create_subnetworks=False,
+            opts=child,
+        )
+        subnetwork = gcp.compute.Subnetwork(
+            f"{name}-subnetwork",
+            project=args.project,
+            region=args.region,
+            name=f"{args.cluster.name}-subnetwork",
+            network=network.id,
+            ip_cidr_range=args.network.machines,
+            secondary_ip_ranges=[
+                {"range_name": PODS_RANGE, "ip_cidr_range": args.network.pods},
+                {"range_name": SERVICES_RANGE, "ip_cidr_range": args.network.services},
+            ],
+            private_ip_google_access=True,
+            opts=child,
+        )
+        cluster = gcp.container.Cluster(
+            f"{name}-cluster",
+            project=args.project,
+            location=args.zone,
+            name=args.cluster.name,
+            network=network.id,
+            subnetwork=subnetwork.id,
+            networking_mode="VPC_NATIVE",
+            ip_allocation_policy={
+                "cluster_secondary_range_name": PODS_RANGE,
+                "services_secondary_range_name": SERVICES_RANGE,
+            },
+            release_channel={"channel": args.cluster.release_channel},
+            # Google's own pods (DNS, the way from the control plane to the nodes) need Linux; ours does not
+            # run there.
+            initial_node_count=args.cluster.nodes,
+            node_config={"machine_type": args.cluster.machine_type},
+            deletion_protection=args.cluster.deletion_protection,
+            opts=child,
+        )
+        self.name = cluster.name
+        self.endpoint = cluster.endpoint
+        self.certificate = cluster.master_auth.cluster_ca_certificate
+        self.kubeconfig = pulumi.Output.secret(
+            pulumi.Output.all(cluster.name, self.endpoint, self.certificate).apply(
+                lambda parts: kubeconfig(*parts)
+            )
+        )
+        self.network = network.id
+        self.subnetwork = subnetwork.id
+        # GKE's control plane reaches nodes through agents that run as pods on the cluster's own nodes.
+        self.control_plane_ranges = [args.network.machines, args.network.pods]
+        self.provider = kubernetes.Provider(f"{name}-provider", kubeconfig=self.kubeconfig, opts=child)
+        self.register_outputs(
+            {
+                "name": self.name,
+                "endpoint": self.endpoint,
+                "kubeconfig": self.kubeconfig,
+                "network": self.network,
+            }
+        )

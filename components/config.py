@@ -1,0 +1,287 @@
+"""The stack's configuration: read once, typed, and checked before any resource exists.
+
+Types, defaults and descriptions of the keys are in Pulumi.yaml; the rules that a value must keep are here.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pulumi
+
+# Registries that answer to Container Registry's old names, and the location that each must have. Source:
+# Artifact Registry's documentation, "Transition from Container Registry".
+GCR_LOCATIONS = {"gcr.io": "us", "us.gcr.io": "us", "eu.gcr.io": "europe", "asia.gcr.io": "asia"}
+RELEASE_CHANNELS = ("RAPID", "REGULAR", "STABLE", "EXTENDED")
+
+_DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
+_CLUSTER_NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
+_LOCATION = re.compile(r"[a-z]+(-[a-z]+[0-9]+)?")
+_REGION = re.compile(r"[a-z]+-[a-z]+[0-9]+")
+_ZONE = re.compile(r"[a-z]+-[a-z]+[0-9]+-[a-z]")
+_PROJECT = re.compile(r"([a-z0-9.-]+:)?[a-z][-a-z0-9]{4,28}[a-z0-9]")
+_MEMORY = re.compile(r"[1-9][0-9]*(Ki|Mi|Gi|k|M|G)?")
+_CPU = re.compile(r"[1-9][0-9]*m|[1-9][0-9]*(\.[0-9]+)?|0\.[0-9]*[1-9][0-9]*")
+_RUST_TARGET = re.compile(r"|[a-z0-9_.]+(-[a-z0-9_.]+){1,3}")
+_WORD = re.compile(r"[A-Za-z0-9._/-]+")
+NAME_RULE = (
+    "a lower-case letter, then up to 62 lower-case letters, digits and hyphens, not ending in a hyphen"
+)
+
+
+class ConfigError(pulumi.RunError):
+    """A value cannot be used; the CLI shows the message, which is one line, and no traceback."""
+
+    def __init__(self, key: str, given: object, allowed: str) -> None:
+        super().__init__(f"configuration {key}: {given!r} was given; allowed: {allowed}")
+
+
+@dataclass(frozen=True)
+class GoogleConfig:
+    """Where on Google Cloud the stack lives."""
+
+    project: str
+    region: str
+    zone: str
+
+
+@dataclass(frozen=True)
+class RegistryConfig:
+    """The Artifact Registry repository."""
+
+    name: str
+    location: str
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The stack's own network: CIDRs of machines, pods and services, and who may reach the app."""
+
+    machines: str
+    pods: str
+    services: str
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """The GKE cluster and its small pool for the cluster's own pods."""
+
+    name: str
+    release_channel: str
+    machine_type: str
+    nodes: int
+    deletion_protection: bool
+
+
+@dataclass(frozen=True)
+class NodeConfig:
+    """The VM that runs Krustlet."""
+
+    name: str
+    machine_type: str
+    boot_image: str
+    disk_size_gb: int
+    max_pods: int
+    agent_crate: str
+    agent_target: str
+
+
+@dataclass(frozen=True)
+class AppConfig:
+    """The WebAssembly app and its pod."""
+
+    crate: str
+    name: str
+    port: int
+    namespace: str
+    memory_limit: str
+    cpu_limit: str
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """Everything that a stack is configured with. `signing_key` is None where one is to be generated."""
+
+    google: GoogleConfig
+    registry: RegistryConfig
+    network: NetworkConfig
+    cluster: ClusterConfig
+    node: NodeConfig
+    app: AppConfig
+    signing_key: pulumi.Output[str] | None
+    signing_key_password: pulumi.Output[str] | None
+
+
+class _Reader:
+    """Reads keys of one namespace and names them in errors as `pulumi config set` does."""
+
+    def __init__(self, config: pulumi.Config, prefix: str = "") -> None:
+        self._config = config
+        self._prefix = prefix
+
+    def _given(self, key: str, get: Callable[[str], Any], allowed: str) -> Any:
+        try:
+            value = get(key)
+        except (pulumi.ConfigTypeError, ValueError):
+            raise self.error(key, self._config.get(key), allowed) from None
+        if value is None:
+            raise self.error(key, None, allowed)
+        return value
+
+    def error(self, key: str, given: object, allowed: str) -> ConfigError:
+        return ConfigError(f"{self._prefix}{key}", given, allowed)
+
+    def text(self, key: str, pattern: re.Pattern[str], allowed: str) -> str:
+        value = cast(str, self._given(key, self._config.get, allowed))
+        if not pattern.fullmatch(value):
+            raise self.error(key, value, allowed)
+        return value
+
+    def one_of(self, key: str, values: tuple[str, ...]) -> str:
+        allowed = ", ".join(values)
+        value = cast(str, self._given(key, self._config.get, allowed))
+        if value not in values:
+            raise self.error(key, value, allowed)
+        return value
+
+    def integer(self, key: str, least: int, most: int) -> int:
+        allowed = f"a whole number from {least} to {most}"
+        value = cast(int, self._given(key, self._config.get_int, allowed))
+        if not least <= value <= most:
+            raise self.error(key, value, allowed)
+        return value
+
+    def boolean(self, key: str) -> bool:
+        return cast(bool, self._given(key, self._config.get_bool, "true or false"))
+
+    def network(self, key: str, longest: int) -> str:
+        allowed = f"a private IPv4 network, as in 10.0.0.0/16, with a prefix of at most {longest} bits"
+        value = cast(str, self._given(key, self._config.get, allowed))
+        try:
+            network = ipaddress.IPv4Network(value)
+        except ValueError:
+            raise self.error(key, value, allowed) from None
+        if not network.is_private or network.prefixlen > longest:
+            raise self.error(key, value, allowed)
+        return value
+
+    def networks(self, key: str) -> tuple[str, ...]:
+        allowed = "a list of networks in CIDR form, at least one"
+        values = self._given(key, self._config.get_object, allowed)
+        if not isinstance(values, list) or not values:
+            raise self.error(key, values, allowed)
+        for value in values:
+            try:
+                ipaddress.ip_network(value)
+            except ValueError:
+                raise self.error(key, value, allowed) from None
+        return tuple(values)
+
+    def crate(self, key: str) -> str:
+        allowed = "a directory with a Cargo.toml, relative to Pulumi.yaml"
+        value = cast(str, self._given(key, self._config.get, allowed))
+        if not (Path(value) / "Cargo.toml").is_file():
+            raise self.error(key, value, allowed)
+        return value
+
+    def secret(self, key: str) -> pulumi.Output[str] | None:
+        return self._config.get_secret(key) if self._config.get(key) else None
+
+
+def load() -> StackConfig:
+    """Read and check the configuration. Raises ConfigError for the first value that cannot be used."""
+    keys = _Reader(pulumi.Config())
+    return StackConfig(
+        google=_google(_Reader(pulumi.Config("gcp"), "gcp:")),
+        registry=_registry(keys),
+        network=_network(keys),
+        cluster=ClusterConfig(
+            name=keys.text("clusterName", _CLUSTER_NAME, NAME_RULE.replace("62", "39")),
+            release_channel=keys.one_of("releaseChannel", RELEASE_CHANNELS),
+            machine_type=keys.text("clusterMachineType", _WORD, "a machine type, as in e2-small"),
+            nodes=keys.integer("clusterNodes", 1, 100),
+            deletion_protection=keys.boolean("deletionProtection"),
+        ),
+        node=NodeConfig(
+            name=keys.text("nodeName", _DNS_LABEL, NAME_RULE),
+            machine_type=keys.text("machineType", _WORD, "a machine type, as in e2-small"),
+            boot_image=keys.text("bootImage", _WORD, "an image or family, as in debian-cloud/debian-12"),
+            disk_size_gb=keys.integer("diskSizeGb", 10, 65536),
+            max_pods=keys.integer("maxPods", 1, 10000),
+            agent_crate=keys.crate("agentCrate"),
+            agent_target=keys.text(
+                "agentTarget", _RUST_TARGET, "a Rust target, or nothing for this machine's"
+            ),
+        ),
+        app=AppConfig(
+            crate=keys.crate("appCrate"),
+            name=keys.text("appName", _DNS_LABEL, NAME_RULE),
+            port=_app_port(keys),
+            namespace=keys.text("namespace", _DNS_LABEL, NAME_RULE),
+            memory_limit=keys.text("memoryLimit", _MEMORY, "an amount of bytes, as in 64Mi"),
+            cpu_limit=keys.text("cpuLimit", _CPU, "an amount of CPUs, as in 500m or 1"),
+        ),
+        signing_key=keys.secret("signingKey"),
+        signing_key_password=keys.secret("signingKeyPassword"),
+    )
+
+
+def _google(keys: _Reader) -> GoogleConfig:
+    project = keys.text("project", _PROJECT, "the id of a Google Cloud project")
+    region = keys.text("region", _REGION, "a region, as in europe-west1")
+    zone = keys.text("zone", _ZONE, "a zone of the region, as in europe-west1-b")
+    if not zone.startswith(f"{region}-"):
+        raise keys.error("zone", zone, f"a zone of the region {region}, as in {region}-b")
+    return GoogleConfig(project, region, zone)
+
+
+def _registry(keys: _Reader) -> RegistryConfig:
+    name = keys.one_of("registryName", tuple(GCR_LOCATIONS)) if _is_gcr(keys) else _registry_name(keys)
+    location = keys.text("registryLocation", _LOCATION, "a region or us, europe, asia")
+    if name in GCR_LOCATIONS and location != GCR_LOCATIONS[name]:
+        raise keys.error(
+            "registryLocation", location, f"{GCR_LOCATIONS[name]}, the only one where {name} can be"
+        )
+    return RegistryConfig(name, location)
+
+
+def _is_gcr(keys: _Reader) -> bool:
+    return keys.text("registryName", re.compile(".*"), "a name").endswith("gcr.io")
+
+
+def _registry_name(keys: _Reader) -> str:
+    return keys.text("registryName", _DNS_LABEL, f"{NAME_RULE}; or {', '.join(GCR_LOCATIONS)}")
+
+
+def _network(keys: _Reader) -> NetworkConfig:
+    named = {
+        "networkCidr": keys.network("networkCidr", 29),
+        "podCidr": keys.network("podCidr", 24),
+        "serviceCidr": keys.network("serviceCidr", 27),
+    }
+    seen: list[tuple[str, str]] = []
+    for key, value in named.items():
+        for other, taken in seen:
+            if ipaddress.IPv4Network(value).overlaps(ipaddress.IPv4Network(taken)):
+                raise keys.error(key, value, f"a network apart from {other}, which is {taken}")
+        seen.append((key, value))
+    return NetworkConfig(
+        named["networkCidr"], named["podCidr"], named["serviceCidr"], keys.networks("sourceRanges")
+    )
+
+
+def _app_port(keys: _Reader) -> int:
+    port = keys.integer("appPort", 1, 65535)
+    if port == AGENT_PORT:
+        raise keys.error("appPort", port, f"any port but {AGENT_PORT}, which is the node agent's own")
+    return port
+
+
+# The kubelet's port, where the API server looks for logs.
+AGENT_PORT = 10250

@@ -1,0 +1,110 @@
+"""WasmPod: a namespace and in it a pod that is a WebAssembly component, Ready and answering."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pulumi
+import pulumi_command as command
+import pulumi_kubernetes as kubernetes
+
+from components.config import AppConfig
+from components.node import KrustletNode
+
+ARCHITECTURE = "wasm32-wasi"
+# A component's instance starts in well under a millisecond, so that what is waited for is the network.
+SMOKE_TEST = """\
+curl --fail --silent --show-error --max-time 10 --retry 20 --retry-delay 1 --retry-all-errors \\
+  --retry-max-time 60 "$URL/healthz" &&
+curl --fail --silent --show-error --max-time 10 "$URL/primorial/30" | grep 6469693230
+"""
+
+
+@dataclass(frozen=True)
+class WasmPodArgs:
+    """`image` is REPOSITORY@DIGEST."""
+
+    app: AppConfig
+    image: pulumi.Input[str]
+    node: KrustletNode
+
+
+class WasmPod(pulumi.ComponentResource):
+    """The app's pod, served on its port at the node's address."""
+
+    namespace: pulumi.Output[str]
+    pod: pulumi.Output[str]
+    url: pulumi.Output[str]
+    """http://ADDRESS:PORT, known once it has answered."""
+
+    def __init__(self, name: str, args: WasmPodArgs, opts: pulumi.ResourceOptions | None = None) -> None:
+        super().__init__("awesome-wasm:workload:WasmPod", name, None, opts)
+        child = pulumi.ResourceOptions(parent=self)
+        namespace = kubernetes.core.v1.Namespace(
+            f"{name}-namespace",
+            metadata={
+                "name": args.app.namespace,
+                # A component needs none of what the strictest of Kubernetes' standards forbids.
+                "labels": {"pod-security.kubernetes.io/enforce": "restricted"},
+            },
+            opts=child,
+        )
+        pod = kubernetes.core.v1.Pod(
+            f"{name}-pod",
+            metadata={
+                "name": args.app.name,
+                "namespace": namespace.metadata.name,
+                "labels": {"app.kubernetes.io/name": args.app.name},
+            },
+            spec=_spec(args.app, args.image),
+            opts=pulumi.ResourceOptions(
+                parent=self,
+                depends_on=[args.node.registration],
+                delete_before_replace=True,
+                # A pod ends with its node; the next VM of that name gets a new one.
+                replace_with=[args.node.registration],
+            ),
+        )
+        url = pulumi.Output.format("http://{0}:{1}", args.node.address, args.app.port)
+        smoke_test = command.local.Command(
+            f"{name}-smoke-test",
+            create=SMOKE_TEST,
+            environment={"URL": url},
+            triggers=[args.image, url, pod.metadata.uid],
+            opts=pulumi.ResourceOptions(parent=self, depends_on=[pod], delete_before_replace=True),
+        )
+        self.namespace = namespace.metadata.name
+        self.pod = pod.metadata.name
+        self.url = pulumi.Output.all(url, smoke_test.stdout).apply(lambda parts: str(parts[0]))
+        self.register_outputs({"namespace": self.namespace, "pod": self.pod, "url": self.url})
+
+
+def _spec(app: AppConfig, image: pulumi.Input[str]) -> kubernetes.core.v1.PodSpecArgsDict:
+    health: kubernetes.core.v1.ProbeArgsDict = {"http_get": {"path": "/healthz", "port": app.port}}
+    return {
+        "automount_service_account_token": False,
+        "node_selector": {"kubernetes.io/arch": ARCHITECTURE},
+        "tolerations": [
+            {"key": "kubernetes.io/arch", "operator": "Equal", "value": ARCHITECTURE, "effect": effect}
+            for effect in ("NoSchedule", "NoExecute")
+        ],
+        "security_context": {"run_as_non_root": True, "seccomp_profile": {"type": "RuntimeDefault"}},
+        "containers": [
+            {
+                "name": app.name,
+                "image": image,
+                "ports": [{"name": "http", "container_port": app.port, "protocol": "TCP"}],
+                "resources": {
+                    "requests": {"memory": app.memory_limit, "cpu": "10m"},
+                    "limits": {"memory": app.memory_limit, "cpu": app.cpu_limit},
+                },
+                "readiness_probe": {**health, "period_seconds": 5},
+                "liveness_probe": {**health, "period_seconds": 10, "failure_threshold": 3},
+                "security_context": {
+                    "allow_privilege_escalation": False,
+                    "read_only_root_filesystem": True,
+                    "capabilities": {"drop": ["ALL"]},
+                },
+            }
+        ],
+    }
