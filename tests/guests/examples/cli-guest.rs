@@ -1,0 +1,82 @@
+//! A `wasi:cli/run` component. The arguments are commands, joined by `then`: `print hello then sleep 50 then exit 3`.
+
+use std::io::Read as _;
+
+use guests::{allocate, args, env, list, print, print_error, read, sleep, spin, trap, write};
+use wasip2::cli::{environment, exit, stdin};
+
+const COMMANDS: [&str; 15] = [
+    "alloc", "args", "cat", "env", "eprint", "exit", "fail", "ls", "print", "sleep", "spin", "stdin", "trap",
+    "version", "write",
+];
+
+struct Cli;
+
+wasip2::cli::command::export!(Cli);
+
+impl wasip2::exports::cli::run::Guest for Cli {
+    fn run() -> Result<(), ()> {
+        let arguments = environment::get_arguments();
+        let words: Vec<_> = arguments.iter().map(String::as_str).collect();
+        // Whether the name of the program comes first is the host's choice.
+        let words = match words.split_first() {
+            Some((first, rest)) if !COMMANDS.contains(first) => rest,
+            _ => &words,
+        };
+        words.split(|word| *word == "then").try_for_each(|command| {
+            run(command).map_err(|error| {
+                print_error(&format!("{}: {error}", command.join(" ")));
+            })
+        })
+    }
+}
+
+fn run(command: &[&str]) -> Result<(), String> {
+    match command {
+        [] => Ok(()),
+        ["exit", code] => {
+            exit::exit_with_code(number(code)?);
+            Ok(())
+        }
+        ["fail"] => Err("asked to".into()),
+        ["print", words @ ..] => said(words.join(" ")),
+        ["eprint", words @ ..] => {
+            print_error(&words.join(" "));
+            Ok(())
+        }
+        ["version"] => said(guests::VERSION.into()),
+        ["env"] => said(env()),
+        ["args"] => said(args()),
+        ["cat", path] => {
+            let content = read(path).map_err(|error| error.name().to_owned())?;
+            said(String::from_utf8_lossy(&content).into_owned())
+        }
+        ["write", path, text] => write(path, text).map_err(|error| error.name().to_owned()),
+        ["ls", path] => said(list(path).map_err(|error| error.name().to_owned())?),
+        ["stdin"] => {
+            let mut input = Vec::new();
+            stdin::get_stdin().read_to_end(&mut input).map_err(|error| error.to_string())?;
+            said(format!("end of input after {} bytes", input.len()))
+        }
+        ["sleep", milliseconds] => {
+            sleep(number(milliseconds)?);
+            Ok(())
+        }
+        ["alloc", mib] => {
+            allocate(number(mib)?);
+            said(format!("allocated {mib} MiB"))
+        }
+        ["spin"] => spin(),
+        ["trap"] => trap(),
+        _ => Err(format!("no such command; there are {}", COMMANDS.join(" "))),
+    }
+}
+
+fn said(line: String) -> Result<(), String> {
+    print(&line);
+    Ok(())
+}
+
+fn number<T: std::str::FromStr>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|_| format!("{text} is not a number in range"))
+}

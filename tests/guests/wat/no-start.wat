@@ -1,0 +1,4 @@
+;; A valid core module that is nothing to run: it has no `_start`.
+(module
+  (func (export "add") (param i32 i32) (result i32)
+    (i32.add (local.get 0) (local.get 1))))
