@@ -70,7 +70,7 @@ def create_cluster(home: Home, supervisor: Supervisor, spec: ClusterSpec) -> Clu
 
 
 def delete_cluster(home: Home, supervisor: Supervisor, name: str) -> None:
-    """End a control plane and remove its data. One that is not there is no error."""
+    """End a control plane and remove its data and logs. One that is not there is no error."""
     if not _NAME.fullmatch(name):
         raise BackendError(f"{name!r} is no name for a cluster")
     supervisor.remove_scope(f"clusters/{name}")
@@ -78,9 +78,10 @@ def delete_cluster(home: Home, supervisor: Supervisor, name: str) -> None:
     try:
         shutil.rmtree(directory)
     except FileNotFoundError:
-        return
+        pass
     except OSError as error:
         raise BackendError(f"cannot remove {directory}: {error.strerror}") from error
+    supervisor.remove_logs(_program(name, ""))
 
 
 @functools.cache

@@ -93,8 +93,7 @@ def delete_instance(home: Home, supervisor: Supervisor, name: str) -> None:
         pass
     except OSError as error:
         raise BackendError(f"cannot remove {rootfs.root}: {error.strerror}") from error
-    for log in home.logs.glob(f"{rootfs.program('')}*"):
-        log.unlink(missing_ok=True)
+    supervisor.remove_logs(rootfs.program(""))
 
 
 def serial_output(home: Home, name: str) -> str:

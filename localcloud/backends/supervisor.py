@@ -41,6 +41,8 @@ from localcloud.specs import BackendError
 # sun_path holds 104 bytes on macOS and 108 on Linux; supervisord binds PATH.PID first.
 _LONGEST_SOCKET_PATH = 90
 SOURCES = Path(__file__).resolve().parents[2]
+# More than the longest stop time of any program (systemd's default for a unit is 90 s).
+_LONGEST_STOP_SECONDS = 120
 _LIVE = frozenset({"STARTING", "RUNNING", "STOPPING", "BACKOFF"})
 
 # Paths are relative to supervisor/, where the daemon is started and stays: its parser would expand a `%` in
@@ -214,10 +216,11 @@ class Supervisor:
             if self.is_running():
                 pid = self._call("getPID")
                 started = start_time(pid)
+                # The daemon would stop them by itself, but one after the other.
+                self._halt_in_order(self._definitions())
                 with contextlib.suppress(BackendError):
                     self._call("shutdown")
-                # Programs are stopped one after the other, each within its own time.
-                wait_until(lambda: start_time(pid) != started, 120)
+                wait_until(lambda: start_time(pid) != started, _LONGEST_STOP_SECONDS)
             self._clear()
 
     def is_running(self) -> bool:
@@ -292,7 +295,6 @@ class Supervisor:
         if self.is_running():
             self._halt(name)
             self._forget(name)
-            self._call("reloadConfig")
         for path in (directory / "programs" / f"{name}.json", directory / "run" / f"{name}.json"):
             path.unlink(missing_ok=True)
 
@@ -302,13 +304,22 @@ class Supervisor:
         Raises:
             BackendError: a process cannot be ended.
         """
-        known = [json.loads(path.read_text()) for path in self._programs()]
-        mine = [program for program in known if program["scope"] == scope]
-        for program in sorted(mine, key=lambda item: -int(item["priority"])):
+        mine = [program for program in self._definitions() if program["scope"] == scope]
+        for program in mine:  # first, so that a kill in the middle brings none of them back
+            (self.home.supervisor / "conf.d" / f"{program['name']}.conf").unlink(missing_ok=True)
+        if self.is_running():
+            self._halt_in_order(mine)
+        for program in mine:
             self.remove(program["name"])
         left = end(lambda: marked(f"{self.home.root}#{scope}#"))
         if left:
             raise BackendError(f"processes of {scope} cannot be ended: {', '.join(map(str, left))}")
+
+    def remove_logs(self, prefix: str) -> None:
+        """Remove the logs of programs that are gone, by the beginning of their names."""
+        for log in self.home.logs.iterdir():
+            if log.name.startswith(prefix):
+                log.unlink(missing_ok=True)
 
     def restart(self, name: str) -> None:
         """Stop a program and start it again, without the delay of an automatic restart."""
@@ -372,8 +383,9 @@ class Supervisor:
                 state = "WAITING"
         return ProgramState(info["name"], state, info["pid"], info["exitstatus"], info["start"])
 
-    def _programs(self) -> list[Path]:
-        return sorted((self.home.supervisor / "programs").glob("*.json"))
+    def _definitions(self) -> list[dict[str, Any]]:
+        paths = sorted((self.home.supervisor / "programs").glob("*.json"))
+        return [found for path in paths if (found := self.definition(path.stem)) is not None]
 
     def _write(self, program: Program) -> bool:
         """Write the program's files; whether they are new."""
@@ -412,16 +424,22 @@ class Supervisor:
         ]
         return any(written)
 
-    def _halt(self, name: str) -> None:
-        """Return when no process of the program's is left."""
-        if not self.status(name).live:
-            return
-        with _tolerate("NOT_RUNNING", "BAD_NAME"):
-            self._call("stopProcess", name, False)
+    def _halt_in_order(self, definitions: list[dict[str, Any]]) -> None:
+        """Stop programs, those of one priority at the same time, the last to start first."""
+        for priority in sorted({program["priority"] for program in definitions}, reverse=True):
+            self._halt(*(program["name"] for program in definitions if program["priority"] == priority))
+
+    def _halt(self, *names: str) -> None:
+        """Return when no process of these programs is left."""
+        live = [name for name in names if self.status(name).live]
+        for name in live:
+            with _tolerate("NOT_RUNNING", "BAD_NAME"):
+                self._call("stopProcess", name, False)
         # The daemon itself goes from the stop signal to SIGKILL.
-        if not wait_until(lambda: not self.status(name).live, 120):
-            raise BackendError(f"{name} does not stop; see {self.home.logs / f'{name}.log'}")
-        (self.home.supervisor / "run" / f"{name}.json").unlink(missing_ok=True)
+        for name in live:
+            if not wait_until(lambda name=name: not self.status(name).live, _LONGEST_STOP_SECONDS):
+                raise BackendError(f"{name} does not stop; see {self.home.logs / f'{name}.log'}")
+            (self.home.supervisor / "run" / f"{name}.json").unlink(missing_ok=True)
 
     def _forget(self, name: str) -> None:
         with _tolerate("BAD_NAME"):

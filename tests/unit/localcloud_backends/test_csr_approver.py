@@ -1,0 +1,78 @@
+"""Which requests for a serving certificate are approved, and which are left alone."""
+
+import base64
+import ipaddress
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from localcloud.backends.csr_approver import SIGNER, Machine, machine_of, objection
+
+MACHINE = Machine(frozenset({"vm-1", "vm-1.c.proj.internal"}), frozenset({"127.0.0.2"}))
+
+
+def request(
+    common_name: str = "system:node:vm-1",
+    organization: str = "system:nodes",
+    names: tuple[str, ...] = ("vm-1", "vm-1.c.proj.internal"),
+    addresses: tuple[str, ...] = ("127.0.0.2",),
+) -> str:
+    """A PEM request in base64, as a CertificateSigningRequest carries it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = [x509.NameAttribute(NameOID.COMMON_NAME, common_name)]
+    subject += [x509.NameAttribute(NameOID.ORGANIZATION_NAME, organization)] if organization else []
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(subject))
+    alternatives: list[x509.GeneralName] = [x509.DNSName(name) for name in names]
+    alternatives += [x509.IPAddress(ipaddress.ip_address(address)) for address in addresses]
+    if alternatives:
+        builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
+    pem = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    return base64.b64encode(pem).decode()
+
+
+def spec(**changes: Any) -> dict[str, Any]:
+    return {
+        "signerName": SIGNER,
+        "username": "system:node:vm-1",
+        "groups": ["system:nodes", "system:authenticated"],
+        "usages": ["digital signature", "server auth"],
+        "request": request(),
+    } | changes
+
+
+def test_a_renewal_for_the_instances_own_names_is_approved() -> None:
+    assert objection(spec(), MACHINE) == ""
+    assert objection(spec(request=request(names=(), addresses=("127.0.0.2",))), MACHINE) == ""
+    assert objection(spec(usages=["key encipherment", "digital signature", "server auth"]), MACHINE) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"signerName": "kubernetes.io/kube-apiserver-client-kubelet"}, "not a node's request"),
+        ({"username": "developer"}, "not a node's request"),
+        ({"groups": ["system:authenticated"]}, "system:nodes"),
+        ({"usages": ["digital signature", "server auth", "client auth"]}, "usages"),
+        ({"usages": ["digital signature"]}, "usages"),
+        ({"request": "nonsense!"}, "cannot be read"),
+        ({"request": base64.b64encode(b"no pem").decode()}, "cannot be read"),
+        ({"request": request(common_name="system:node:vm-2")}, "subject"),
+        ({"request": request(organization="system:masters")}, "subject"),
+        ({"request": request(organization="")}, "subject"),
+        ({"request": request(names=("vm-2",))}, "vm-2"),
+        ({"request": request(addresses=("127.0.0.3",))}, "127.0.0.3"),
+        ({"request": request(names=(), addresses=())}, "no subject alternative names"),
+    ],
+)
+def test_anything_else_is_left_pending_with_a_reason(changes: dict[str, Any], reason: str) -> None:
+    assert reason in objection(spec(**changes), MACHINE)
+
+
+def test_an_instances_names_and_addresses_are_read_from_its_resource() -> None:
+    interface = {"networkIP": "127.0.0.2", "accessConfigs": [{"natIP": "127.0.0.9"}, {}]}
+    body = {"name": "vm-1", "hostname": "vm-1.c.proj.internal", "networkInterfaces": [interface]}
+    assert machine_of(body) == Machine(MACHINE.names, frozenset({"127.0.0.2", "127.0.0.9"}))
