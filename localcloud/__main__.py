@@ -51,22 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("env", help="print the shell commands that point clients at it")
     commands.add_parser("serve", help="run the API server in the foreground (used by the supervisor)")
     options = parser.parse_args(arguments)
+    run = {"start": start, "stop": stop, "reset": reset, "env": show_environment, "serve": serve}
     home = Home.locate()
     try:
-        match options.command:
-            case "start":
-                return start(home)
-            case "stop":
-                return stop(home)
-            case "status":
-                return show_status(home, as_json=options.json)
-            case "reset":
-                return reset(home)
-            case "env":
-                sys.stdout.write(exports(home, home.require_config()))
-                return 0
-            case _:
-                return serve(home)
+        if options.command == "status":
+            return show_status(home, as_json=options.json)
+        return run[options.command](home)
     except (HomeError, BackendError) as error:
         sys.stderr.write(f"localcloud: {error}\n")
         return 1
@@ -143,11 +133,17 @@ def serve(home: Home) -> int:
     os._exit(0)
 
 
+def show_environment(home: Home) -> int:
+    """Print what a shell's `eval` takes."""
+    sys.stdout.write(exports(home, home.require_config()))
+    return 0
+
+
 def show_status(home: Home, *, as_json: bool) -> int:
     """Print the programs and the resources; the exit status says whether the server answers."""
     config = home.config()
     running = config is not None and _health(home, config) is not None
-    programs = [
+    programs: list[dict[str, str | int]] = [
         {"name": item.name, "state": item.state, "pid": item.pid}
         for item in (Supervisor(home).programs() if Supervisor(home).is_running() else [])
     ]
@@ -168,7 +164,10 @@ def show_status(home: Home, *, as_json: bool) -> int:
     else:
         state = f"runs at {config.url}" if config and running else "does not run"
         sys.stdout.write(f"localcloud {state} (state: {home.root})\n")
-        _table(["PROGRAM", "STATE", "PID"], [[p["name"], p["state"], str(p["pid"] or "")] for p in programs])
+        _table(
+            ["PROGRAM", "STATE", "PID"],
+            [[str(p["name"]), str(p["state"]), str(p["pid"] or "")] for p in programs],
+        )
         _table(["RESOURCE", "NAME", "STATUS"], [[r["type"], r["name"], r["status"]] for r in resources])
     return 0 if running else _NOT_RUNNING
 
@@ -202,8 +201,8 @@ def _configured(home: Home, config: Config | None) -> Config:
     elif not is_free(config.port):
         if any(_records(home, kind) for kind in _BOUND_TO_THE_PORT):
             raise HomeError(
-                f"port {config.port} is taken{_owner(config.port)}, and what is stored in {home.root} depends on "
-                "it; end that program and start again, or give the state up: python -m localcloud reset"
+                f"port {config.port} is taken{_owner(config.port)}, and what is stored in {home.root} depends "
+                "on it; end that program and start again, or give the state up: python -m localcloud reset"
             )
         taken = config.port
         config = replace(config, port=free_port())

@@ -30,6 +30,7 @@ def variables(home: Home, config: Config) -> dict[str, str]:
         "CLOUDSDK_API_ENDPOINT_OVERRIDES_CONTAINER": f"{url}/container/",
         "CLOUDSDK_API_ENDPOINT_OVERRIDES_ARTIFACTREGISTRY": f"{url}/artifactregistry/",
         "CLOUDSDK_API_ENDPOINT_OVERRIDES_IAM": f"{url}/iam/",
+        "CLOUDSDK_API_ENDPOINT_OVERRIDES_SERVICEUSAGE": f"{url}/serviceusage/",
         "CLOUDSDK_CORE_PROJECT": config.project,
         "CLOUDSDK_COMPUTE_REGION": config.region,
         "CLOUDSDK_COMPUTE_ZONE": config.zone,

@@ -1,7 +1,7 @@
 """Who calls, and whether they may.
 
-The developer owns the project. A service account may do what the policies of single repositories grant it, and
-nothing else: localcloud has no project policy.
+The developer owns the project. A service account may do what the policies of single repositories grant it,
+and nothing else: localcloud has no project policy.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from localcloud.api.service import Call, Principal, Services
 from localcloud.api.tokens import is_developer_token, read_access_token
 
 _INVALID = (
-    "Request had invalid authentication credentials. Expected OAuth 2 access token, login cookie or other valid "
-    "authentication credential. See https://developers.google.com/identity/sign-in/web/devconsole-project."
+    "Request had invalid authentication credentials. Expected OAuth 2 access token, login cookie or other "
+    "valid authentication credential. See https://developers.google.com/identity/sign-in/web/devconsole-project."
 )
 _MISSING = _INVALID.replace(
     "Request had invalid authentication credentials.",

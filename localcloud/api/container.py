@@ -1,6 +1,6 @@
 """Kubernetes Engine v1 and v1beta1: clusters, their node pools and operations, by zone and by location.
 
-A cluster is a real control plane. Its node pools are records: the machines that join are the user's own instances.
+A cluster is a real control plane. Its node pools are records: the machines that join are the user's own.
 """
 
 from __future__ import annotations
@@ -391,7 +391,7 @@ def _spec(services: Services, record: Record) -> ClusterSpec:
 
 @TABLE.task("container.clusters.create")
 def _do_create(services: Services, arguments: Json) -> None:
-    """Start the control plane. One that cannot be started stays as a cluster in the state ERROR, as on Google."""
+    """Start the control plane. One that cannot be started stays, in the state ERROR, as on Google."""
     record = services.store.get(arguments["key"])
     if record is None:
         return

@@ -1,8 +1,8 @@
 """Google's discovery documents: which methods exist, with which parameters and which body.
 
-The documents come with the package google-api-python-client. They are large, so that each is read when its first
-request comes, and kept. Below our root a service's methods are where Google has them below its own host:
-`/compute/v1/…` as on www.googleapis.com, and `/SERVICE/VERSION/…` for the services that have a host of their own.
+The documents come with the package google-api-python-client. They are large, so that each is read when its
+first request comes, and kept. Below our root a service's methods are where Google has them below its own host:
+`/compute/v1/…` as on www.googleapis.com, `/SERVICE/VERSION/…` for services that have a host of their own.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ SERVED = {
     ("artifactregistry", "v1"),
     ("artifactregistry", "v1beta2"),
     ("iam", "v1"),
+    ("serviceusage", "v1"),
 }
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method of a document. `id` like `compute.instances.insert`; `parameters` by name, global ones too."""
+    """One method of a document. `id` like `compute.instances.insert`; all `parameters` by name."""
 
     id: str
     http_method: str

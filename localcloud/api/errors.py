@@ -33,7 +33,7 @@ _REASON = {
 
 @dataclass
 class ApiError(Exception):
-    """An answer that is not 2xx. `code` is the HTTP status; `reason` the old style's, `status` the new one's."""
+    """An answer that is not 2xx: the HTTP status, and Google's old (`reason`) and new (`status`) names for it."""
 
     code: int
     message: str

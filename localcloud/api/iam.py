@@ -62,8 +62,8 @@ def _create(call: Call) -> Json:
     if not _ACCOUNT_ID.fullmatch(account_id):
         raise ApiError(
             400,
-            f"Invalid service account id '{account_id}'. It must be 6-30 characters long, and match the regular "
-            f"expression '[a-z]([-a-z0-9]*[a-z0-9])'.",
+            f"Invalid service account id '{account_id}'. It must be 6-30 characters long, and match the "
+            f"regular expression '[a-z]([-a-z0-9]*[a-z0-9])'.",
         )
     email = f"{account_id}@{call.project}.iam.gserviceaccount.com"
     if call.store.get(_key(call.project, email)) is not None:

@@ -1,7 +1,7 @@
-"""Long-running operations: a request records one and returns, a worker does its work and records how it ended.
+"""Long-running operations: a request records one and returns, a worker does its work and records its end.
 
-Operations on the same target run one after the other, in the order of the requests; others run side by side. An
-operation that was not done when the process ended is taken up again by `resume`.
+Operations on the same target run one after the other, in the order of the requests; others run side by side.
+An operation that was not done when the process ended is taken up again by `resume`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The registry's token endpoint, `/v2/token`: what a caller may do with which image is decided here.
 
-The protocol is the distribution project's token authentication specification, over the IAM policies of Artifact
-Registry repositories. An image whose repository was never created gets nothing, as on Google.
+The protocol is the distribution project's token authentication specification, over the IAM policies of
+Artifact Registry repositories. An image whose repository was never created gets nothing, as on Google.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from localcloud.api import artifactregistry, container, iam, registry_tokens, token_review
+from localcloud.api import artifactregistry, container, iam, registry_tokens, serviceusage, token_review
 from localcloud.api.auth import authenticate, authorize
 from localcloud.api.compute import catalog, instances, machines, networks
 from localcloud.api.compute import common as compute
@@ -39,7 +39,7 @@ logger = logging.getLogger("localcloud.api")
 
 _VERBS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 _LARGEST_BODY = 10 * 2**20
-_SERVED_MODULES = (compute_operations, instances)
+_SERVED_MODULES = (compute_operations, instances, serviceusage)
 """Imported for what they put into the table."""
 
 
@@ -118,7 +118,7 @@ class Api:
         else:
             # A change sees and leaves a consistent store; its operation starts when it is kept.
             with self.services.store.transaction():
-                body = TABLE.answer(call)
+                body = compute.repeated(call) or TABLE.answer(call)
         body = self._rendered(call, body)
         return partial(body, checked["fields"]) if checked.get("fields") else body
 
@@ -131,7 +131,7 @@ class Api:
         elif (
             project in (None, known)
             or (project == "-" and call.method.service == "iam")
-            or (project in catalog.PUBLIC_PROJECTS and call.method.id.startswith("compute.images."))
+            or (project in catalog.PUBLIC_PROJECTS and call.method.id.startswith("compute.image"))
         ):
             return
         elif call.method.service == "compute":

@@ -1,4 +1,4 @@
-"""The webhook by which a cluster's API server turns a Google access token into a user, as Kubernetes Engine does."""
+"""The webhook by which a cluster's API server turns a Google access token into a user, as on GKE."""
 
 from __future__ import annotations
 

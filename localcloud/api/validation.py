@@ -1,7 +1,7 @@
 """Requests against the discovery document, with the messages that Google's front end gives.
 
-What passes is normalized as it is there: 64-bit integers become strings, smaller ones numbers, output-only fields
-are dropped, nulls count as absent.
+What passes is normalized as it is there: 64-bit integers become strings, smaller ones numbers, output-only
+fields are dropped, nulls count as absent.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ _PACKAGES = {
     "container": "google.container",
     "artifactregistry": "google.devtools.artifactregistry",
     "iam": "google.iam.admin",
+    "serviceusage": "google.api.serviceusage",
 }
+_PARTIAL_SUCCESS = "returnPartialSuccess"
+"""gcloud sends it to every list, and Google takes it there, though some lists' documents do not name it."""
 _OUTPUT_ONLY = re.compile(r"\[?output only", re.IGNORECASE)
 _DATETIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)")
 _DURATION = re.compile(r"-?\d+(\.\d{1,9})?s")
@@ -58,7 +61,9 @@ def check_query(method: Method, items: Sequence[tuple[str, str]]) -> Json:
     values: Json = {}
     problems: list[tuple[str, str]] = []
     for name, text in items:
-        schema = method.parameters.get(name.removeprefix("$")) or method.parameters.get(name)
+        schema = method.parameters.get(name)
+        if schema is None and name == _PARTIAL_SUCCESS and method.service == "compute":
+            continue
         if schema is None or schema.get("location") != "query":
             problems.append(
                 (
@@ -151,16 +156,20 @@ class _Checker:
             if not isinstance(value, dict):
                 return self._wrong(where, self._type_url(schema["$ref"]), value)
             return self.message(schema["$ref"], value, where)
-        kind = schema.get("type")
-        if kind == "array":
-            if not isinstance(value, list):
-                return self._wrong(where, "repeated", value)
-            return [self.value(schema["items"], item, f"{where}[{i}]") for i, item in enumerate(value)]
-        if kind == "object":
-            return self._map(schema, value, where)
-        if kind == "any":
-            return value
-        return self.scalar(schema, value, where)
+        match schema.get("type"):
+            case "array":
+                return self._list(schema["items"], value, where)
+            case "object":
+                return self._map(schema, value, where)
+            case "any":
+                return value
+            case _:
+                return self.scalar(schema, value, where)
+
+    def _list(self, items: Json, value: Any, where: str) -> Any:
+        if not isinstance(value, list):
+            return self._wrong(where, "repeated", value)
+        return [self.value(items, item, f"{where}[{index}]") for index, item in enumerate(value)]
 
     def _map(self, schema: Json, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
@@ -191,8 +200,8 @@ class _Checker:
     def _boolean(self, value: Any, where: str) -> Any:
         if isinstance(value, bool):
             return value
-        if value in ("true", "false"):
-            return value == "true"
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
         return self._wrong(where, "TYPE_BOOL", value)
 
     def _integer(self, form: str, as_string: bool, value: Any, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""What Google offers rather than what users make: projects, regions, zones, machine and disk types, images."""
+"""What Google offers rather than what users make: projects, regions, zones, machine types, images."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ _IMAGES = {
         "debian-13": ("debian-13-trixie-v20260916", "Debian, Debian GNU/Linux, 13 (trixie), amd64"),
     }
 }
+_IMAGE = re.compile(r"([^/]+)/global/images/([^/]+)$")
+_FAMILY = re.compile(r"([^/]+)/(?:global/images/family|zones/[^/]+/imageFamilyViews)/([^/]+)$")
+_SHORT_IMAGE = re.compile(r"([^/]+-cloud)/([^/]+)")
 _BORN = "2026-09-16T00:00:00.000-07:00"
 
 
@@ -163,15 +166,13 @@ def family(project: str, name: str) -> Json | None:
 
 
 def find_image(reference: str) -> Json | None:
-    """The image that `projects/P/global/images/NAME` or `…/images/family/NAME` means; needs the project."""
-    match = re.search(r"projects/([^/]+)/global/images/(family/)?([^/]+)$", reference)
-    if match is None:
-        match = re.fullmatch(r"([^/]+-cloud)/()([^/]+)", reference)
+    """The image that a reference means: `[projects/]P/global/images/[family/]NAME`, gcloud's family view of a
+    zone, or Terraform's short `P/NAME`."""
+    match = _IMAGE.search(reference) or _FAMILY.search(reference) or _SHORT_IMAGE.fullmatch(reference)
     if match is None:
         return None
-    if match[2]:
-        return family(match[1], match[3])
-    return image(match[1], match[3]) or (family(match[1], match[3]) if match[2] == "" else None)
+    named = None if match.re is _FAMILY else image(match[1], match[2])
+    return named or (None if match.re is _IMAGE else family(match[1], match[2]))
 
 
 def _found(item: Json | None, key: str) -> Json:
@@ -260,6 +261,11 @@ def _image_get(call: Call) -> Json:
 def _image_family(call: Call) -> Json:
     key = f"projects/{call.project}/global/images/family/{call.path['family']}"
     return _found(family(call.project, call.path["family"]), key)
+
+
+@TABLE.serves("compute.imageFamilyViews.get")
+def _image_family_view(call: Call) -> Json:
+    return {"image": _image_family(call)}
 
 
 @TABLE.serves("compute.images.list")

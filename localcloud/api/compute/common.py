@@ -13,7 +13,7 @@ from localcloud.api.service import PROJECT_NUMBER, TABLE, Call, Services, finger
 from localcloud.store import Json, Record, Store
 
 LINK = "https://www.googleapis.com/compute/v1/"
-"""Links are stored as Google spells them; `rendered` gives them this server's address and the call's version."""
+"""Links are stored as Google spells them; `rendered` gives them this server's address and the version asked."""
 
 NAME = r"(?:[a-z](?:[-a-z0-9]{0,61}[a-z0-9])?)"
 _LABEL_KEY = re.compile(r"[a-z][-_a-z0-9]{0,62}")
@@ -154,7 +154,8 @@ def aggregated(call: Call, items: list[Json], kind: str, collection: str, scopes
         matching(items, call.query.get("filter")), call.query.get("maxResults"), call.query.get("pageToken")
     )
     for item in chosen:
-        groups.setdefault("/".join(key_of(item["selfLink"]).split("/")[2:4]), []).append(item)
+        parts = key_of(item["selfLink"]).split("/")
+        groups.setdefault("global" if parts[2] == "global" else "/".join(parts[2:4]), []).append(item)
     body: Json = {"kind": kind, "id": f"projects/{call.project}/aggregated/{collection}"}
     body["items"] = {
         scope: {collection: groups[scope]} if scope in groups else {"warning": _nothing_in(scope)}
@@ -174,9 +175,6 @@ def _nothing_in(scope: str) -> Json:
 
 def begin(call: Call, kind: str, target: Record, task: str = "compute.nothing", **arguments: Any) -> Json:
     """Record an operation on `target` and answer with it. `task` gets the target's key and the arguments."""
-    earlier = _same_request(call)
-    if earlier is not None:
-        return earlier
     scope = "/".join(target.key.split("/")[: 3 if "/global/" in target.key else 4])
     name = f"operation-{time.time_ns() // 1_000_000}-{secrets.token_hex(8)}-{secrets.token_hex(4)}"
     key = f"{scope}/operations/{name}"
@@ -197,10 +195,6 @@ def begin(call: Call, kind: str, target: Record, task: str = "compute.nothing", 
 
 def repeated(call: Call) -> Json | None:
     """The operation of an earlier request with the same `requestId`, if there was one."""
-    return _same_request(call)
-
-
-def _same_request(call: Call) -> Json | None:
     request = call.query.get("requestId")
     if not request:
         return None

@@ -14,7 +14,6 @@ from localcloud.api.compute.common import (
     link,
     listed,
     new_body,
-    repeated,
     require,
     resolve,
     set_labels,
@@ -56,9 +55,6 @@ def _find(call: Call) -> Record:
 
 @TABLE.serves("compute.instances.insert")
 def _insert(call: Call) -> Json:
-    earlier = repeated(call)
-    if earlier is not None:
-        return earlier
     if "sourceInstanceTemplate" in call.query or "sourceMachineImage" in call.query:
         raise ApiError(501, "localcloud creates instances from their description only")
     zone = check_zone(call)
@@ -277,9 +273,6 @@ def _aggregated(call: Call) -> Json:
 
 @TABLE.serves("compute.instances.delete")
 def _delete(call: Call) -> Json:
-    earlier = repeated(call)
-    if earlier is not None:
-        return earlier
     record = _find(call)
     if record.body["deletionProtection"]:
         raise ApiError(

@@ -87,7 +87,7 @@ def _reset(services: Services, arguments: Json) -> None:
 
 @TABLE.task("compute.instances.delete")
 def _delete(services: Services, arguments: Json) -> None:
-    """End the machine first and forget it afterwards: a crash in between leaves the record, and so the work."""
+    """End the machine first and forget it afterwards: after a crash in between the work is still known."""
     record = services.store.get(arguments["key"])
     if record is None:
         return

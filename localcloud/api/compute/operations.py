@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from localcloud.api.compute.common import OPERATION, listed, require
+from localcloud.api.compute.catalog import ZONES, zones
+from localcloud.api.compute.common import OPERATION, aggregated, listed, require
 from localcloud.api.errors import not_ready
 from localcloud.api.service import TABLE, Call
 from localcloud.store import Json
@@ -39,6 +40,13 @@ def _list(call: Call) -> Json:
     path = f"{_scope(call)}/operations"
     items = [record.body for record in call.store.list(OPERATION, f"{path}/")]
     return listed(call, items, "compute#operationList", path)
+
+
+@TABLE.serves("compute.globalOperations.aggregatedList")
+def _aggregated(call: Call) -> Json:
+    items = [record.body for record in call.store.list(OPERATION, f"projects/{call.project}/")]
+    scopes = ["global", *(f"regions/{region}" for region in ZONES), *(f"zones/{zone}" for zone in zones())]
+    return aggregated(call, items, "compute#operationAggregatedList", "operations", scopes)
 
 
 @TABLE.serves(

@@ -13,7 +13,6 @@ from localcloud.api.compute.common import (
     check_new,
     listed,
     new_body,
-    repeated,
     require,
     set_labels,
 )
@@ -26,8 +25,8 @@ from localcloud.store import Json, Record, Store
 class Collection:
     """One kind of resource that is a record and nothing else.
 
-    `prepare` checks a new body and fills in what Google would; `users` yields the keys of what needs a resource;
-    `patchable` are the fields that may change; `view` adds what is only known when a resource is read.
+    `prepare` checks a new body and fills in what Google would; `users` yields the keys of what needs a
+    resource; `patchable` are the fields that may change; `view` adds what is only known when a resource is read.
     """
 
     name: str
@@ -80,9 +79,6 @@ def serve(collection: Collection) -> None:
 
     @TABLE.serves(f"{prefix}.insert")
     def _insert(call: Call) -> Json:
-        earlier = repeated(call)
-        if earlier is not None:
-            return earlier
         key = check_new(call, collection.parent(call))
         body = {"description": "", **call.body, **new_body(key, collection.kind)}
         record = Record(key, collection.record_kind, body)
