@@ -1,0 +1,453 @@
+"""`kubernetes:GROUP/VERSION:Kind`: any object, by server-side apply, with the waits of the official plugin.
+
+Rules of pulumi-kubernetes v4: names that the program leaves out are made up and kept; a preview is a dry run
+on the server where that is possible; an object that exists but does not get ready stays in the state as not
+initialized.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from localcloud.plugins.kubernetes import ready, rules
+from localcloud.plugins.kubernetes.cluster import (
+    ApiError,
+    Cluster,
+    Kind,
+    Object,
+    Settings,
+    Unreachable,
+    active_cluster,
+    read_kubeconfig,
+)
+from localcloud.plugins.protocol import (
+    CancelledError,
+    Checked,
+    Diff,
+    Failure,
+    InitFailedError,
+    Provider,
+    ProviderError,
+    ReadResult,
+    Resource,
+    config_value,
+)
+from localcloud.plugins.values import (
+    UNKNOWN,
+    Properties,
+    Secret,
+    Value,
+    compare,
+    drift,
+    has_unknown,
+    keep_secrets,
+    plain,
+)
+
+_AUTONAMED = "pulumi.com/autonamed"
+_SKIP_AWAIT = "pulumi.com/skipAwait"
+_TIMEOUT = "pulumi.com/timeoutSeconds"
+_PATCH_FORCE = "pulumi.com/patchForce"
+_PROPAGATION = "pulumi.com/deletionPropagationPolicy"
+_DELETE_SECONDS = 600
+_RETRY_SECONDS = 30  # for what follows a new namespace within moments: itself, its default service account
+_OPTIONS = {
+    "deleteUnreachable": "PULUMI_K8S_DELETE_UNREACHABLE",
+    "skipUpdateUnreachable": "PULUMI_K8S_SKIP_UPDATE_UNREACHABLE",
+    "enableConfigMapMutable": "PULUMI_K8S_ENABLE_CONFIGMAP_MUTABLE",
+    "enableSecretMutable": "PULUMI_K8S_ENABLE_SECRET_MUTABLE",
+    "enablePatchForce": "PULUMI_K8S_ENABLE_PATCH_FORCE",
+    "upsertExistingObjects": "PULUMI_K8S_UPSERT_EXISTING_OBJECTS",
+}
+_SETTINGS = ("kubeconfig", "context", "cluster", "namespace")
+_HARMLESS = (
+    "clusterIdentifier",
+    "suppressDeprecationWarnings",
+    "suppressHelmHookWarnings",
+    "kubeClientSettings",
+    "helmReleaseSettings",
+    "version",
+)
+_NOT_SERVED = ("renderYamlToDirectory", "alwaysRender", "enableServerSideApply")
+_KNOWN_SETTINGS = {*_SETTINGS, *_OPTIONS, *_HARMLESS, *_NOT_SERVED}
+_SERVER_FIELDS = ("creationTimestamp", "generation", "managedFields", "resourceVersion", "uid", "selfLink")
+
+
+class KubernetesProvider(Provider):
+    """The plugin 'kubernetes'."""
+
+    name = "kubernetes"
+    version = "4.34.2"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cluster = Cluster(Settings())
+        self._options: dict[str, bool] = {}
+
+    def check_config(self, inputs: Properties) -> Checked:
+        """Refuses settings that do not exist, and those that the stand-in would have to ignore."""
+        failures = []
+        for name, value in plain(inputs).items():
+            if name in ("renderYamlToDirectory", "alwaysRender") and config_value(value):
+                failures.append(Failure((name,), "not served by the stand-in; the official plugin has it"))
+            elif name == "enableServerSideApply" and config_value(value) is False:
+                failures.append(Failure((name,), "the stand-in has server-side apply only"))
+            elif name in _OPTIONS and value is not UNKNOWN and not isinstance(config_value(value), bool):
+                failures.append(Failure((name,), f"expected a boolean, got {value!r}"))
+            elif name not in _KNOWN_SETTINGS:
+                failures.append(Failure((name,), "the kubernetes provider has no such setting"))
+        return Checked(inputs, failures)
+
+    def diff_config(self, old: Properties, new: Properties) -> Diff:
+        """A kubeconfig that points at another cluster replaces all on it; anything else is an update."""
+        changes = compare(old, new)
+        before, after = plain(old), plain(new)
+        if before.get("clusterIdentifier") or after.get("clusterIdentifier"):
+            return Diff(changes, frozenset(p for p in changes if p == ("clusterIdentifier",)))
+        elsewhere = ("kubeconfig",) in changes and _other_cluster(before["kubeconfig"], after["kubeconfig"])
+        moved = {("context",), ("cluster",)} | ({("kubeconfig",)} if elsewhere else set())
+        return Diff(changes, frozenset(p for p in changes if p in moved))
+
+    def configure(self, config: Properties) -> None:
+        """Keeps the settings; the connection is made at the first use."""
+        given: dict[str, Any] = {name: config.get(name) or None for name in _SETTINGS}
+        if isinstance(given["kubeconfig"], dict):  # JSON contents, decoded on the way
+            import json  # noqa: PLC0415
+
+            given["kubeconfig"] = json.dumps(given["kubeconfig"])
+        self._cluster = Cluster(Settings(**given))
+        self._options = {
+            name: bool(config.get(name, os.environ.get(variable, "").lower() in ("1", "true")))
+            for name, variable in _OPTIONS.items()
+        }
+
+    def check(self, resource: Resource, old: Properties, new: Properties, seed: bytes) -> Checked:
+        """Fills in apiVersion, kind, name and namespace; refuses what cannot be an object of this type."""
+        kind = self._kind(resource.type)
+        inputs = {"apiVersion": kind.api_version, "kind": kind.kind, **new}
+        failures = [
+            Failure((name,), f"expected {wanted!r}, got {plain(inputs[name])!r}")
+            for name, wanted in (("apiVersion", kind.api_version), ("kind", kind.kind))
+            if plain(inputs[name]) not in (wanted, UNKNOWN)
+        ]
+        metadata = inputs.get("metadata", {})
+        if plain(metadata) is UNKNOWN:
+            return Checked(inputs, failures)
+        if not isinstance(plain(metadata), dict):
+            return Checked(
+                inputs, [*failures, Failure(("metadata",), f"expected an object, got {metadata!r}")]
+            )
+        failures += _metadata_failures(plain(metadata))
+        if not failures:
+            inputs["metadata"] = self._named(kind, resource, old, metadata, seed)
+        return Checked(inputs, failures)
+
+    def _named(self, kind: Kind, resource: Resource, old: Properties, metadata: Value, seed: bytes) -> Value:
+        """The metadata with a name and, where the type has one, a namespace."""
+        if isinstance(metadata, Secret):
+            return Secret(self._named(kind, resource, old, metadata.value, seed))
+        named = dict(metadata)
+        if not named.get("name") and not named.get("generateName"):
+            annotations = plain(named.get("annotations") or {})
+            if annotations is not UNKNOWN:
+                before = plain(old).get("metadata") or {}
+                kept = (
+                    before.get("name")
+                    if (before.get("annotations") or {}).get(_AUTONAMED) == "true"
+                    else None
+                )
+                named["name"] = kept or f"{resource.name.lower()}-{seed.hex()[:8] or os.urandom(4).hex()}"
+                named["annotations"] = {**(named.get("annotations") or {}), _AUTONAMED: "true"}
+        if not named.get("namespace"):
+            try:
+                if self._cluster.namespaced(kind):
+                    named["namespace"] = self._cluster.default_namespace
+            except (Unreachable, ApiError):
+                pass  # decided at the apply, when the cluster must be there
+        return named
+
+    def diff(self, resource: Resource, state: Properties, old: Properties, new: Properties) -> Diff:
+        """Compares what the program wants with what it wanted; a refresh puts drift into the latter."""
+        kind = self._kind(resource.type)
+        before, after = plain(old) or _inputs_of(plain(state)), plain(new)
+        mutable = self._options.get(f"enable{kind.kind}Mutable", False) and not after.get("immutable")
+        changes = compare(before, after)
+        replace = rules.replacing(kind, changes, mutable_data=mutable)
+        metadata, was = after.get("metadata"), before.get("metadata") or {}
+        same_name = (
+            isinstance(metadata, dict)
+            and (metadata.get("annotations") or {}).get(_AUTONAMED) != "true"
+            and metadata.get("name") == was.get("name")
+            and metadata.get("namespace") == was.get("namespace")
+        )
+        return Diff(changes, replace, bool(replace) and same_name)
+
+    def create(self, resource: Resource, inputs: Properties, *, preview: bool) -> tuple[str, Properties]:
+        """Applies the object and waits until it is up."""
+        kind, manifest = self._kind(resource.type), plain(inputs)
+        if preview:
+            return "", self._previewed(kind, resource, inputs)
+        self._refuse_existing(kind, manifest)
+        deadline = time.monotonic() + self._seconds(resource, manifest, ready.default_timeout_seconds(kind))
+        try:
+            live = self._apply_soon(kind, manifest, resource)
+        except ApiError as error:
+            raise ProviderError(
+                f"{_label(kind, manifest)} was not created by the API server: {error}"
+            ) from error
+        return _id(live), self._wait(kind, resource, inputs, live, deadline)
+
+    def read(self, resource: Resource, state: Properties, inputs: Properties) -> ReadResult:
+        """Reads the object; one that is not up (a pod) is reported as not initialized."""
+        kind = self._kind(resource.type)
+        namespace, _, name = resource.resource_id.rpartition("/")
+        try:
+            live = self._cluster.get(kind, namespace or None, name)
+        except Unreachable as error:
+            if self._options.get("deleteUnreachable"):
+                self.log(resource.urn, f"{error}; taken out of the state (deleteUnreachable)", warning=True)
+                return ReadResult()
+            if self._options.get("skipUpdateUnreachable"):
+                self.log(resource.urn, f"{error}; left as it was (skipUpdateUnreachable)", warning=True)
+                return ReadResult(resource.resource_id, state, inputs)
+            hint = "PULUMI_K8S_DELETE_UNREACHABLE=true takes the resource out of the state"
+            raise ProviderError(f"{error}; {hint} if the cluster is gone for good") from error
+        except ApiError as error:
+            if error.reason == "NoMatch":
+                return ReadResult()
+            raise
+        if live is None:
+            return ReadResult()
+        current = drift(inputs, plain(state), live) if inputs else _inputs_of(live)
+        outputs = _state(live, inputs)
+        seen = ready.verdict(kind, live)
+        if kind == Kind("v1", "Pod") and not seen.ready and not _annotated(live, _SKIP_AWAIT):
+            raise InitFailedError(
+                resource.resource_id, outputs, [f"{_label(kind, live)}: {_joined(seen)}"], current
+            )
+        return ReadResult(resource.resource_id, outputs, current)
+
+    def update(
+        self,
+        resource: Resource,
+        state: Properties,  # noqa: ARG002
+        old: Properties,  # noqa: ARG002
+        new: Properties,
+        *,
+        preview: bool,
+    ) -> Properties:
+        """Applies the object anew and waits until it is up."""
+        kind, manifest = self._kind(resource.type), plain(new)
+        if preview:
+            return self._previewed(kind, resource, new)
+        deadline = time.monotonic() + self._seconds(resource, manifest, ready.default_timeout_seconds(kind))
+        try:
+            live = self._apply(kind, manifest, resource, dry_run=False)
+        except ApiError as error:
+            raise ProviderError(f"{_label(kind, manifest)} was not updated: {_explained(error)}") from error
+        return self._wait(kind, resource, new, live, deadline)
+
+    def delete(self, resource: Resource, state: Properties, inputs: Properties) -> None:  # noqa: ARG002
+        """Deletes the object and waits until it is gone."""
+        kind = self._kind(resource.type)
+        namespace, _, name = resource.resource_id.rpartition("/")
+        live = plain(state)
+        propagation = _annotated(live, _PROPAGATION) or "foreground"
+        try:
+            self._cluster.delete(kind, namespace or None, name, propagation.capitalize())
+            if not _annotated(live, _SKIP_AWAIT):
+                seconds = self._seconds(resource, live, _DELETE_SECONDS)
+                self._wait_gone(kind, resource, namespace or None, name, time.monotonic() + seconds)
+        except Unreachable as error:
+            if not self._options.get("deleteUnreachable"):
+                raise
+            self.log(resource.urn, f"{error}; taken out of the state (deleteUnreachable)", warning=True)
+        except ApiError as error:
+            if error.status != 404:
+                raise ProviderError(f"{_label(kind, live)} was not deleted: {error}") from error
+
+    def _kind(self, token: str) -> Kind:
+        _, group_version, kind = token.split(":")
+        group, _, version = group_version.partition("/")
+        served = bool(version) and "." not in version and not kind.endswith(("Patch", "List"))
+        if not served or group.split(".")[0] in ("helm", "kustomize", "yaml"):
+            self.refuse_type(token, ["every single object, kubernetes:GROUP/VERSION:Kind"])
+        return Kind(version if group == "core" else group_version, kind)
+
+    def _previewed(self, kind: Kind, resource: Resource, inputs: Properties) -> Properties:
+        """What the server would make of it, or the inputs where it cannot be asked (yet)."""
+        if has_unknown(inputs):
+            return inputs
+        try:
+            live = self._apply(kind, plain(inputs), resource, dry_run=True)
+        except Unreachable:
+            return inputs
+        except ApiError as error:
+            if error.status in (
+                403,
+                404,
+            ):  # no right to try, or it waits for a namespace or type of this update
+                return inputs
+            raise ProviderError(
+                f"{_label(kind, plain(inputs))} would be refused: {_explained(error)}"
+            ) from error
+        live.pop("status", None)
+        for name in ("uid", "resourceVersion", "creationTimestamp"):
+            live["metadata"].pop(name, None)
+        return _state(live, inputs)
+
+    def _refuse_existing(self, kind: Kind, manifest: Object) -> None:
+        """As the official plugin: an object that is there already is somebody else's."""
+        if self._options.get("upsertExistingObjects"):
+            return
+        metadata = manifest["metadata"]
+        if self._cluster.get(kind, metadata.get("namespace"), metadata["name"]) is not None:
+            raise ProviderError(
+                f"{_label(kind, manifest)} already exists; `pulumi import` takes it over "
+                "(or upsertExistingObjects / PULUMI_K8S_UPSERT_EXISTING_OBJECTS)"
+            )
+
+    def _apply(self, kind: Kind, manifest: Object, resource: Resource, *, dry_run: bool) -> Object:
+        manager = f"pulumi-kubernetes-{hashlib.sha256(resource.urn.encode()).hexdigest()[:8]}"
+        force = self._options.get("enablePatchForce", False) or _annotated(manifest, _PATCH_FORCE) == "true"
+        return self._cluster.apply(kind, manifest, manager, force=force, dry_run=dry_run)
+
+    def _apply_soon(self, kind: Kind, manifest: Object, resource: Resource) -> Object:
+        """Applies, trying again for a while what only needs a moment after a new namespace."""
+        deadline = time.monotonic() + _RETRY_SECONDS
+        pause = 0.1
+        while True:
+            try:
+                return self._apply(kind, manifest, resource, dry_run=False)
+            except ApiError as error:
+                soon = "serviceaccount" in str(error) or (error.status == 404 and "namespaces" in str(error))
+                if not soon or time.monotonic() > deadline or self.cancelled.wait(pause):
+                    raise
+                pause = min(pause * 2, 2)
+
+    def _wait(
+        self, kind: Kind, resource: Resource, inputs: Properties, live: Object, deadline: float
+    ) -> Properties:
+        """Waits until the object is up; returns its state, or raises `InitFailedError` with the reasons."""
+        if _annotated(live, _SKIP_AWAIT) == "true" or ready.verdict(kind, live).ready:
+            return _state(live, inputs)
+        metadata = live["metadata"]
+        seen, shown = ready.verdict(kind, live), ""
+        for current in self._cluster.states(kind, metadata.get("namespace"), metadata["name"]):
+            if current is None:
+                raise ProviderError(f"{_label(kind, live)} was deleted by somebody else before it was ready")
+            live = {"apiVersion": kind.api_version, "kind": kind.kind, **current}
+            seen = ready.verdict(kind, live)
+            if seen.ready:
+                return _state(live, inputs)
+            if _joined(seen) != shown:
+                shown = _joined(seen)
+                self.log(resource.urn, f"waiting: {shown}", status=True)
+            if seen.hopeless:
+                break
+            if time.monotonic() > deadline or self.cancelled.is_set():
+                break
+        how = "interrupted" if self.cancelled.is_set() else "failed" if seen.hopeless else "timed out"
+        reason = f"{_label(kind, live)} was created, but waiting for it {how}: {_joined(seen)}"
+        lines = ready.event_lines(self._cluster.events(live))
+        raise InitFailedError(_id(live), _state(live, inputs), [reason, *lines], inputs)
+
+    def _wait_gone(
+        self, kind: Kind, resource: Resource, namespace: str | None, name: str, deadline: float
+    ) -> None:
+        uid = None
+        for current in self._cluster.states(kind, namespace, name):
+            if current is None or current["metadata"]["uid"] != (uid := uid or current["metadata"]["uid"]):
+                return
+            if self.cancelled.is_set():
+                raise CancelledError(f"the wait for the deletion of {name} was interrupted")
+            finalizers = ", ".join(current["metadata"].get("finalizers") or [])
+            held = f" (finalizers: {finalizers})" if finalizers else ""
+            if time.monotonic() > deadline:
+                raise ProviderError(f"{kind.kind} {resource.resource_id} was not gone in time{held}")
+            self.log(resource.urn, f"waiting for the deletion to finish{held}", status=True)
+
+    def _seconds(self, resource: Resource, manifest: Object, default: float) -> float:
+        annotated = _annotated(manifest, _TIMEOUT)
+        return resource.timeout or (float(annotated) if annotated else default)
+
+
+def _other_cluster(old: Value, new: Value) -> bool:
+    """Whether two kubeconfigs lead to different clusters (the official plugin's rule: the cluster's entry
+    differs).
+    """
+    if UNKNOWN in (old, new):
+        return False
+    try:
+        before, after = (read_kubeconfig(value)[0] for value in (old, new))
+    except ProviderError:
+        return False
+    return active_cluster(before or {}) != active_cluster(after or {})
+
+
+def _metadata_failures(metadata: Mapping[str, Value]) -> list[Failure]:
+    failures = []
+    for name in ("name", "namespace", "generateName"):
+        if metadata.get(name) is not None and not isinstance(metadata[name], str | type(UNKNOWN)):
+            failures.append(Failure(("metadata", name), f"expected a string, got {metadata[name]!r}"))
+    for name in ("labels", "annotations"):
+        entries = metadata.get(name) or {}
+        if entries is not UNKNOWN and not isinstance(entries, dict):
+            failures.append(Failure(("metadata", name), f"expected a map of strings, got {entries!r}"))
+            continue
+        failures += [
+            Failure(("metadata", name, key), f"expected a string, got {value!r}")
+            for key, value in (entries.items() if isinstance(entries, dict) else ())
+            if not isinstance(value, str | type(UNKNOWN))
+        ]
+    if metadata.get("generateName"):
+        failures.append(
+            Failure(("metadata", "generateName"), "not served by the stand-in; leave the name out instead")
+        )
+    return failures
+
+
+def _state(live: Object, inputs: Properties) -> Properties:
+    """The live object as outputs, without the bookkeeping of field managers, secret where the inputs are."""
+    metadata = {k: v for k, v in live["metadata"].items() if k != "managedFields"}
+    outputs: Properties = {
+        k: keep_secrets(v, inputs.get(k)) for k, v in (live | {"metadata": metadata}).items()
+    }
+    if live.get("kind") == "Secret":
+        outputs |= {k: Secret(plain(outputs[k])) for k in ("data", "stringData") if k in outputs}
+    return outputs
+
+
+def _inputs_of(live: Object) -> Properties:
+    """The inputs that would make a live object: for an import."""
+    metadata = {k: v for k, v in live.get("metadata", {}).items() if k not in _SERVER_FIELDS}
+    return {k: v for k, v in live.items() if k != "status"} | {"metadata": metadata}
+
+
+def _annotated(manifest: Object, annotation: str) -> str:
+    return str(((manifest.get("metadata") or {}).get("annotations") or {}).get(annotation, ""))
+
+
+def _id(live: Object) -> str:
+    metadata = live["metadata"]
+    return (
+        f"{metadata['namespace']}/{metadata['name']}" if metadata.get("namespace") else str(metadata["name"])
+    )
+
+
+def _label(kind: Kind, manifest: Object) -> str:
+    return f"{kind.kind} {_id(manifest)}" if (manifest.get("metadata") or {}).get("name") else kind.kind
+
+
+def _joined(seen: ready.Verdict) -> str:
+    return "; ".join(seen.reasons)
+
+
+def _explained(error: ApiError) -> str:
+    if error.status == 409:
+        return f'{error}; the annotation {_PATCH_FORCE}: "true" takes the fields over'
+    return str(error)

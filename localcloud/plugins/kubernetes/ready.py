@@ -1,0 +1,142 @@
+"""When an object counts as up, as the official plugin sees it, and what to say while it does not.
+
+Plain functions on live objects: no network here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from localcloud.plugins.kubernetes.cluster import Kind, Object
+
+_EVENTS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`ready`, or not yet with the reasons; `hopeless` if waiting on cannot help."""
+
+    ready: bool
+    reasons: tuple[str, ...] = ()
+    hopeless: bool = False
+
+
+def verdict(kind: Kind, live: Object) -> Verdict:
+    """Whether the object is up. Types without a rule are up once they exist."""
+    rule = _RULES.get(kind)
+    return rule(live) if rule else Verdict(True)
+
+
+def default_timeout_seconds(kind: Kind) -> float:
+    """How long the official plugin waits without customTimeouts."""
+    return 300 if kind == Kind("v1", "Namespace") else 600
+
+
+def _pod(pod: Object) -> Verdict:
+    status = pod.get("status") or {}
+    conditions = {c["type"]: c for c in status.get("conditions") or []}
+    if status.get("phase") == "Succeeded":
+        return Verdict(True)
+    if all(
+        conditions.get(name, {}).get("status") == "True" for name in ("PodScheduled", "Initialized", "Ready")
+    ):
+        return Verdict(True)
+    reasons = _container_reasons(status)
+    for name in ("PodScheduled", "Initialized", "Ready"):
+        condition = conditions.get(name, {})
+        if condition.get("status") != "True":
+            said = ": ".join(filter(None, (condition.get("reason"), condition.get("message"))))
+            reasons.append(f"{name} is not true" + (f" ({said})" if said else ""))
+            break
+    failed = status.get("phase") == "Failed"
+    if failed:
+        said = ": ".join(filter(None, (status.get("reason"), status.get("message"))))
+        reasons.insert(0, "the pod failed" + (f" ({said})" if said else ""))
+    return Verdict(False, tuple(reasons), hopeless=failed)
+
+
+def _container_reasons(status: Object) -> list[str]:
+    reasons = []
+    for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+        state, name = container.get("state") or {}, container.get("name")
+        waiting, ended = state.get("waiting"), state.get("terminated")
+        last = (container.get("lastState") or {}).get("terminated")
+        if waiting and waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
+            reasons.append(f"container {name}: [{waiting['reason']}] {waiting.get('message') or ''}".rstrip())
+        if ended and ended.get("exitCode"):
+            reasons.append(f"container {name}: {_ended(ended)}")
+        if last and not container.get("ready"):
+            reasons.append(f"container {name} before that: {_ended(last)}")
+    return reasons
+
+
+def _ended(terminated: Object) -> str:
+    said = f": {terminated['message']}" if terminated.get("message") else ""
+    return f"[{terminated.get('reason') or 'Error'}] exit code {terminated.get('exitCode')}{said}"
+
+
+def _namespace(namespace: Object) -> Verdict:
+    phase = (namespace.get("status") or {}).get("phase")
+    return Verdict(phase == "Active", (f"the phase is {phase}",))
+
+
+def _rollout(wanted: Callable[[Object], int], counts: tuple[str, ...]) -> Callable[[Object], Verdict]:
+    """A controller that must have seen this generation and reached its number of pods in every count."""
+
+    def rule(live: Object) -> Verdict:
+        status: dict[str, Any] = live.get("status") or {}
+        if status.get("observedGeneration", 0) < live["metadata"].get("generation", 0):
+            return Verdict(False, ("its controller has not seen this generation yet",))
+        goal = wanted(live)
+        short = [
+            f"{name} is {status.get(name, 0)} of {goal}" for name in counts if status.get(name, 0) < goal
+        ]
+        bad = [
+            f"{c['type']} is {c['status']}: {c.get('message', '')}"
+            for c in status.get("conditions") or []
+            if c["status"] != "True" and c["type"] in ("Available", "Progressing")
+        ]
+        return Verdict(not short, tuple(short + bad))
+
+    return rule
+
+
+def _job(job: Object) -> Verdict:
+    conditions = {
+        c["type"]: c for c in (job.get("status") or {}).get("conditions") or [] if c["status"] == "True"
+    }
+    if "Complete" in conditions:
+        return Verdict(True)
+    failed = conditions.get("Failed")
+    if failed:
+        return Verdict(
+            False, (f"the job failed ({failed.get('reason')}: {failed.get('message')})",), hopeless=True
+        )
+    return Verdict(False, ("the job is not complete",))
+
+
+def _replicas(live: Object) -> int:
+    return int(live["spec"].get("replicas", 1))
+
+
+_RULES: dict[Kind, Callable[[Object], Verdict]] = {
+    Kind("v1", "Pod"): _pod,
+    Kind("v1", "Namespace"): _namespace,
+    Kind("apps/v1", "Deployment"): _rollout(_replicas, ("updatedReplicas", "availableReplicas")),
+    Kind("apps/v1", "StatefulSet"): _rollout(_replicas, ("updatedReplicas", "readyReplicas")),
+    Kind("apps/v1", "DaemonSet"): _rollout(
+        lambda live: int((live.get("status") or {}).get("desiredNumberScheduled", 0)),
+        ("updatedNumberScheduled", "numberAvailable"),
+    ),
+    Kind("batch/v1", "Job"): _job,
+}
+
+
+def event_lines(events: list[Object]) -> list[str]:
+    """The last events, a line each, for an error."""
+    return [
+        f"{e.get('type', 'Normal')} {e.get('reason', '')}: {str(e.get('message', '')).strip()}"
+        for e in events[-_EVENTS_SHOWN:]
+    ]
