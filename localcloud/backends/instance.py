@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import ipaddress
 import shlex
 import shutil
 import socket
@@ -38,7 +39,9 @@ def start_instance(home: Home, supervisor: Supervisor, spec: InstanceSpec) -> No
     Raises:
         BackendError: its address cannot be used, or its metadata server does not answer.
     """
-    rootfs = Rootfs(home, spec.name)
+    if not ipaddress.ip_address(spec.ip).is_loopback:
+        raise BackendError(f"instance {spec.name}: {spec.ip} is no loopback address")
+    rootfs = Rootfs(home, _checked(spec.name))
     home.instance(spec.name)
     if supervisor.status(rootfs.program("startup-script")).state != "ABSENT":
         rootfs.save(spec)

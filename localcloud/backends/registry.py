@@ -66,6 +66,7 @@ def ensure_registry(home: Home, supervisor: Supervisor) -> str:
     text = json.dumps(configuration, indent=1)  # JSON is YAML
     changed = not path.exists() or path.read_text() != text
     write_private(path, text)
+    was_known = supervisor.state(PROGRAM) != "ABSENT"
     supervisor.add(
         Program(
             PROGRAM,
@@ -76,7 +77,7 @@ def ensure_registry(home: Home, supervisor: Supervisor) -> str:
             priority=10,
         )
     )
-    if changed:
+    if changed and was_known:
         supervisor.restart(PROGRAM)
     if not wait_until(lambda: _answers(port), 20):
         raise BackendError(

@@ -1,6 +1,6 @@
 """Where things are on an instance, and what its programs find in their environment.
 
-    instances/NAME/instance.json    the InstanceSpec that it was started with
+    instances/NAME/instance.json    the InstanceSpec that it was started with, and the host's PATH
     instances/NAME/bin/systemctl    the stand-in, first on its PATH
     instances/NAME/usr/local        PREFIX
     instances/NAME/etc              SYSCONFDIR, with systemd/system below it
@@ -16,6 +16,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from localcloud.home import Home, write_private
 from localcloud.specs import BackendError, InstanceSpec
@@ -60,14 +61,20 @@ class Rootfs:
         Raises:
             BackendError: the instance was never started.
         """
-        try:
-            fields = json.loads((self.root / "instance.json").read_text())
-        except FileNotFoundError:
-            raise BackendError(f"there is no instance {self.name} in {self.home.root}") from None
+        fields = self._record()["spec"]
         return InstanceSpec(**{**fields, "scopes": tuple(fields["scopes"])})
 
     def save(self, spec: InstanceSpec) -> None:
-        write_private(self.root / "instance.json", json.dumps(asdict(spec), indent=1))
+        """Also keeps the caller's PATH: units must not see that of whoever calls `systemctl`."""
+        record = {"spec": asdict(spec), "path": os.environ.get("PATH", os.defpath)}
+        write_private(self.root / "instance.json", json.dumps(record, indent=1))
+
+    def _record(self) -> dict[str, Any]:
+        try:
+            record: dict[str, Any] = json.loads((self.root / "instance.json").read_text())
+        except FileNotFoundError:
+            raise BackendError(f"there is no instance {self.name} in {self.home.root}") from None
+        return record
 
     def metadata_host(self, spec: InstanceSpec) -> str:
         """HOST:PORT of the instance's metadata server."""
@@ -76,7 +83,7 @@ class Rootfs:
 
     def environment(self, spec: InstanceSpec) -> dict[str, str]:
         """What a service manager on the instance gives to every unit."""
-        path = [str(self.root / "bin"), str(self.root / "usr/local/bin"), os.environ.get("PATH", os.defpath)]
+        path = [str(self.root / "bin"), str(self.root / "usr/local/bin"), self._record()["path"]]
         return {
             "PATH": ":".join(path),
             "HOME": str(self.root / "root"),

@@ -236,11 +236,13 @@ class Supervisor:
         if left:
             raise BackendError(f"processes of {self.home.root} cannot be ended: {', '.join(map(str, left))}")
         directory = self.home.supervisor
-        for path in (self.socket, directory / "supervisord.pid", directory / "supervisord.json"):
+        socket_path = self.socket
+        for path in (socket_path, directory / "supervisord.pid", directory / "supervisord.json"):
             path.unlink(missing_ok=True)
-        if self.socket.parent != directory:
+        if socket_path.parent != directory:
             with contextlib.suppress(OSError):
-                self.socket.parent.rmdir()
+                socket_path.parent.rmdir()
+        (directory / "socket-path").unlink(missing_ok=True)
         for record in (directory / "run").glob("*.json"):
             record.unlink(missing_ok=True)
 
@@ -435,10 +437,14 @@ class Supervisor:
         for name in live:
             with _tolerate("NOT_RUNNING", "BAD_NAME"):
                 self._call("stopProcess", name, False)
+
+        def left() -> list[str]:
+            return [name for name in live if self.status(name).live]
+
         # The daemon itself goes from the stop signal to SIGKILL.
+        if not wait_until(lambda: not left(), _LONGEST_STOP_SECONDS):
+            raise BackendError(f"{', '.join(left())} does not stop; see the logs in {self.home.logs}")
         for name in live:
-            if not wait_until(lambda name=name: not self.status(name).live, _LONGEST_STOP_SECONDS):
-                raise BackendError(f"{name} does not stop; see {self.home.logs / f'{name}.log'}")
             (self.home.supervisor / "run" / f"{name}.json").unlink(missing_ok=True)
 
     def _forget(self, name: str) -> None:
@@ -449,9 +455,14 @@ class Supervisor:
 
     @property
     def socket(self) -> Path:
-        """Where the daemon listens: in the home, or in a directory of the user's own if that path is too
-        long.
-        """
+        """Where the daemon listens; written down at its start, as a program's environment may differ."""
+        try:
+            return Path((self.home.root / "supervisor" / "socket-path").read_text())
+        except FileNotFoundError:
+            return self._choose_socket()
+
+    def _choose_socket(self) -> Path:
+        """In the home, or in a directory of the user's own if that path is too long."""
         path = self.home.root / "supervisor" / "supervisor.sock"
         if len(os.fsencode(path)) <= _LONGEST_SOCKET_PATH:
             return path
@@ -462,11 +473,12 @@ class Supervisor:
         return Path(runtime) / f"localcloud-{os.getuid()}-{name}" / "s"
 
     def _private_socket(self) -> Path:
-        path = self.socket
+        path = self._choose_socket()
         path.parent.mkdir(mode=0o700, exist_ok=True)
         seen = path.parent.lstat()
         if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.getuid() or seen.st_mode & 0o077:
             raise BackendError(f"{path.parent} must be a directory of yours with mode 0700; remove it")
+        write_private(self.home.supervisor / "socket-path", str(path))
         return path
 
     def _call(self, method: str, *arguments: Any) -> Any:

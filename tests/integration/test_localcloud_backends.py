@@ -188,7 +188,7 @@ def test_orphans_of_a_killed_supervisor_are_ended_before_a_new_start(fresh: Loca
         stranger.wait()
 
 
-def test_a_home_with_a_deep_and_odd_path_works(tmp_path: Path) -> None:
+def test_a_home_with_a_deep_and_odd_path_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local = make_local(tmp_path / ("deep %s & odd" + "/d" * 60))
     local.supervisor.start()
     socket = local.supervisor.socket
@@ -197,6 +197,8 @@ def test_a_home_with_a_deep_and_odd_path_works(tmp_path: Path) -> None:
         assert stat.S_IMODE(socket.parent.stat().st_mode) == 0o700
         local.supervisor.add(Program("sleeper", SLEEP))
         local.kill("sleeper")
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+        assert Supervisor(local.home).socket == socket, "whoever calls, in whatever environment"
     finally:
         local.supervisor.stop()
     assert local.processes() == []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from localcloud.backends import processes
 from localcloud.backends.processes import MARK, end, mark, marked, start_time, wait_until
 
 STUBBORN = (
@@ -42,6 +43,19 @@ def test_a_start_time_stays_the_same_and_is_gone_with_the_process(
     assert start_time(process.pid) == first
     process.kill()
     assert wait_until(lambda: start_time(process.pid) is None, 5), "a zombie counts as ended"
+
+
+def test_a_start_time_can_be_had_where_there_is_no_proc(
+    launched: Callable[..., subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_HAS_PROC", False)
+    process = launched("import time; time.sleep(99)")
+    first = start_time(process.pid)
+    assert first is not None
+    assert start_time(process.pid) == first
+    process.kill()
+    process.wait()
+    assert start_time(process.pid) is None
 
 
 def test_only_processes_with_the_mark_are_found(

@@ -20,6 +20,7 @@ SPEC = InstanceSpec("vm-1", "proj", "europe-west1-b", "1", "127.0.0.1", "vm-1.c.
 def rootfs(tmp_path: Path) -> Rootfs:
     found = Rootfs(Home(tmp_path), SPEC.name)
     found.units.mkdir(parents=True)
+    found.save(SPEC)
     (found.root / "ports.json").write_text(json.dumps({"metadata": 8080}))
     return found
 
