@@ -164,6 +164,11 @@ def keep_secrets(outputs: Value, inputs: Value) -> Value:
     return outputs
 
 
+def with_secrets_of(outputs: Properties, inputs: Properties) -> Properties:
+    """`keep_secrets` for properties."""
+    return {k: keep_secrets(v, inputs.get(k)) for k, v in outputs.items()}
+
+
 def compare(old: Value, new: Value, *, empty_is_absent: bool = False) -> dict[Path, Change]:
     """The places where two trees differ, the deepest place that names the whole difference.
 

@@ -240,7 +240,7 @@ class Cluster:
         configuration.retries = 0
         if document is None:
             try:
-                config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+                config.load_incluster_config(client_configuration=configuration)
             except config.ConfigException as error:
                 raise Unreachable(
                     "no kubeconfig: set kubernetes:kubeconfig or KUBECONFIG, or write ~/.kube/config"
@@ -251,7 +251,7 @@ class Cluster:
         _need_exec_plugin(document, context)
         with _captured_errors() as errors, contextlib.chdir(directory):
             try:
-                config.load_kube_config_from_dict(  # type: ignore[no-untyped-call]
+                config.load_kube_config_from_dict(
                     document, client_configuration=configuration, persist_config=False
                 )
             except (config.ConfigException, KeyError, TypeError, ValueError) as error:

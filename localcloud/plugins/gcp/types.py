@@ -1,0 +1,378 @@
+"""The resource types that are served, a table each: property, field, type, what a change needs.
+
+Names, defaults, and what forces a replacement are those of the official plugin (pulumi-gcp 9/10, on
+google-beta).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from localcloud.plugins.gcp.fields import Field, Type, Update
+
+S, INT, I64, B = Type.STRING, Type.INT, Type.INT64, Type.BOOL
+MAP, STRS, OBJ, OBJS = Type.MAP, Type.STRINGS, Type.OBJECT, Type.OBJECTS
+PATCH, OWN, LOCAL = Update.PATCH, Update.OWN, Update.LOCAL
+
+
+@dataclass(frozen=True)
+class ResourceType:
+    """A type. `item` is its path and its Pulumi id; `collection` where it is created; minutes: the default
+    timeouts.
+    """
+
+    token: str
+    service: str
+    collection: str
+    item: str
+    fields: tuple[Field, ...]
+    name: str | None = "name"
+    minutes: tuple[int, int, int] = (20, 20, 20)  # create, update, delete
+    create_query: tuple[tuple[str, str], ...] = ()  # query parameter: property
+
+    def field(self, name: str) -> Field:
+        """A property by name."""
+        return next(f for f in self.fields if f.name == name)
+
+
+def _out(name: str, kind: Type = S, rest: str | None = "", fields: tuple[Field, ...] = ()) -> Field:
+    return Field(name, kind, rest, output=True, fields=fields)
+
+
+_PROJECT = Field("project", rest=None)
+_LABELS = (
+    Field("labels", MAP, rest=None, update=OWN),
+    _out("effectiveLabels", MAP, None),
+    _out("pulumiLabels", MAP, None),
+)
+_LINKS = (_out("selfLink"), _out("creationTimestamp"))
+
+REPOSITORY = ResourceType(
+    "gcp:artifactregistry/repository:Repository",
+    "artifactregistry",
+    "projects/{project}/locations/{location}/repositories",
+    "projects/{project}/locations/{location}/repositories/{repositoryId}",
+    (
+        _PROJECT,
+        Field("location", rest=None),
+        Field("repositoryId", rest=None, required=True),
+        Field("format", required=True),
+        Field("mode", default="STANDARD_REPOSITORY"),
+        Field("description", update=PATCH),
+        Field("kmsKeyName"),
+        Field("dockerConfig", OBJ, update=PATCH, fields=(Field("immutableTags", B, update=PATCH),)),
+        *_LABELS,
+        _out("name", rest=None),
+        _out("createTime"),
+        _out("updateTime"),
+        _out("registryUri"),
+    ),
+    name=None,
+    create_query=(("repository_id", "repositoryId"),),
+)
+
+REPOSITORY_IAM_MEMBER = ResourceType(
+    "gcp:artifactregistry/repositoryIamMember:RepositoryIamMember",
+    "artifactregistry",
+    "",
+    "projects/{project}/locations/{location}/repositories/{repository}/{role}/{member}",
+    (
+        _PROJECT,
+        Field("location", rest=None),
+        Field("repository", rest=None, required=True),
+        Field("role", rest=None, required=True),
+        Field("member", rest=None, required=True),
+        _out("etag"),
+    ),
+    name=None,
+)
+
+ACCOUNT = ResourceType(
+    "gcp:serviceaccount/account:Account",
+    "iam",
+    "projects/{project}/serviceAccounts",
+    "projects/{project}/serviceAccounts/{email}",
+    (
+        _PROJECT,
+        Field("accountId", rest=None, required=True),
+        Field("displayName", update=PATCH),
+        Field("description", update=PATCH),
+        Field("disabled", B, update=OWN, default=False),
+        _out("email"),
+        _out("name"),
+        _out("uniqueId"),
+        _out("member", rest=None),
+    ),
+    name=None,
+    minutes=(5, 5, 5),
+)
+
+NETWORK = ResourceType(
+    "gcp:compute/network:Network",
+    "compute",
+    "projects/{project}/global/networks",
+    "projects/{project}/global/networks/{name}",
+    (
+        _PROJECT,
+        Field("name"),
+        Field("description"),
+        Field("autoCreateSubnetworks", B, default=True),
+        Field("routingMode", rest="routingConfig.routingMode", update=PATCH, enum=("REGIONAL", "GLOBAL")),
+        Field("mtu", INT, update=PATCH),
+        _out("gatewayIpv4", rest="gatewayIPv4"),
+        _out("numericId", rest="id"),
+        _out("networkId", rest="id"),
+        *_LINKS[:1],
+    ),
+)
+
+SUBNETWORK = ResourceType(
+    "gcp:compute/subnetwork:Subnetwork",
+    "compute",
+    "projects/{project}/regions/{region}/subnetworks",
+    "projects/{project}/regions/{region}/subnetworks/{name}",
+    (
+        _PROJECT,
+        Field("region", rest=None),
+        Field("name"),
+        Field("network", required=True),
+        Field("ipCidrRange"),
+        Field("description"),
+        Field("privateIpGoogleAccess", B, update=OWN),
+        Field("purpose"),
+        Field("role", update=PATCH),
+        Field("stackType", update=PATCH),
+        Field(
+            "secondaryIpRanges",
+            OBJS,
+            update=PATCH,
+            fields=(Field("rangeName", required=True), Field("ipCidrRange")),
+        ),
+        _out("gatewayAddress"),
+        _out("fingerprint"),
+        *_LINKS,
+    ),
+)
+
+_RULE = (Field("protocol", rest="IPProtocol", required=True), Field("ports", STRS))
+FIREWALL = ResourceType(
+    "gcp:compute/firewall:Firewall",
+    "compute",
+    "projects/{project}/global/firewalls",
+    "projects/{project}/global/firewalls/{name}",
+    (
+        _PROJECT,
+        Field("name"),
+        Field("network", required=True),
+        Field("description", update=PATCH),
+        Field("direction", enum=("INGRESS", "EGRESS")),
+        Field("priority", INT, default=1000, update=PATCH),
+        Field("disabled", B, update=PATCH),
+        Field("allows", OBJS, "allowed", update=PATCH, fields=_RULE),
+        Field("denies", OBJS, "denied", update=PATCH, fields=_RULE),
+        *(
+            Field(name, STRS, update=PATCH)
+            for name in (
+                *("sourceRanges", "destinationRanges", "sourceTags", "targetTags"),
+                *("sourceServiceAccounts", "targetServiceAccounts"),
+            )
+        ),
+        *_LINKS,
+    ),
+)
+
+ADDRESS = ResourceType(
+    "gcp:compute/address:Address",
+    "compute",
+    "projects/{project}/regions/{region}/addresses",
+    "projects/{project}/regions/{region}/addresses/{name}",
+    (
+        _PROJECT,
+        Field("region", rest=None),
+        Field("name"),
+        Field("address"),
+        Field("addressType", default="EXTERNAL", enum=("INTERNAL", "EXTERNAL")),
+        Field("description"),
+        Field("networkTier", enum=("PREMIUM", "STANDARD")),
+        Field("network"),
+        Field("subnetwork"),
+        Field("purpose"),
+        Field("prefixLength", INT),
+        *_LABELS,
+        _out("labelFingerprint"),
+        _out("users", STRS),
+        *_LINKS,
+    ),
+)
+
+INSTANCE = ResourceType(
+    "gcp:compute/instance:Instance",
+    "compute",
+    "projects/{project}/zones/{zone}/instances",
+    "projects/{project}/zones/{zone}/instances/{name}",
+    (
+        _PROJECT,
+        Field("zone", rest=None),
+        Field("name"),
+        Field("machineType", rest=None, required=True, update=OWN),
+        Field("description"),
+        Field("hostname"),
+        Field("canIpForward", B),
+        Field("minCpuPlatform"),
+        Field("allowStoppingForUpdate", B, rest=None, update=LOCAL),
+        Field("deletionProtection", B, update=OWN, default=False),
+        Field(
+            "bootDisk",
+            OBJ,
+            rest=None,
+            required=True,
+            fields=(
+                Field("autoDelete", B, default=True),
+                Field("deviceName"),
+                Field("mode", default="READ_WRITE", enum=("READ_WRITE", "READ_ONLY")),
+                Field("source"),
+                Field(
+                    "initializeParams",
+                    OBJ,
+                    fields=(
+                        Field("image", rest="sourceImage"),
+                        Field("size", I64, rest="diskSizeGb"),
+                        Field("type", rest="diskType"),
+                        Field("labels", MAP),
+                    ),
+                ),
+            ),
+        ),
+        Field(
+            "networkInterfaces",
+            OBJS,
+            required=True,
+            fields=(
+                Field("network"),
+                Field("subnetwork"),
+                Field("networkIp", rest="networkIP"),
+                Field("stackType"),
+                Field("accessConfigs", OBJS, fields=(Field("natIp", rest="natIP"), Field("networkTier"))),
+                _out("name"),
+            ),
+        ),
+        Field("metadata", MAP, rest=None, update=OWN),
+        Field("metadataStartupScript", rest=None),
+        Field("tags", STRS, rest=None, update=OWN),
+        *_LABELS,
+        Field(
+            "serviceAccount", OBJ, rest=None, fields=(Field("email"), Field("scopes", STRS, required=True))
+        ),
+        Field(
+            "scheduling",
+            OBJ,
+            fields=(
+                Field("automaticRestart", B, default=True),
+                Field("onHostMaintenance"),
+                Field("preemptible", B),
+                Field("provisioningModel"),
+                Field("instanceTerminationAction"),
+            ),
+        ),
+        Field(
+            "shieldedInstanceConfig",
+            OBJ,
+            fields=(
+                Field("enableSecureBoot", B, default=False),
+                Field("enableVtpm", B, default=True),
+                Field("enableIntegrityMonitoring", B, default=True),
+            ),
+        ),
+        _out("instanceId", rest="id"),
+        _out("cpuPlatform"),
+        _out("currentStatus", rest="status"),
+        _out("labelFingerprint"),
+        _out("metadataFingerprint", rest="metadata.fingerprint"),
+        _out("tagsFingerprint", rest="tags.fingerprint"),
+        *_LINKS,
+    ),
+)
+
+CLUSTER = ResourceType(
+    "gcp:container/cluster:Cluster",
+    "container",
+    "projects/{project}/locations/{location}/clusters",
+    "projects/{project}/locations/{location}/clusters/{name}",
+    (
+        _PROJECT,
+        Field("location", rest=None),
+        Field("name"),
+        Field("description"),
+        Field("deletionProtection", B, rest=None, default=True, update=LOCAL),
+        Field("initialNodeCount", INT),
+        Field("removeDefaultNodePool", B, rest=None),
+        Field("network", default="default"),
+        Field("subnetwork"),
+        Field("networkingMode", rest=None, enum=("VPC_NATIVE", "ROUTES")),
+        Field("minMasterVersion", rest=None, update=OWN),
+        Field("clusterIpv4Cidr"),
+        Field("enableAutopilot", B, rest="autopilot.enabled"),
+        Field("loggingService", update=OWN),
+        Field("monitoringService", update=OWN),
+        Field("nodeLocations", STRS, rest="locations", update=OWN),
+        Field("resourceLabels", MAP, update=OWN),
+        Field(
+            "ipAllocationPolicy",
+            OBJ,
+            fields=(
+                Field("clusterSecondaryRangeName"),
+                Field("servicesSecondaryRangeName"),
+                Field("clusterIpv4CidrBlock"),
+                Field("servicesIpv4CidrBlock"),
+                Field("stackType"),
+            ),
+        ),
+        Field(
+            "nodeConfig",
+            OBJ,
+            fields=(
+                Field("machineType"),
+                Field("diskSizeGb", INT),
+                Field("diskType"),
+                Field("imageType"),
+                Field("oauthScopes", STRS),
+                Field("serviceAccount"),
+                Field("labels", MAP),
+                Field("tags", STRS),
+                Field("metadata", MAP),
+                Field("preemptible", B),
+                Field("spot", B),
+            ),
+        ),
+        Field(
+            "releaseChannel",
+            OBJ,
+            update=OWN,
+            fields=(Field("channel", required=True, update=OWN),),
+        ),
+        Field("workloadIdentityConfig", OBJ, update=OWN, fields=(Field("workloadPool", update=OWN),)),
+        _out("endpoint"),
+        _out("masterVersion", rest="currentMasterVersion"),
+        _out("servicesIpv4Cidr"),
+        _out("labelFingerprint"),
+        _out("selfLink"),
+        _out(
+            "masterAuth",
+            OBJ,
+            fields=(
+                _out("clusterCaCertificate"),
+                _out("clientCertificate"),
+                _out("clientKey"),
+            ),
+        ),
+    ),
+    minutes=(40, 60, 40),
+)
+
+TYPES = {
+    t.token: t
+    for t in (
+        *(REPOSITORY, REPOSITORY_IAM_MEMBER, ACCOUNT, NETWORK, SUBNETWORK, FIREWALL, ADDRESS),
+        *(INSTANCE, CLUSTER),
+    )
+}
