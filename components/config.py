@@ -14,6 +14,8 @@ from typing import Any, cast
 
 import pulumi
 
+from components.providers.signature import SignatureError, read_key
+
 # Registries that answer to Container Registry's old names, and the location that each must have. Source:
 # Artifact Registry's documentation, "Transition from Container Registry".
 GCR_LOCATIONS = {"gcr.io": "us", "us.gcr.io": "us", "eu.gcr.io": "europe", "asia.gcr.io": "asia"}
@@ -193,10 +195,21 @@ class _Reader:
     def secret(self, key: str) -> pulumi.Output[str] | None:
         return self._config.get_secret(key) if self._config.get(key) else None
 
+    def check_signing_key(self, key: str, password: str) -> None:
+        """Read the key, and show nothing of it or of what went wrong inside it."""
+        pem = self._config.get(key)
+        if not pem:
+            return
+        try:
+            read_key(pem, self._config.get(password) or "")
+        except SignatureError as error:
+            raise self.error(key, "[secret]", str(error)) from None
+
 
 def load() -> StackConfig:
     """Read and check the configuration. Raises ConfigError for the first value that cannot be used."""
     keys = _Reader(pulumi.Config())
+    keys.check_signing_key("signingKey", "signingKeyPassword")
     return StackConfig(
         google=_google(_Reader(pulumi.Config("gcp"), "gcp:")),
         registry=_registry(keys),

@@ -199,9 +199,7 @@ class Cluster:
 
     def __init__(self, kubeconfig: str) -> None:
         loaded = json.loads(kubeconfig)
-        api = kubernetes.config.new_client_from_config_dict(  # type: ignore[no-untyped-call]
-            loaded, persist_config=False
-        )
+        api = kubernetes.config.new_client_from_config_dict(loaded, persist_config=False)
         self.core = kubernetes.client.CoreV1Api(api)
         self.certificates = kubernetes.client.CertificatesV1Api(api)
         self.leases = kubernetes.client.CoordinationV1Api(api)

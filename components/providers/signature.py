@@ -67,11 +67,11 @@ def read_key(pem: str, password: str = "") -> KeyPair:
     except (ValueError, TypeError, KeyError, UnsupportedAlgorithm, nacl.exceptions.CryptoError):
         # The library's own words may quote the key.
         raise SignatureError(
-            "the signing key cannot be read: give a PEM private key (PKCS#8, or cosign's) "
-            "and, if it is encrypted, its password"
+            "a PEM private key (PKCS#8, SEC1 or cosign's form) and, if it is encrypted, its password; "
+            "this one cannot be read"
         ) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise SignatureError("the signing key is no ECDSA P-256 key, the kind that cosign makes")
+        raise SignatureError("an ECDSA P-256 key, the kind that cosign makes; this one is another kind")
     return _pair(key)
 
 
