@@ -1,0 +1,100 @@
+"""Configuration: defaults are usable, and a wrong value is one line that names key and what is allowed."""
+
+from __future__ import annotations
+
+import pulumi
+import pytest
+import yaml
+
+from components import config
+from components.providers.signature import generate_key
+from tests.unit.conftest import REPOSITORY, Run
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+def load(run: Run, values: dict[str, str]) -> config.StackConfig:
+    """Load a configuration under mocks, outside of which there is none."""
+    loaded: list[config.StackConfig] = []
+
+    def program() -> None:
+        pulumi.runtime.set_all_config(values)
+        loaded.append(config.load())
+
+    run(program)
+    return loaded[0]
+
+
+def test_the_defaults_of_the_local_stack_are_valid(run: Run, defaults: dict[str, str]) -> None:
+    loaded = load(run, defaults)
+    assert loaded.google == config.GoogleConfig("localcloud-dev", "europe-west1", "europe-west1-b")
+    assert loaded.app.port == 8080
+    assert loaded.network.sources == ("0.0.0.0/0",)
+    assert loaded.signing_key is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("awesome-wasm:appPort", "0", "from 1 to 65535"),
+        ("awesome-wasm:appPort", "65536", "from 1 to 65535"),
+        ("awesome-wasm:appPort", "http", "a whole number"),
+        ("awesome-wasm:appPort", "10250", "the node agent's own"),
+        ("awesome-wasm:appName", "Primorial", "lower-case"),
+        ("awesome-wasm:appCrate", "nowhere", "Cargo.toml"),
+        ("awesome-wasm:nodeName", "n" * 64, "lower-case"),
+        ("awesome-wasm:nodeName", "node-", "not ending in a hyphen"),
+        ("awesome-wasm:clusterName", "c" * 41, "39"),
+        ("awesome-wasm:releaseChannel", "FAST", "RAPID, REGULAR"),
+        ("awesome-wasm:sourceRanges", "[]", "at least one"),
+        ("awesome-wasm:sourceRanges", '["10.0.0.1/8"]', "CIDR"),
+        ("awesome-wasm:networkCidr", "8.8.8.0/24", "private"),
+        ("awesome-wasm:podCidr", "10.10.0.0/16", "apart from networkCidr"),
+        ("awesome-wasm:registryName", "eu.gcr.io", "europe"),
+        ("awesome-wasm:registryName", "asia-1.gcr.io", "gcr.io, us.gcr.io"),
+        ("awesome-wasm:memoryLimit", "64MB", "64Mi"),
+        ("awesome-wasm:cpuLimit", "0", "500m"),
+        ("awesome-wasm:maxPods", "0", "from 1"),
+        ("awesome-wasm:deletionProtection", "perhaps", "true or false"),
+        ("awesome-wasm:signingKey", "rubbish", "PEM"),
+        ("gcp:project", "X", "project"),
+        ("gcp:zone", "us-east1-b", "europe-west1"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_key_value_and_what_is_allowed(
+    run: Run, defaults: dict[str, str], key: str, value: str, allowed: str
+) -> None:
+    with pytest.raises(config.ConfigError) as caught:
+        load(run, {**defaults, key: value})
+    message = str(caught.value)
+    assert "\n" not in message
+    assert allowed in message
+    named = key.removeprefix("awesome-wasm:")
+    assert f"configuration {named}:" in message or "registryLocation" in message
+    if named == "signingKey":
+        assert value not in message
+
+
+def test_a_missing_value_is_named(run: Run, defaults: dict[str, str]) -> None:
+    del defaults["gcp:project"]
+    with pytest.raises(config.ConfigError, match="gcp:project: None was given"):
+        load(run, defaults)
+
+
+def test_a_signing_key_is_kept_as_a_secret(run: Run, defaults: dict[str, str]) -> None:
+    loaded = load(run, {**defaults, "awesome-wasm:signingKey": generate_key().private_key})
+    assert loaded.signing_key is not None
+
+
+def test_a_gcr_name_is_allowed_where_google_has_it(run: Run, defaults: dict[str, str]) -> None:
+    values = {**defaults, "awesome-wasm:registryName": "gcr.io", "awesome-wasm:registryLocation": "us"}
+    assert load(run, values).registry == config.RegistryConfig("gcr.io", "us")
+
+
+def test_every_declared_key_has_type_default_and_description() -> None:
+    declared = yaml.safe_load((REPOSITORY / "Pulumi.yaml").read_text())["config"]
+    for key, schema in declared.items():
+        assert {"type", "default", "description"} <= schema.keys(), key

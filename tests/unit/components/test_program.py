@@ -1,0 +1,151 @@
+"""The whole program under Pulumi's mocks: names, parents, dependencies, and what is a secret."""
+
+from __future__ import annotations
+
+import runpy
+from typing import Any
+
+import pulumi
+import pytest
+
+from tests.unit.conftest import REPOSITORY, Monitor, Run
+
+KEYS = {"private_key", "token", "kubeconfig", "given", "password"}
+
+
+@pytest.fixture
+def program(run: Run, defaults: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Monitor:
+    """Run __main__.py once with the default configuration."""
+    monkeypatch.chdir(REPOSITORY)
+
+    def main() -> None:
+        pulumi.runtime.set_all_config(defaults)
+        runpy.run_path(str(REPOSITORY / "__main__.py"), run_name="__main__")
+
+    return run(main)
+
+
+def test_every_component_is_a_child_of_the_stack_and_every_resource_of_a_component(program: Monitor) -> None:
+    components = {
+        "registry": "awesome-wasm:registry:ContainerRegistry",
+        "cluster": "awesome-wasm:cluster:KubernetesCluster",
+        "node": "awesome-wasm:node:KrustletNode",
+        "primorial": "awesome-wasm:artifact:WasmArtifact",
+        "agent": "awesome-wasm:artifact:AgentArtifact",
+        "workload": "awesome-wasm:workload:WasmPod",
+    }
+    for name, kind in components.items():
+        assert program.registered[name].type == kind
+    for resource in program.registered.values():
+        if resource.name in components or resource.type == "pulumi:pulumi:Stack":
+            continue
+        assert resource.parent in components, resource.name
+        assert resource.name.startswith(f"{resource.parent}-"), resource.name
+
+
+def test_the_names_of_the_resources_are_these(program: Monitor) -> None:
+    names = {
+        name
+        for name, item in program.registered.items()
+        if not item.type.startswith(("awesome-wasm:", "pulumi:pulumi"))
+    }
+    assert names == {
+        "registry-repository",
+        "registry-node-reader",
+        "primorial-build",
+        "primorial-key",
+        "primorial-push",
+        "primorial-signature",
+        "primorial-signature-push",
+        "agent-build",
+        "agent-push",
+        "cluster-network",
+        "cluster-subnetwork",
+        "cluster-cluster",
+        "cluster-provider",
+        "node-account",
+        "node-app-firewall",
+        "node-agent-firewall",
+        "node-address",
+        "node-token",
+        "node-bootstrap",
+        "node-vm",
+        "node-registration",
+        "workload-namespace",
+        "workload-pod",
+        "workload-smoke-test",
+    }
+
+
+@pytest.mark.parametrize("name", ["primorial-signature", "node-token", "node-registration"])
+def test_every_key_token_and_kubeconfig_among_the_inputs_is_a_secret(program: Monitor, name: str) -> None:
+    resource = program.registered[name]
+    held = KEYS & resource.inputs.keys()
+    assert held
+    for key in held:
+        assert resource.is_secret(key), f"{name}.{key}"
+
+
+def test_generated_keys_and_tokens_are_secret_outputs(program: Monitor) -> None:
+    assert "private_key" in program.registered["primorial-key"].secret_outputs
+    assert "token" in program.registered["node-token"].secret_outputs
+
+
+def test_the_vm_s_metadata_with_the_bootstrap_token_is_a_secret(program: Monitor) -> None:
+    vm = program.registered["node-vm"]
+    metadata: dict[str, Any] = vm.plain("metadata")
+    assert vm.is_secret("metadata") or pulumi.runtime.rpc.is_rpc_secret(
+        metadata["krustlet-bootstrap-kubeconfig"]
+    )
+
+
+def test_the_kubeconfig_is_a_secret_output_and_holds_no_credentials(program: Monitor) -> None:
+    kubeconfig = program.outputs["cluster"]["kubeconfig"]
+    assert pulumi.runtime.rpc.is_rpc_secret(kubeconfig)
+    text = pulumi.runtime.rpc.unwrap_rpc_secret(kubeconfig)
+    assert "gke-gcloud-auth-plugin" in text
+    assert "token" not in text
+
+
+def test_the_pod_waits_for_the_node_and_ends_with_it(program: Monitor) -> None:
+    pod = program.registered["workload-pod"]
+    assert "node-registration" in pod.dependencies
+    assert pod.replace_with == ["node-registration"]
+    assert pod.delete_before_replace
+    assert program.registered["node-registration"].replace_with == ["node-vm"]
+
+
+def test_the_pod_names_its_image_by_digest_and_waits_for_the_signature(program: Monitor) -> None:
+    pod = program.registered["workload-pod"]
+    image = pod.plain("spec")["containers"][0]["image"]
+    assert image == "europe-west1-docker.pkg.dev/p/awesome-wasm/primorial@sha256:" + "12" * 32
+    assert "primorial-signature-push" in pod.dependencies
+
+
+def test_the_vm_starts_after_it_may_pull_and_ask_for_certificates(program: Monitor) -> None:
+    needs = program.registered["node-vm"].dependencies
+    assert {"registry-node-reader", "node-bootstrap", "agent-push", "node-token"} <= set(needs)
+
+
+def test_only_the_control_plane_reaches_the_agent_s_port(program: Monitor) -> None:
+    firewall = program.registered["node-agent-firewall"]
+    assert firewall.plain("sourceRanges") == ["10.10.0.0/20", "10.20.0.0/16"]
+    assert firewall.plain("allows") == [{"protocol": "tcp", "ports": ["10250"]}]
+    assert firewall.plain("targetServiceAccounts") == ["node@p.iam.gserviceaccount.com"]
+
+
+def test_the_smoke_test_is_last_and_runs_again_for_another_digest_or_url(program: Monitor) -> None:
+    smoke = program.registered["workload-smoke-test"]
+    assert smoke.plain("triggers") == [
+        "europe-west1-docker.pkg.dev/p/awesome-wasm/primorial@sha256:" + "12" * 32,
+        "http://203.0.113.7:8080",
+        "pod-uid",
+    ]
+    assert list(program.registered)[-1] == "workload-smoke-test"
+
+
+def test_the_components_register_what_they_offer(program: Monitor) -> None:
+    assert program.outputs["workload"]["url"] == "http://203.0.113.7:8080"
+    assert program.outputs["node"] == {"name": "krustlet-1", "address": "203.0.113.7"}
+    assert program.outputs["registry"] == {"url": "europe-west1-docker.pkg.dev/p/awesome-wasm"}
+    assert set(program.outputs["primorial"]) == {"image", "public_key", "size"}

@@ -1,0 +1,265 @@
+"""Each lie in a certificate request is refused; a node that joins is waited for; the token always goes."""
+
+from __future__ import annotations
+
+import base64
+import ipaddress
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.x509.oid import NameOID
+from kubernetes.client.exceptions import ApiException
+
+from components.providers import registration
+from components.providers.registration import CLIENT_SIGNER, SERVING_SIGNER, Machine, Request, judge
+
+VM = Machine(
+    "krustlet-1",
+    frozenset({"krustlet-1", "krustlet-1.c.p.internal"}),
+    frozenset({"10.10.0.2", "203.0.113.7"}),
+)
+TOKEN_ID = "abcdef"
+BOOTSTRAP = f"system:bootstrap:{TOKEN_ID}"
+NODE = "system:node:krustlet-1"
+KEY = ec.generate_private_key(ec.SECP256R1())
+NAMES = ("DNS:krustlet-1", "DNS:krustlet-1.c.p.internal", "IP:10.10.0.2", "IP:203.0.113.7")
+
+
+def pem(
+    common_name: str = NODE,
+    organization: str | None = "system:nodes",
+    names: tuple[str, ...] = (),
+    key: Any = KEY,
+    extra: x509.ExtensionType | None = None,
+) -> bytes:
+    """Make a real PKCS#10 request."""
+    subject = [x509.NameAttribute(NameOID.COMMON_NAME, common_name)]
+    if organization is not None:
+        subject.append(x509.NameAttribute(NameOID.ORGANIZATION_NAME, organization))
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(subject))
+    if names:
+        builder = builder.add_extension(x509.SubjectAlternativeName([_name(name) for name in names]), False)
+    if extra is not None:
+        builder = builder.add_extension(extra, True)
+    algorithm = None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256()
+    return builder.sign(key, algorithm).public_bytes(serialization.Encoding.PEM)
+
+
+def _name(text: str) -> x509.GeneralName:
+    kind, _, value = text.partition(":")
+    if kind == "IP":
+        return x509.IPAddress(ipaddress.ip_address(value))
+    return x509.DNSName(value) if kind == "DNS" else x509.RFC822Name(value)
+
+
+CLIENT = Request(
+    CLIENT_SIGNER,
+    frozenset({"digital signature", "client auth"}),
+    BOOTSTRAP,
+    frozenset({registration.BOOTSTRAP_GROUP, "system:authenticated"}),
+    pem(),
+)
+SERVING = Request(
+    SERVING_SIGNER,
+    frozenset({"digital signature", "server auth"}),
+    NODE,
+    frozenset({"system:nodes", "system:authenticated"}),
+    pem(names=NAMES),
+)
+
+
+def verdict(request: Request) -> registration.Verdict:
+    """Judge a request that is this machine's affair."""
+    found = judge(request, VM, TOKEN_ID)
+    assert found is not None
+    return found
+
+
+def test_true_requests_are_approved() -> None:
+    assert verdict(CLIENT).approve
+    assert verdict(SERVING).approve
+    with_rsa = rsa.generate_private_key(65537, 2048)
+    usages = frozenset({"digital signature", "key encipherment", "client auth"})
+    assert verdict(replace(CLIENT, usages=usages, pem=pem(key=with_rsa))).approve
+    renewal = replace(CLIENT, username=NODE, groups=frozenset({"system:nodes"}))
+    assert verdict(renewal).approve
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (replace(CLIENT, pem=pem("system:node:other")), "subject"),
+        (replace(CLIENT, pem=pem("admin")), "subject"),
+        (replace(CLIENT, pem=pem(organization="system:masters")), "subject"),
+        (replace(CLIENT, pem=pem(organization=None)), "subject"),
+        (replace(CLIENT, usages=frozenset({"digital signature", "server auth"})), "usages"),
+        (replace(CLIENT, usages=CLIENT.usages | {"cert sign"}), "usages"),
+        (replace(CLIENT, usages=frozenset()), "usages"),
+        (replace(CLIENT, username="system:bootstrap:zzzzzz"), "may not ask"),
+        (replace(CLIENT, username="mallory"), "may not ask"),
+        (replace(CLIENT, groups=frozenset({"system:bootstrappers"})), "may not ask"),
+        (replace(CLIENT, pem=pem(names=("DNS:krustlet-1",))), "no alternative names"),
+        (replace(CLIENT, pem=b"rubbish"), "no PKCS#10"),
+        (replace(CLIENT, pem=pem(extra=x509.BasicConstraints(ca=True, path_length=None))), "extension"),
+        (replace(CLIENT, pem=pem(key=ed25519.Ed25519PrivateKey.generate())), "key"),
+        (replace(SERVING, pem=pem(names=(*NAMES, "DNS:kubernetes.default"))), "kubernetes.default"),
+        (replace(SERVING, pem=pem(names=("IP:10.10.0.3",))), "10.10.0.3"),
+        (replace(SERVING, pem=pem(names=(*NAMES, "MAIL:a@b.example"))), "a@b.example"),
+        (replace(SERVING, pem=pem()), "no alternative names"),
+        (replace(SERVING, username=BOOTSTRAP), "may not ask"),
+        (replace(SERVING, username="system:node:other"), "may not ask"),
+        (replace(SERVING, groups=frozenset()), "may not ask"),
+        (replace(SERVING, usages=frozenset({"digital signature", "client auth"})), "usages"),
+        (replace(SERVING, pem=pem(organization="system:masters", names=NAMES)), "subject"),
+    ],
+)
+def test_each_lie_is_denied_with_its_reason(request_: Request, reason: str) -> None:
+    found = verdict(request_)
+    assert not found.approve
+    assert reason in found.reason
+
+
+def test_a_request_whose_signature_was_altered_is_denied() -> None:
+    der = bytearray(x509.load_pem_x509_csr(pem()).public_bytes(serialization.Encoding.DER))
+    der[-1] ^= 1
+    body = base64.b64encode(bytes(der)).decode()
+    text = f"-----BEGIN CERTIFICATE REQUEST-----\n{body}\n-----END CERTIFICATE REQUEST-----\n"
+    assert verdict(replace(CLIENT, pem=text.encode())).reason == "its signature is wrong"
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        replace(CLIENT, signer="example.com/other"),
+        replace(CLIENT, username="system:bootstrap:zzzzzz", pem=pem("system:node:other")),
+        replace(SERVING, username="system:node:other", pem=pem("system:node:other")),
+        replace(CLIENT, username="somebody", pem=b"rubbish"),
+    ],
+)
+def test_another_node_s_request_is_left_alone(request_: Request) -> None:
+    assert judge(request_, VM, TOKEN_ID) is None
+
+
+def node(ready: str = "True", arch: str = "wasm32-wasi") -> Any:
+    """Make a Node as the client library gives it."""
+    condition = SimpleNamespace(type="Ready", status=ready, reason="AgentReady", message="it serves")
+    return SimpleNamespace(
+        metadata=SimpleNamespace(uid="u", labels={"kubernetes.io/arch": arch, "kubernetes.io/os": "wasi"}),
+        status=SimpleNamespace(conditions=[condition]),
+    )
+
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("found", "renewed", "trouble"),
+    [
+        (None, None, "no Node"),
+        (node(arch="amd64"), NOW, "kubernetes.io/arch is amd64"),
+        (node(ready="False"), NOW, "Ready=False (AgentReady: it serves)"),
+        (node(), None, "lease"),
+        (node(), NOW - timedelta(seconds=1), "lease"),
+    ],
+)
+def test_a_node_that_is_not_the_ready_one_is_told_apart(
+    found: Any, renewed: datetime | None, trouble: str
+) -> None:
+    assert trouble in registration.not_ready(found, renewed, NOW)
+
+
+def test_a_ready_node_with_a_fresh_lease_is_it() -> None:
+    assert registration.not_ready(node(), NOW + timedelta(seconds=1), NOW) == ""
+
+
+class FakeCluster(registration.Cluster):
+    """A cluster in memory: a list of requests, and a Node that is Ready once both are approved."""
+
+    def __init__(self, *requests: Request) -> None:
+        self.waiting = {f"csr-{number}": request for number, request in enumerate(requests)}
+        self.decided: dict[str, registration.Verdict] = {}
+        self.token = ""
+        self.failures: list[Exception] = []
+
+    def put_token(self, token: str, description: str) -> None:
+        assert description
+        self.token = token
+
+    def delete_token(self, token: str) -> None:
+        assert token
+        self.token = ""
+
+    def requests(self) -> Iterator[tuple[Any, Request]]:
+        if self.failures:
+            raise self.failures.pop()
+        for name, request in list(self.waiting.items()):
+            yield SimpleNamespace(metadata=SimpleNamespace(name=name)), request
+
+    def decide(self, item: Any, verdict: registration.Verdict) -> None:
+        assert self.token
+        self.decided[item.metadata.name] = verdict
+        del self.waiting[item.metadata.name]
+
+    def node(self, name: str) -> Any | None:
+        assert name == VM.name
+        return node() if sum(found.approve for found in self.decided.values()) == 2 else None
+
+    def renewed(self, name: str) -> datetime | None:
+        assert name == VM.name
+        return NOW
+
+    def name_role(self, name: str) -> None:
+        assert name == VM.name
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration, "POLL_SECONDS", 0.01)
+
+
+def join(cluster: FakeCluster) -> Any:
+    """Let the VM in, within a moment."""
+    return registration.join(cluster, VM, f"{TOKEN_ID}.0123456789abcdef", NOW, timeout=timedelta(seconds=0.2))
+
+
+def test_a_node_joins_and_its_token_is_gone() -> None:
+    cluster = FakeCluster(CLIENT, SERVING)
+    assert join(cluster).metadata.uid == "u"
+    assert cluster.token == ""
+
+
+def test_a_lie_is_named_in_the_error_and_the_token_is_gone() -> None:
+    cluster = FakeCluster(CLIENT, replace(SERVING, pem=pem(names=("DNS:evil",))))
+    with pytest.raises(registration.RegistrationError, match=r"no Node of its name yet.*evil"):
+        join(cluster)
+    assert [found.approve for found in cluster.decided.values()] == [True, False]
+    assert cluster.token == ""
+
+
+def test_an_api_server_that_is_away_for_a_moment_is_waited_for() -> None:
+    cluster = FakeCluster(CLIENT, SERVING)
+    cluster.failures = [ApiException(status=503, reason="Service Unavailable")]
+    assert join(cluster).metadata.uid == "u"
+
+
+def test_a_bootstrap_token_has_kubernetes_form_and_is_another_each_time() -> None:
+    tokens = {registration.generate_token() for _ in range(20)}
+    assert len(tokens) == 20
+    assert all(registration.TOKEN.fullmatch(token) for token in tokens)
+
+
+def test_another_vm_joins_anew_and_another_kubeconfig_is_an_update() -> None:
+    provider = registration.NodeRegistrationProvider()
+    olds = {"node": "n", "instance": "1", "kubeconfig": "a", "hostnames": ["x"], "created": "t"}
+    assert provider.diff("n", olds, {**olds, "hostnames": ["y"], "created": "u"}).changes is False
+    assert provider.diff("n", olds, {**olds, "kubeconfig": "b"}).replaces == []
+    replaced = provider.diff("n", olds, {**olds, "instance": "2"})
+    assert replaced.replaces == ["instance"]
+    assert replaced.delete_before_replace
