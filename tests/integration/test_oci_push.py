@@ -1,0 +1,224 @@
+"""Pushes to a real registry; what lies there is looked at with a plain HTTP client, and with cosign."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import requests
+import wasmtime
+
+from components.providers import oci, signature
+
+REGISTRY = shutil.which("registry")
+pytestmark = pytest.mark.skipif(
+    REGISTRY is None, reason="the registry is not on PATH: ./scripts/test brings it"
+)
+
+# Exports nothing, imports nothing; the smallest component there is.
+COMPONENT = bytes(wasmtime.wat2wasm("(component)"))
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run a registry on loopback and give the name of a repository in it."""
+    monkeypatch.setenv("GOOGLE_OAUTH_ACCESS_TOKEN", "any")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    configuration = tmp_path / "registry.yml"
+    configuration.write_text(
+        "version: 0.1\nlog: {level: error}\n"
+        f"storage: {{filesystem: {{rootdirectory: {tmp_path}/registry}}, delete: {{enabled: true}}}}\n"
+        f"http: {{addr: 127.0.0.1:{port}}}\n"
+    )
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([str(REGISTRY), "serve", str(configuration)], stdout=log, stderr=log)
+        try:
+            _wait_for(f"http://127.0.0.1:{port}/v2/")
+            yield f"127.0.0.1:{port}/p/r/app"
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def _wait_for(url: str) -> None:
+    adapter = requests.adapters.HTTPAdapter(
+        max_retries=requests.adapters.Retry(total=50, connect=50, backoff_factor=0.05, backoff_max=0.2)
+    )
+    with requests.Session() as session:
+        session.mount("http://", adapter)
+        session.get(url, timeout=10).raise_for_status()
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as a build leaves it."""
+
+    path: str
+    sha256: str
+
+
+@pytest.fixture
+def component(tmp_path: Path) -> File:
+    """Write the component to a file."""
+    path = tmp_path / "app.wasm"
+    path.write_bytes(COMPONENT)
+    return File(str(path), hashlib.sha256(COMPONENT).hexdigest())
+
+
+def get(repository: str, path: str) -> requests.Response:
+    """Ask the registry as any client would."""
+    host, _, name = repository.partition("/")
+    return requests.get(f"http://{host}/v2/{name}/{path}", headers={"Accept": oci.MANIFEST}, timeout=10)
+
+
+def test_what_is_pushed_is_the_wasm_artifact_layout_under_its_digest(
+    repository: str, component: File
+) -> None:
+    digest = oci.push(repository, "wasm", component.path, component.sha256)
+    answer = get(repository, f"manifests/{digest}")
+    assert f"sha256:{hashlib.sha256(answer.content).hexdigest()}" == digest
+    manifest = answer.json()
+    assert manifest["mediaType"] == oci.MANIFEST
+    assert manifest["config"]["mediaType"] == "application/vnd.wasm.config.v0+json"
+    [layer] = manifest["layers"]
+    assert (layer["mediaType"], layer["digest"]) == ("application/wasm", f"sha256:{component.sha256}")
+    assert get(repository, f"blobs/{layer['digest']}").content == COMPONENT
+    assert get(repository, f"blobs/{manifest['config']['digest']}").json() == {
+        "architecture": "wasm",
+        "os": "wasip2",
+        "layerDigests": [layer["digest"]],
+        "component": {"exports": [], "imports": [], "target": ""},
+    }
+
+
+def test_a_push_that_is_repeated_ends_the_same(repository: str, component: File) -> None:
+    first = oci.push(repository, "wasm", component.path, component.sha256)
+    assert oci.push(repository, "wasm", component.path, component.sha256) == first
+    assert get(repository, "tags/list").json()["tags"] == [oci.tag_for(component.sha256)]
+
+
+def test_a_push_that_was_interrupted_between_blob_and_manifest_is_completed(
+    repository: str, component: File
+) -> None:
+    artifact = oci.wasm_artifact(COMPONENT)
+    half = oci.Artifact(artifact.manifest, artifact.blobs[:1])
+    with pytest.raises(oci.OciError, match="MANIFEST_BLOB_UNKNOWN"):
+        oci.Client(repository).push_artifact(half, "half")
+    digest = oci.push(repository, "wasm", component.path, component.sha256)
+    assert get(repository, f"manifests/{digest}").ok
+
+
+def test_delete_removes_tag_and_manifest_and_a_second_delete_is_fine(
+    repository: str, component: File
+) -> None:
+    digest = oci.push(repository, "wasm", component.path, component.sha256)
+    props = {"repository": repository, "digest": digest, "sha256": component.sha256}
+    for _ in range(2):
+        oci.OciArtifactProvider().delete("id", props)
+        assert get(repository, f"manifests/{digest}").status_code == 404
+        assert get(repository, f"manifests/{oci.tag_for(component.sha256)}").status_code == 404
+
+
+def test_delete_leaves_a_tag_that_points_elsewhere_by_now(repository: str, component: File) -> None:
+    digest = oci.push(repository, "wasm", component.path, component.sha256)
+    tag = oci.tag_for(component.sha256)
+    newer = oci.Client(repository).push_artifact(oci.agent_artifact(b"newer"), tag)
+    oci.Client(repository).delete_artifact(digest, tag)
+    assert get(repository, f"manifests/{tag}").headers["Docker-Content-Digest"] == newer
+
+
+def test_the_agent_travels_as_an_artifact_of_its_own_type(repository: str, tmp_path: Path) -> None:
+    path = tmp_path / "krustlet"
+    path.write_bytes(b"ELF")
+    sum_ = hashlib.sha256(b"ELF").hexdigest()
+    digest = oci.push(repository, "agent", str(path), sum_)
+    manifest = get(repository, f"manifests/{digest}").json()
+    assert manifest["artifactType"] == "application/vnd.krustlet.agent.v1"
+    assert manifest["config"]["mediaType"] == "application/vnd.oci.empty.v1+json"
+    assert [layer["digest"] for layer in manifest["layers"]] == [f"sha256:{sum_}"]
+
+
+@pytest.mark.skipif(shutil.which("cosign") is None, reason="cosign is not on PATH: ./scripts/test brings it")
+def test_cosign_verifies_what_was_signed_and_refuses_another_key(
+    repository: str, component: File, tmp_path: Path
+) -> None:
+    digest = oci.push(repository, "wasm", component.path, component.sha256)
+    pair, other = signature.generate_key(), signature.generate_key()
+    signed = signature.sign(pair.private_key, repository, digest)
+    oci.push_signature(repository, digest, signed.payload, signed.signature)
+    assert _cosign(tmp_path, pair.public_key, f"{repository}@{digest}").returncode == 0
+    assert _cosign(tmp_path, other.public_key, f"{repository}@{digest}").returncode != 0
+
+
+def _cosign(directory: Path, public_key: str, image: str) -> subprocess.CompletedProcess[str]:
+    key = directory / "key.pub"
+    key.write_text(public_key)
+    command = [
+        "cosign",
+        "verify",
+        "--insecure-ignore-tlog",
+        "--allow-http-registry",
+        "--key",
+        str(key),
+        image,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_file_that_is_no_component_is_not_pushed(repository: str, tmp_path: Path) -> None:
+    path = tmp_path / "core.wasm"
+    path.write_bytes(wasmtime.wat2wasm("(module)"))
+    with pytest.raises(oci.OciError, match="no WebAssembly component"):
+        oci.push(repository, "wasm", str(path), hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_a_file_that_was_changed_after_its_build_is_not_pushed(repository: str, component: File) -> None:
+    Path(component.path).write_bytes(COMPONENT + b"\0")
+    with pytest.raises(oci.OciError, match="not the file that was built"):
+        oci.push(repository, "wasm", component.path, component.sha256)
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    """A registry that takes no token that it gave."""
+
+    def do_GET(self) -> None:
+        """Give a token, and refuse it everywhere."""
+        host = self.headers["Host"]
+        token = self.path.startswith("/token")
+        body = json.dumps({"token": "t"} if token else {"errors": [{"code": "DENIED", "message": "no"}]})
+        self.send_response(200 if token else 401)
+        self.send_header("WWW-Authenticate", f'Bearer realm="http://{host}/token",service="s",scope="x"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body.encode())
+
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815 - the names are http.server's
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
+        """Say nothing."""
+
+
+def test_refused_credentials_are_an_error_at_once(component: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOOGLE_OAUTH_ACCESS_TOKEN", "expired")
+    monkeypatch.setattr(time, "sleep", lambda _seconds: pytest.fail("a refusal is final"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(oci.OciError, match="refused"):
+            oci.push(f"127.0.0.1:{server.server_port}/p/app", "wasm", component.path, component.sha256)
+    finally:
+        server.shutdown()
+        server.server_close()
