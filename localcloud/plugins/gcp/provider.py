@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 
-from localcloud.plugins.gcp import fields, resources, types
+from localcloud.plugins.gcp import fields, resources, tables
 from localcloud.plugins.gcp.fields import Field, Type, Update
 from localcloud.plugins.gcp.resources import Change, deadline_in
 from localcloud.plugins.gcp.rest import ENDPOINT_RULE, SERVICES, Google, GoogleError
-from localcloud.plugins.gcp.types import TYPES, ResourceType
+from localcloud.plugins.gcp.tables import TYPES, ResourceType
 from localcloud.plugins.protocol import (
     CancelledError,
     Checked,
@@ -225,7 +225,7 @@ class GcpProvider(Provider):
             or (_region(zone) if isinstance(zone, str) else None)
         )
         location = given.get("location") or (
-            zone if spec is types.CLUSTER and not settings.get("region") else region
+            zone if spec is tables.CLUSTER and not settings.get("region") else region
         )
         found = {
             "project": given.get("project") or settings.get("project"),

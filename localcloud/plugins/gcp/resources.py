@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from localcloud.plugins.gcp import types
+from localcloud.plugins.gcp import tables
 from localcloud.plugins.gcp.fields import Field, Json, Type, Update, from_rest, to_rest
 from localcloud.plugins.gcp.rest import Google, GoogleError
-from localcloud.plugins.gcp.types import ResourceType
+from localcloud.plugins.gcp.tables import ResourceType
 from localcloud.plugins.protocol import Failure, ProviderError
 from localcloud.plugins.values import UNKNOWN, Properties, Value
 
@@ -504,15 +504,15 @@ class Cluster(Resource):
 
 
 CLASSES: dict[str, type[Resource]] = {
-    types.REPOSITORY.token: Repository,
-    types.REPOSITORY_IAM_MEMBER.token: RepositoryIamMember,
-    types.ACCOUNT.token: Account,
-    types.NETWORK.token: ComputeResource,
-    types.SUBNETWORK.token: Subnetwork,
-    types.FIREWALL.token: Firewall,
-    types.ADDRESS.token: ComputeResource,
-    types.INSTANCE.token: Instance,
-    types.CLUSTER.token: Cluster,
+    tables.REPOSITORY.token: Repository,
+    tables.REPOSITORY_IAM_MEMBER.token: RepositoryIamMember,
+    tables.ACCOUNT.token: Account,
+    tables.NETWORK.token: ComputeResource,
+    tables.SUBNETWORK.token: Subnetwork,
+    tables.FIREWALL.token: Firewall,
+    tables.ADDRESS.token: ComputeResource,
+    tables.INSTANCE.token: Instance,
+    tables.CLUSTER.token: Cluster,
 }
 
 

@@ -68,7 +68,7 @@ REPOSITORY = ResourceType(
         _out("registryUri"),
     ),
     name=None,
-    create_query=(("repository_id", "repositoryId"),),
+    create_query=(("repositoryId", "repositoryId"),),
 )
 
 REPOSITORY_IAM_MEMBER = ResourceType(
