@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import pulumi
 from pulumi.dynamic import DiffResult
+from pulumi.output import Unknown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,7 +26,7 @@ class ProviderError(Exception):
 
 def is_unknown(value: object) -> bool:
     """Say whether an input is not known yet, which is how a preview hands over another resource's output."""
-    return isinstance(value, str) and value == pulumi.runtime.rpc.UNKNOWN
+    return isinstance(value, Unknown) or value == pulumi.runtime.rpc.UNKNOWN
 
 
 def operation(function: Callable[P, R]) -> Callable[P, R]:
