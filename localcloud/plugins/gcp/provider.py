@@ -8,10 +8,9 @@ import re
 from localcloud.plugins.gcp import fields, resources, tables
 from localcloud.plugins.gcp.fields import Field, Type, Update
 from localcloud.plugins.gcp.resources import Change, deadline_in
-from localcloud.plugins.gcp.rest import ENDPOINT_RULE, SERVICES, Google, GoogleError
+from localcloud.plugins.gcp.rest import ENDPOINT_RULE, SERVICES, Google, GoogleError, StillRunningError
 from localcloud.plugins.gcp.tables import TYPES, ResourceType
 from localcloud.plugins.protocol import (
-    CancelledError,
     Checked,
     Diff,
     Failure,
@@ -135,7 +134,7 @@ class GcpProvider(Provider):
         deadline = deadline_in(resource.timeout or served.spec.minutes[0] * 60)
         try:
             item = served.create(given, known, deadline)
-        except CancelledError as error:
+        except StillRunningError as error:
             raise InitFailedError(
                 served.item(known), with_secrets_of(known, inputs), [str(error)], inputs
             ) from error

@@ -32,7 +32,7 @@ _EMPTY: dict[Type, Value] = {
 
 @dataclass(frozen=True)
 class Change:
-    """An update in work: the id, inputs before and after, names of the changed inputs, the live resource."""
+    """An update in work: the id, inputs before and after, the names of those that changed, what is live."""
 
     item: str
     old: Properties
@@ -43,7 +43,7 @@ class Change:
 
 
 class Resource:
-    """A type as most are: POST to the collection, GET, PATCH with a mask, DELETE, each but GET an operation."""
+    """A type as most are: POST to the collection, GET, PATCH with a mask, DELETE; all but GET operations."""
 
     def __init__(self, spec: ResourceType, google: Google) -> None:
         self.spec = spec
@@ -143,7 +143,7 @@ class Repository(Resource):
 
 
 class RepositoryIamMember(Resource):
-    """One member of one role in a repository's policy, changed by read, modify, write with the policy's etag."""
+    """One member of one role in a repository's policy, changed by read, modify, write with its etag."""
 
     _TRIES = 10
 
@@ -496,9 +496,10 @@ class Cluster(Resource):
 
     def delete(self, item: str, state: Properties, deadline: float) -> None:
         if state.get("deletionProtection", True):
+            name = item.rsplit("/", 1)[-1]
             raise ProviderError(
-                f"cannot destroy cluster {item.rsplit('/', 1)[-1]} without setting deletionProtection to false and "
-                "running `pulumi up` first"
+                f"cannot destroy cluster {name} without setting deletionProtection to false and running "
+                "`pulumi up` first"
             )
         super().delete(item, state, deadline)
 

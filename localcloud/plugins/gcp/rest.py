@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from localcloud.plugins.protocol import CancelledError, ProviderError
+from localcloud.plugins.protocol import ProviderError
 
 Json = dict[str, Any]
 _TIMEOUT_SECONDS = 60
@@ -48,6 +48,10 @@ class GoogleError(ProviderError):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"googleapi: Error {status}: {message}")
         self.status = status
+
+
+class StillRunningError(ProviderError):
+    """An operation whose end we did not see: what it makes may come to be."""
 
 
 @dataclass
@@ -97,7 +101,7 @@ class Google:
                 return None
             raise
 
-    def operate(
+    def operate(  # noqa: PLR0917
         self,
         service: str,
         method: str,
@@ -106,14 +110,17 @@ class Google:
         body: Json | None = None,
         query: Mapping[str, str] | None = None,
     ) -> Json:
-        """A request whose answer is an operation; waits for its end. Raises `GoogleError` when it failed."""
+        """A request whose answer is an operation; waits for its end.
+
+        Raises `GoogleError` when it failed, `StillRunningError` when it was not waited for to the end.
+        """
         operation = self.call(service, method, path, body, query)
         pause = _FIRST_POLL_SECONDS
         while not (operation.get("done") or operation.get("status") == "DONE"):
             if self.cancelled.wait(pause):
-                raise CancelledError(f"the wait for {operation.get('name')} was interrupted; it goes on")
+                raise StillRunningError(f"the wait for {operation.get('name')} was interrupted; it goes on")
             if time.monotonic() > deadline:
-                raise ProviderError(f"{operation.get('name')} is still running after the time allowed for it")
+                raise StillRunningError(f"{operation.get('name')} did not end in the time allowed for it")
             pause = min(pause * 1.5, _LAST_POLL_SECONDS)
             operation = self.call(service, "GET", _operation_path(operation, path))
         error = operation.get("error")
@@ -125,7 +132,7 @@ class Google:
 
 
 def _operation_path(operation: Json, path: str) -> str:
-    """Where an operation is polled: its own name, or beside the resource (`projects/P/zones/Z/operations/O`)."""
+    """Where an operation is polled: its own name, or beside the resource (`…/zones/Z/operations/O`)."""
     name = str(operation["name"])
     if name.startswith("projects/"):
         return name

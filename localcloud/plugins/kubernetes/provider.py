@@ -351,7 +351,7 @@ class KubernetesProvider(Provider):
                 break
             if time.monotonic() > deadline or self.cancelled.is_set():
                 break
-        how = "interrupted" if self.cancelled.is_set() else "failed" if seen.hopeless else "timed out"
+        how = "was interrupted" if self.cancelled.is_set() else "failed" if seen.hopeless else "timed out"
         reason = f"{_label(kind, live)} was created, but waiting for it {how}: {_joined(seen)}"
         lines = ready.event_lines(self._cluster.events(live))
         raise InitFailedError(_id(live), _state(live, inputs), [reason, *lines], inputs)
