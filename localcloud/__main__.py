@@ -201,7 +201,7 @@ def _configured(home: Home, config: Config | None) -> Config:
     elif not is_free(config.port):
         if any(_records(home, kind) for kind in _BOUND_TO_THE_PORT):
             raise HomeError(
-                f"port {config.port} is taken{_owner(config.port)}, and what is stored in {home.root} depends "
+                f"port {config.port} is taken{_owner(config.port)}, and the resources in {home.root} depend "
                 "on it; end that program and start again, or give the state up: python -m localcloud reset"
             )
         taken = config.port

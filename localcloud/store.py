@@ -104,7 +104,7 @@ class Store:
             function()
 
     def after_commit(self, function: Callable[[], None]) -> None:
-        """Call `function` once this thread's transaction is kept (never if it is not), or now if it has none."""
+        """Call `function` once this thread's transaction is kept, or now if it has none."""
         if self._connection().in_transaction:
             self._local.after_commit.append(function)
         else:

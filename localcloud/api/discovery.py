@@ -1,12 +1,13 @@
 """Google's discovery documents: which methods exist, with which parameters and which body.
 
 The documents come with the package google-api-python-client. They are large, so that each is read when its
-first request comes, and kept. Below our root a service's methods are where Google has them below its own host:
+first request comes, and kept. Below our root a service's methods are where Google has them below its host:
 `/compute/v1/…` as on www.googleapis.com, `/SERVICE/VERSION/…` for services that have a host of their own.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import re
@@ -119,36 +120,37 @@ def _names(method: Method) -> list[str]:
     return re.findall(r"\{\+?(\w+)\}", method.flat_path)
 
 
-class Discovery:
-    """All served documents, read when they are first needed."""
+_loading = threading.Lock()
 
-    def __init__(self) -> None:
-        self._documents: dict[tuple[str, str], Document] = {}
-        self._lock = threading.Lock()
 
-    def document(self, name: str, version: str) -> Document:
-        """
-        Raises:
-            ApiError: 404, no such service or version.
-        """
-        if (name, version) not in SERVED:
-            raise ApiError(404, f"localcloud serves no API '{name}/{version}'")
-        with self._lock:
-            if (name, version) not in self._documents:
-                self._documents[name, version] = Document(_read(name, version))
-            return self._documents[name, version]
+def document(name: str, version: str) -> Document:
+    """One served document, read when it is first asked for.
 
-    def match(self, http_method: str, path: str) -> tuple[Method, dict[str, str]]:
-        """The method that answers a request line.
+    Raises:
+        ApiError: 404, no such service or version.
+    """
+    if (name, version) not in SERVED:
+        raise ApiError(404, f"localcloud serves no API '{name}/{version}'")
+    with _loading:  # two first requests read it once
+        return _document(name, version)
 
-        Raises:
-            ApiError: 404, as Google answers for a path that no method has.
-        """
-        name, _, rest = path.strip("/").partition("/")
-        found = self.document(name, rest.partition("/")[0]).match(http_method, path)
-        if found is None:
-            raise ApiError(404, f"Method not found: {http_method} {path}")
-        return found
+
+@functools.cache
+def _document(name: str, version: str) -> Document:
+    return Document(_read(name, version))
+
+
+def match(http_method: str, path: str) -> tuple[Method, dict[str, str]]:
+    """The method that answers a request line, and the values of its path's parameters.
+
+    Raises:
+        ApiError: 404, as Google answers for a path that no method has.
+    """
+    name, _, rest = path.strip("/").partition("/")
+    found = document(name, rest.partition("/")[0]).match(http_method, path)
+    if found is None:
+        raise ApiError(404, f"Method not found: {http_method} {path}")
+    return found
 
 
 def _read(name: str, version: str) -> Json:

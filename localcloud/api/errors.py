@@ -33,7 +33,7 @@ _REASON = {
 
 @dataclass
 class ApiError(Exception):
-    """An answer that is not 2xx: the HTTP status, and Google's old (`reason`) and new (`status`) names for it."""
+    """An answer that is not 2xx: its HTTP status, and Google's old (`reason`) and new (`status`) name."""
 
     code: int
     message: str

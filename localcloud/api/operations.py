@@ -95,6 +95,11 @@ class Operations:
                     return record
                 self._changed.wait(left)
 
+    def settle(self, seconds: float) -> bool:
+        """Wait until there is no work; whether that came in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._queues, seconds)
+
     def close(self) -> None:
         """Begin no more work; what runs is left to finish, or to `resume`."""
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -110,9 +115,10 @@ class Operations:
                 logger.exception("work on %s failed", target)
             with self._changed:
                 queue.popleft()
-                self._changed.notify_all()
                 if not queue:
                     del self._queues[target]
+                self._changed.notify_all()
+                if not queue:
                     return
 
     def _do(self, key: str) -> None:

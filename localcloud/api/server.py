@@ -19,12 +19,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from localcloud.api import artifactregistry, container, iam, registry_tokens, serviceusage, token_review
+from localcloud.api import artifactregistry, discovery, iam, registry_tokens, serviceusage, token_review
 from localcloud.api.auth import authenticate, authorize
 from localcloud.api.compute import catalog, instances, machines, networks
 from localcloud.api.compute import common as compute
 from localcloud.api.compute import operations as compute_operations
-from localcloud.api.discovery import Discovery
+from localcloud.api.container import clusters, control_planes
+from localcloud.api.container import common as container
+from localcloud.api.container import operations as container_operations
 from localcloud.api.errors import ApiError
 from localcloud.api.listing import partial
 from localcloud.api.operations import Operations
@@ -39,7 +41,7 @@ logger = logging.getLogger("localcloud.api")
 
 _VERBS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 _LARGEST_BODY = 10 * 2**20
-_SERVED_MODULES = (compute_operations, instances, serviceusage)
+_SERVED_MODULES = (compute_operations, instances, clusters, serviceusage)
 """Imported for what they put into the table."""
 
 
@@ -62,13 +64,12 @@ class Api:
         store = Store(home.store_path)
         kinds = {
             compute.OPERATION: compute.finish,
-            container.OPERATION: container.finish,
+            container.OPERATION: container_operations.finish,
             artifactregistry.OPERATION: artifactregistry.finish,
         }
         operations = Operations(store, TABLE.tasks, kinds)
         self.services = Services(home, config, store, backends, operations)
         operations.attach(self.services)
-        self._discovery = Discovery()
 
     def restore(self) -> None:
         """Take up what an earlier process left, and bring the backends to what the store says."""
@@ -78,7 +79,7 @@ class Api:
             networks.seed(services.store, services.config.project)
         services.operations.resume()
         artifactregistry.reconcile(services)
-        container.reconcile(services)
+        control_planes.reconcile(services)
         machines.reconcile(services)
 
     def answer(self, message: Message) -> tuple[int, Json]:
@@ -105,7 +106,7 @@ class Api:
         principal = authenticate(
             self.services, message.headers.get("authorization", ""), given.get("access_token", "")
         )
-        method, raw = self._discovery.match(message.verb, message.path)
+        method, raw = discovery.match(message.verb, message.path)
         values = {name: unquote(value) for name, value in raw.items()}
         check_path(method, values)
         checked = check_query(method, query)

@@ -13,7 +13,7 @@ from localcloud.api.service import PROJECT_NUMBER, TABLE, Call, Services, finger
 from localcloud.store import Json, Record, Store
 
 LINK = "https://www.googleapis.com/compute/v1/"
-"""Links are stored as Google spells them; `rendered` gives them this server's address and the version asked."""
+"""Links are stored as Google spells them; `rendered` gives them this server's address."""
 
 NAME = r"(?:[a-z](?:[-a-z0-9]{0,61}[a-z0-9])?)"
 _LABEL_KEY = re.compile(r"[a-z][-_a-z0-9]{0,62}")

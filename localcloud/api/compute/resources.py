@@ -26,7 +26,8 @@ class Collection:
     """One kind of resource that is a record and nothing else.
 
     `prepare` checks a new body and fills in what Google would; `users` yields the keys of what needs a
-    resource; `patchable` are the fields that may change; `view` adds what is only known when a resource is read.
+    resource; `patchable` are the fields that may change; `view` adds what is only known when
+    a resource is read.
     """
 
     name: str

@@ -1,0 +1,60 @@
+"""What Kubernetes Engine's methods share: spellings, links, locations."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from localcloud.api.compute.catalog import ZONES, zones
+from localcloud.api.errors import ApiError
+from localcloud.api.service import Call
+from localcloud.store import Record
+
+CLUSTER = "container.clusters"
+OPERATION = "container.operations"
+NAME = re.compile(r"[a-z](?:[-a-z0-9]{0,38}[a-z0-9])?")
+LINK = "https://container.googleapis.com/v1/"
+
+
+def spellings(*methods: str) -> list[str]:
+    """A method's ids under both parents."""
+    return [
+        f"container.projects.{parent}.{method}" for parent in ("locations", "zones") for method in methods
+    ]
+
+
+def rendered(value: Any, base: str, version: str) -> Any:
+    """A response with its links below this server."""
+    if isinstance(value, str) and value.startswith(LINK):
+        return f"{base}/container/{version}/{value.removeprefix(LINK)}"
+    if isinstance(value, list):
+        return [rendered(item, base, version) for item in value]
+    if isinstance(value, dict):
+        return {key: rendered(item, base, version) for key, item in value.items()}
+    return value
+
+
+def location_of(call: Call) -> str:
+    """The call's location; `-` stands for all of them, where Google takes it.
+
+    Raises:
+        ApiError: 400, Google has no such zone or region.
+    """
+    location = call.path.get("location") or call.path["zone"]
+    if location != "-" and location not in ZONES and location not in zones():
+        raise ApiError(400, f'Location "{location}" does not exist.')
+    return location
+
+
+def parent(call: Call) -> str:
+    return f"projects/{call.project}/locations/{location_of(call)}"
+
+
+def in_location(call: Call, kind: str) -> list[Record]:
+    prefix = f"projects/{call.project}/" if location_of(call) == "-" else f"{parent(call)}/"
+    return call.store.list(kind, prefix)
+
+
+def gke_version(version: str) -> str:
+    """Kubernetes' version as Kubernetes Engine writes it."""
+    return f"{version}-gke.1000000"

@@ -1,0 +1,114 @@
+"""Requests are checked as Google's front end checks them, before any handler sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.unit.localcloud_api.client import CLUSTERS, COMPUTE, REPOSITORIES, ZONE, Client, instance
+
+
+def test_unknown_field_is_refused_with_googles_wording_and_its_place(client: Client) -> None:
+    body = instance()
+    body["networkInterfaces"][0]["subnetwrk"] = "x"
+    body["colour"] = "red"
+    message = client.error(400, "POST", f"{ZONE}/instances", body)
+    assert message.splitlines() == [
+        "Invalid JSON payload received. Unknown name \"subnetwrk\" at 'resource.network_interfaces[0]': "
+        "Cannot find field.",
+        "Invalid JSON payload received. Unknown name \"colour\" at 'resource': Cannot find field.",
+    ]
+
+
+def test_unknown_field_at_the_root_of_a_request_message_has_no_place(client: Client) -> None:
+    message = client.error(400, "POST", CLUSTERS, {"klaster": {}})
+    assert message == 'Invalid JSON payload received. Unknown name "klaster": Cannot find field.'
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"canIpForward": "maybe"}, "Invalid value at 'resource.can_ip_forward' (TYPE_BOOL), \"maybe\""),
+        ({"name": 7}, "Invalid value at 'resource.name' (TYPE_STRING), 7"),
+        (
+            {"tags": ["a"]},
+            "Invalid value at 'resource.tags' (type.googleapis.com/google.cloud.compute.v1.Tags)",
+        ),
+        (
+            {"scheduling": {"minNodeCpus": 2**40}},
+            "Invalid value at 'resource.scheduling.min_node_cpus' (TYPE_INT32)",
+        ),
+        ({"privateIpv6GoogleAccess": "YES"}, 'PrivateIpv6GoogleAccess), "YES"'),
+        ({"description": ["x"]}, "Proto field is not repeating, cannot start list."),
+    ],
+)
+def test_wrong_type_or_enum_is_refused(client: Client, fields: dict[str, Any], message: str) -> None:
+    assert message in client.error(400, "POST", f"{ZONE}/instances", instance(**fields))
+
+
+@pytest.mark.parametrize("content", [b'{"name": ', b"[1]", b'"x"', b"\xff\xfe"])
+def test_what_is_no_json_object_is_refused(client: Client, content: bytes) -> None:
+    assert client.error(400, "POST", f"{ZONE}/instances", content).startswith(
+        "Invalid JSON payload received."
+    )
+
+
+def test_missing_body_is_refused(client: Client) -> None:
+    assert client.error(400, "POST", f"{ZONE}/instances") == "Required field 'resource' not specified"
+
+
+def test_unknown_query_parameter_is_refused(client: Client) -> None:
+    message = client.error(400, "GET", f"{ZONE}/instances", query="colour=red")
+    assert 'Unknown name "colour": Cannot bind query parameter.' in message
+
+
+def test_query_parameter_of_a_wrong_type_is_refused(client: Client) -> None:
+    assert "(TYPE_UINT32)" in client.error(400, "GET", f"{ZONE}/instances", query="maxResults=many")
+
+
+def test_field_that_only_google_writes_is_ignored(client: Client) -> None:
+    client.create(f"{ZONE}/instances", instance(status="TERMINATED", id="5"))
+    body = client.ok("GET", f"{ZONE}/instances/vm")
+    assert body["status"] == "RUNNING"
+    assert body["id"] != "5"
+
+
+def test_beta_field_is_known_to_beta_alone(client: Client) -> None:
+    body = {"name": "f", "allowed": [{"IPProtocol": "tcp"}], "enableLogging": True}
+    path = f"{COMPUTE}/global/firewalls"
+    assert 'Unknown name "enableLogging"' in client.error(400, "POST", path, body)
+    client.ok("POST", path.replace("/v1/", "/beta/"), body)
+
+
+def test_method_that_is_not_served_is_named(client: Client) -> None:
+    message = client.error(501, "GET", f"{COMPUTE}/global/backendServices")
+    assert message == "localcloud does not serve the method compute.backendServices.list"
+
+
+@pytest.mark.parametrize("path", ["/compute/v1/projects", "/compute/v9/projects/x", "/storage/v1/b", "/"])
+def test_path_that_google_does_not_have_is_404(client: Client, path: str) -> None:
+    client.error(404, "GET", path)
+
+
+def test_path_parameter_must_match_its_pattern(client: Client) -> None:
+    message = client.error(400, "GET", f"{ZONE}/instances/Bad_Name")
+    assert message.startswith("Invalid value for field 'instance': 'Bad_Name'. Must be a match of regex")
+
+
+def test_another_project_is_refused(client: Client) -> None:
+    message = client.error(404, "GET", "/compute/v1/projects/other/global/networks")
+    assert message == "The resource 'projects/other' was not found"
+    message = client.error(403, "GET", REPOSITORIES.replace("localcloud-dev", "other"))
+    assert message == "Permission denied on resource project other."
+
+
+def test_fields_select_a_part_of_the_response(client: Client) -> None:
+    body = client.ok(
+        "GET", f"{COMPUTE}/global/networks", query="fields=items(name,routingConfig/routingMode),kind"
+    )
+    assert body == {
+        "items": [{"name": "default", "routingConfig": {"routingMode": "REGIONAL"}}],
+        "kind": "compute#networkList",
+    }
+    client.error(400, "GET", f"{COMPUTE}/global/networks", query="fields=items(name")

@@ -1,0 +1,128 @@
+"""What a new process finds: resources, unfinished operations, and backends that must be brought back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from localcloud.api.server import Api
+from localcloud.home import Home
+from localcloud.store import Record, Store
+from tests.unit.localcloud_api.client import (
+    CLUSTERS,
+    COMPUTE,
+    REPOSITORIES,
+    ZONE,
+    Client,
+    FakeBackends,
+    instance,
+)
+
+
+def _again(home: Home) -> Client:
+    """The same home in a new process."""
+    backends = FakeBackends()
+    api = Api(home, backends)
+    api.restore()
+    return Client(api, backends)
+
+
+def test_resources_survive_and_what_ran_is_started_again(client: Client, home: Home) -> None:
+    client.create(f"{ZONE}/instances", instance())
+    client.create(f"{ZONE}/instances", instance("off"))
+    client.create(f"{ZONE}/instances/off/stop", None)
+    client.done(client.ok("POST", CLUSTERS, {"cluster": {"name": "c1", "initialNodeCount": 1}}))
+    client.done_registry(client.ok("POST", REPOSITORIES, {"format": "DOCKER"}, query="repositoryId=app"))
+    before = client.ok("GET", f"{ZONE}/instances/vm")
+    again = _again(home)
+    again.api.services.operations.settle(30)
+    assert sorted(again.backends.calls) == [
+        ("create_cluster", "c1"),
+        ("ensure_registry", ""),
+        ("start_instance", "vm"),
+    ]
+    assert again.ok("GET", f"{ZONE}/instances/vm") == before
+
+
+@pytest.mark.parametrize("kind", ["create", "delete"])
+def test_operation_that_was_cut_off_is_taken_up_again(client: Client, home: Home, kind: str) -> None:
+    if kind == "delete":
+        client.create(f"{ZONE}/instances", instance())
+    client.backends.gate.clear()
+    if kind == "delete":
+        operation = client.ok("DELETE", f"{ZONE}/instances/vm")
+    else:
+        operation = client.ok("POST", f"{ZONE}/instances", instance())
+    again = _again(home)
+    assert again.done(operation)["status"] == "DONE"
+    if kind == "delete":
+        again.error(404, "GET", f"{ZONE}/instances/vm")
+        assert again.backends.calls == [("delete_instance", "vm")]
+    else:
+        assert again.ok("GET", f"{ZONE}/instances/vm")["status"] == "RUNNING"
+        again.api.services.operations.settle(30)
+        assert ("start_instance", "vm") in again.backends.calls
+
+
+def test_operation_is_running_until_its_work_is_done(client: Client) -> None:
+    client.backends.gate.clear()
+    operation = client.ok("POST", f"{ZONE}/instances", instance())
+    path = f"{ZONE}/operations/{operation['name']}"
+    assert client.ok("GET", path)["status"] == "RUNNING"
+    assert client.ok("GET", f"{ZONE}/instances/vm")["status"] in ("PROVISIONING", "STAGING")
+    assert "is not ready" in client.error(400, "DELETE", path)
+    client.backends.gate.set()
+    body = client.ok("POST", f"{path}/wait")
+    assert (body["status"], body["progress"]) == ("DONE", 100)
+    assert body["endTime"] >= body["startTime"]
+    assert client.ok("DELETE", path) == {}
+    client.error(404, "GET", path)
+
+
+def test_operations_on_one_target_run_in_the_order_of_their_requests(client: Client) -> None:
+    client.backends.gate.clear()
+    created = client.ok("POST", f"{ZONE}/instances", instance())
+    deleted = client.ok("DELETE", f"{ZONE}/instances/vm")
+    client.backends.gate.set()
+    client.done(created)
+    client.done(deleted)
+    client.error(404, "GET", f"{ZONE}/instances/vm")
+    assert client.backends.calls[-1] == ("delete_instance", "vm")
+
+
+def test_refused_change_changes_nothing(client: Client) -> None:
+    count = len(client.api.services.store.list("compute.operations"))
+    client.create(f"{COMPUTE}/regions/europe-west1/addresses", {"name": "ip"})
+    address = client.ok("GET", f"{COMPUTE}/regions/europe-west1/addresses/ip")["address"]
+    interface = {"network": "global/networks/default", "accessConfigs": [{"natIP": address}]}
+    # The disk is checked after the address was marked as used.
+    client.error(400, "POST", f"{ZONE}/instances", instance(networkInterfaces=[interface], disks=[]))
+    assert client.ok("GET", f"{COMPUTE}/regions/europe-west1/addresses/ip")["status"] == "RESERVED"
+    assert len(client.api.services.store.list("compute.operations")) == count + 1
+
+
+def test_store_keeps_a_transaction_whole_and_calls_back_only_when_it_is_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store.db")
+    called: list[str] = []
+
+    def fail() -> None:
+        with store.transaction():
+            store.put(Record("a", "kind", {}))
+            store.after_commit(lambda: called.append("lost"))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert store.get("a") is None
+    with store.transaction():
+        store.put(Record("a", "kind", {"n": 1}))
+        store.after_commit(lambda: called.append("kept"))
+        assert called == []
+    assert called == ["kept"]
+    reader = Store(tmp_path / "store.db", read_only=True)
+    store.put(Record("a", "kind", {"n": 2}))
+    found = reader.get("a")
+    assert found is not None
+    assert found.body == {"n": 2}
+    assert (tmp_path / "store.db").stat().st_mode & 0o077 == 0
