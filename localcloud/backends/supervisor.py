@@ -43,6 +43,7 @@ _LONGEST_SOCKET_PATH = 90
 SOURCES = Path(__file__).resolve().parents[2]
 # More than the longest stop time of any program (systemd's default for a unit is 90 s).
 _LONGEST_STOP_SECONDS = 120
+_LONGEST_START_SECONDS = 30
 _LIVE = frozenset({"STARTING", "RUNNING", "STOPPING", "BACKOFF"})
 
 # Paths are relative to supervisor/, where the daemon is started and stays: its parser would expand a `%` in
@@ -270,25 +271,34 @@ class Supervisor:
 
     # Its programs.
 
-    def add(self, program: Program) -> None:
+    def add(self, program: Program, *, start: bool = False) -> None:
         """Keep a program from now on. The same one again changes nothing; a changed one is restarted.
+
+        A new one is started if it is `autostart`. With `start`, it runs afterwards in any case.
 
         Raises:
             BackendError: there is no such executable, or the supervisor does not take it.
         """
+        name = program.name
         if shutil.which(program.command[0], path=program.environment.get("PATH")) is None:
-            raise BackendError(f"{program.name}: there is no executable {program.command[0]} on PATH")
-        if not self._write(program) and self.status(program.name).state != "ABSENT":
+            raise BackendError(f"{name}: there is no executable {program.command[0]} on PATH")
+        if not self._write(program) and self.status(name).state != "ABSENT":
+            if start:
+                self.start_program(name)
             return
-        self._halt(program.name)
-        self._forget(program.name)
+        self._halt(name)
+        self._forget(name)
         self._call("reloadConfig")
+        (self.home.supervisor / "run" / f"{name}.json").unlink(missing_ok=True)
         with _tolerate("ALREADY_ADDED"):
-            self._call("addProcessGroup", program.name)
-        if not program.autostart:
-            return
-        # The daemon starts it by itself at its next turn; this one waits for it.
-        self.start_program(program.name)
+            self._call("addProcessGroup", name)
+        if program.autostart:
+            # The daemon starts it by itself at its next turn. A second start could run a script that has
+            # ended by then once more.
+            if not wait_until(lambda: self.status(name).started > 0, _LONGEST_START_SECONDS):
+                raise BackendError(f"{name} is not started; see {self.home.logs / 'supervisord.log'}")
+        elif start:
+            self.start_program(name)
 
     def remove(self, name: str) -> None:
         """Stop a program and forget it. One that is not there is no error."""

@@ -114,8 +114,8 @@ class Systemctl:
         unit = self._unit(name)
         if unit is None:
             return _complain(f"Failed to start {name}: Unit {name} not found.", _NOT_INSTALLED)
-        self._supervisor.add(units.program(unit, self._rootfs, self._spec, enabled=self._is_wanted(name)))
-        self._supervisor.start_program(self._program(name))
+        program = units.program(unit, self._rootfs, self._spec, enabled=self._is_wanted(name))
+        self._supervisor.add(program, start=True)
         return 0
 
     def _stop(self, name: str, _options: Options) -> int:

@@ -122,6 +122,17 @@ def test_a_failing_program_is_tried_again_only_if_it_should_be(fresh: Local, tmp
     assert fresh.supervisor.status("never").exit_status == 1
 
 
+def test_a_script_that_ends_at_once_runs_once(fresh: Local, tmp_path: Path) -> None:
+    names = [f"once-{number}" for number in range(20)]
+    for name in names:
+        command = ("sh", "-c", f"echo x >> {tmp_path}/{name}")
+        fresh.supervisor.add(Program(name, command, restart="no"))
+    until(
+        lambda: all(fresh.supervisor.state(name) == "EXITED" for name in names), "all to have run", every=0.05
+    )
+    assert [(tmp_path / name).read_text() for name in names] == ["x\n"] * len(names)
+
+
 def test_the_same_program_again_changes_nothing_and_a_changed_one_is_restarted(fresh: Local) -> None:
     fresh.supervisor.add(Program("sleeper", SLEEP))
     pid = fresh.pid("sleeper")
