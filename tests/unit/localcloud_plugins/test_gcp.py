@@ -1,0 +1,355 @@
+"""The gcp stand-in: its tables against Google's own schemas, its checks and diffs, and the calls that it
+makes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import googleapiclient
+import pytest
+
+from localcloud.plugins.gcp import tables
+from localcloud.plugins.gcp.fields import Field
+from localcloud.plugins.gcp.provider import GcpProvider
+from localcloud.plugins.gcp.rest import GoogleError
+from localcloud.plugins.gcp.tables import ResourceType
+from localcloud.plugins.protocol import ProviderError, Resource
+from localcloud.plugins.values import UNKNOWN, Properties, Secret
+
+DOCUMENTS = Path(googleapiclient.__file__).parent / "discovery_cache" / "documents"
+SCHEMAS = {
+    tables.REPOSITORY: ("artifactregistry.v1", "Repository"),
+    tables.ACCOUNT: ("iam.v1", "ServiceAccount"),
+    tables.NETWORK: ("compute.beta", "Network"),
+    tables.SUBNETWORK: ("compute.beta", "Subnetwork"),
+    tables.FIREWALL: ("compute.beta", "Firewall"),
+    tables.ADDRESS: ("compute.beta", "Address"),
+    tables.INSTANCE: ("compute.beta", "Instance"),
+    tables.CLUSTER: ("container.v1beta1", "Cluster"),
+}
+JSON_TYPES = {
+    "a string": "string",
+    "an integer": "integer",
+    "a whole number": "string",
+    "a boolean": "boolean",
+    "a map of strings": "object",
+    "a list of strings": "array",
+}
+
+
+class Recorder:
+    """Google as far as a test needs it: answers by path, and what was asked."""
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = answers
+        self.calls: list[tuple[str, str, Any]] = []
+        self.queries: list[Any] = []
+        self.cancelled = GcpProvider().cancelled
+
+    def get(self, service: str, path: str, query: Any = None) -> Any:  # noqa: ARG002
+        found = [v for k, v in self.answers.items() if path.endswith(k.replace("__", "/"))]
+        return found[0] if found else None
+
+    def call(self, service: str, method: str, path: str, body: Any = None, query: Any = None) -> Any:  # noqa: ARG002
+        self.calls.append((method, path, body))
+        self.queries.append(query)
+        answer = self.answers.get(method, {})
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def operate(  # noqa: PLR0917
+        self,
+        service: str,
+        method: str,
+        path: str,
+        deadline: float,  # noqa: ARG002
+        body: Any = None,
+        query: Any = None,
+    ) -> Any:
+        return self.call(service, method, path, body, query)
+
+
+def provider(google: Recorder | None = None) -> GcpProvider:
+    made = GcpProvider()
+    made.configure({"project": "p", "region": "europe-west1", "zone": "europe-west1-b"})
+    if google:
+        made._google = google  # type: ignore[assignment]
+    return made
+
+
+def resource(spec: ResourceType, resource_id: str = "") -> Resource:
+    return Resource(f"urn:pulumi:dev::p::{spec.token}::it", resource_id)
+
+
+def problems(spec: ResourceType, inputs: Properties) -> dict[str, str]:
+    failures = provider().check(resource(spec), {}, inputs, b"1234").failures
+    return {".".join(map(str, f.path)): f.reason for f in failures}
+
+
+INSTANCE: Properties = {
+    "name": "vm",
+    "machineType": "e2-small",
+    "bootDisk": {"initializeParams": {"image": "debian-cloud/debian-12", "size": 10}},
+    "networkInterfaces": [{"subnetwork": "sub", "accessConfigs": [{"natIp": "1.2.3.4"}]}],
+    "metadata": {"k": "v"},
+    "metadataStartupScript": "#!/bin/sh",
+    "tags": ["t"],
+    "serviceAccount": {"email": "e", "scopes": ["cloud-platform"]},
+}
+LIVE: Properties = {
+    "id": "42",
+    "name": "vm",
+    "machineType": "https://x/projects/p/zones/europe-west1-b/machineTypes/e2-small",
+    "metadata": {
+        "fingerprint": "f1",
+        "items": [{"key": "k", "value": "v"}, {"key": "startup-script", "value": "#!/bin/sh"}],
+    },
+    "tags": {"items": ["t"], "fingerprint": "f2"},
+    "disks": [{"boot": True, "autoDelete": True, "deviceName": "d", "mode": "READ_WRITE"}],
+    "networkInterfaces": [{"networkIP": "10.0.0.2", "accessConfigs": [{"natIP": "1.2.3.4"}]}],
+    "labels": {"goog-pulumi-provisioned": "true"},
+}
+
+
+@pytest.mark.parametrize("spec", SCHEMAS, ids=lambda s: s.token.rsplit(":", 1)[-1])
+def test_every_field_is_in_googles_schema_with_its_type(spec: ResourceType) -> None:
+    document, root = SCHEMAS[spec]
+    schemas = json.loads((DOCUMENTS / f"{document}.json").read_text())["schemas"]
+    disk = {"bootDisk": "AttachedDisk", "serviceAccount": "ServiceAccount"}
+    check_fields(spec.fields, schemas[root], schemas, disk if spec is tables.INSTANCE else {})
+
+
+def check_fields(fields: tuple[Field, ...], schema: Any, schemas: Any, apart: dict[str, str]) -> None:
+    for declared in fields:
+        place = schema
+        for part in declared.path:
+            assert part in place["properties"], f"{schema['id']} has no {part} ({declared.name})"
+            place = place["properties"][part]
+            place = schemas[place["$ref"]] if "$ref" in place else place
+        if declared.name in apart:
+            place = schemas[apart[declared.name]]
+        elif not declared.path:
+            continue
+        if declared.fields:
+            items = place.get("items", {})
+            inner = schemas[items["$ref"]] if "$ref" in items else items or place
+            check_fields(declared.fields, {"id": declared.name, **inner}, schemas, {})
+        elif not declared.output:
+            assert place["type"] == JSON_TYPES[declared.type.value], declared.name
+
+
+def test_wrong_inputs_are_refused_by_place() -> None:
+    assert problems(tables.INSTANCE, INSTANCE) == {}
+    wrong = {
+        **INSTANCE,
+        "machineTyp": "x",
+        "bootDisk": {"mode": "RW", "initializeParams": {"size": "ten"}},
+        "networkInterfaces": [{"netwrk": "n"}],
+        "metadata": {"a": 1},
+    }
+    assert set(problems(tables.INSTANCE, wrong)) == {
+        "machineTyp",
+        "bootDisk.mode",
+        "bootDisk.initializeParams.size",
+        "networkInterfaces.0.netwrk",
+        "metadata",
+    }
+    assert "missing required property" in problems(tables.REPOSITORY, {"format": "DOCKER"})["repositoryId"]
+
+
+def test_rules_over_several_inputs() -> None:
+    rule = {"network": "n", "allows": [{"protocol": "tcp"}]}
+    assert "sourceRanges" in problems(tables.FIREWALL, rule)[""]
+    assert problems(tables.FIREWALL, {**rule, "sourceRanges": UNKNOWN}) == {}
+    both = {**INSTANCE, "metadata": {"startup-script": "x"}}
+    assert "give it once" in problems(tables.INSTANCE, both)["metadataStartupScript"]
+
+
+def test_a_missing_project_says_where_to_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GOOGLE_PROJECT", "GOOGLE_CLOUD_PROJECT", "GCLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    made = GcpProvider()
+    made.configure({})
+    failures = made.check(resource(tables.NETWORK), {}, {"name": "n"}, b"1").failures
+    assert [(f.path, f.reason) for f in failures] == [
+        (("project",), "missing; set it on the resource, or gcp:project")
+    ]
+
+
+def test_a_name_is_made_up_once_and_kept() -> None:
+    first = provider().check(resource(tables.NETWORK), {}, {}, bytes.fromhex("0123456789")).inputs
+    assert first == {"name": "it-0123456", "__defaults": ["name"]}
+    assert provider().check(resource(tables.NETWORK), first, {}, b"other").inputs == first
+
+
+def test_an_endpoint_must_end_with_its_version() -> None:
+    made = provider()
+    assert made.check_config({"computeCustomEndpoint": "http://127.0.0.1:1/compute/beta/"}).failures == []
+    failures = made.check_config({"computeCustomEndpoint": "http://127.0.0.1", "projct": "p"}).failures
+    assert [f.path for f in failures] == [("computeCustomEndpoint",), ("projct",)]
+
+
+def test_a_type_that_is_not_served_is_refused_by_name() -> None:
+    token = "gcp:storage/bucket:Bucket"
+    with pytest.raises(
+        ProviderError, match=rf"{token} is not served .*gcp:compute/network:Network.*official plugin"
+    ):
+        provider().check(Resource(f"urn:pulumi:dev::p::{token}::it"), {}, {}, b"1")
+
+
+@pytest.mark.parametrize(
+    ("change", "replaces"),
+    [
+        ({"metadata": {"k": "w"}}, False),
+        ({"tags": []}, False),
+        ({"metadataStartupScript": "other"}, True),
+        ({"bootDisk": {"initializeParams": {"image": "x", "size": 10}}}, True),
+    ],
+)
+def test_what_replaces_an_instance(change: Properties, replaces: bool) -> None:
+    diff = provider().diff(resource(tables.INSTANCE), {}, INSTANCE, {**INSTANCE, **change})
+    assert diff.changes
+    assert bool(diff.replace) == replaces == diff.delete_before_replace
+
+
+def test_saying_what_is_there_anyway_is_no_change() -> None:
+    old, state = {"name": "n"}, {"name": "n", "autoCreateSubnetworks": True, "mtu": 1460}
+    spelled = {**old, "autoCreateSubnetworks": True, "mtu": 1460}
+    assert provider().diff(resource(tables.NETWORK), state, old, spelled).changes == {}
+    assert provider().diff(resource(tables.NETWORK), state, spelled, old).changes != {}
+
+
+def test_an_instance_is_what_google_wants() -> None:
+    google = Recorder(global__images__family__debian_12=None, instances__vm=LIVE)
+    google.answers["global__images__family__debian-12"] = {"name": "debian-12-v1"}
+    item, state = provider(google).create(
+        resource(tables.INSTANCE), {**INSTANCE, "metadata": Secret({"k": "v"})}, preview=False
+    )
+    (method, path, body), *rest = google.calls
+    assert (method, path, rest) == ("POST", "projects/p/zones/europe-west1-b/instances", [])
+    assert body["machineType"] == "zones/europe-west1-b/machineTypes/e2-small"
+    assert body["disks"][0]["initializeParams"] == {
+        "sourceImage": "projects/debian-cloud/global/images/family/debian-12",
+        "diskSizeGb": "10",
+    }
+    assert body["networkInterfaces"] == [
+        {
+            "subnetwork": "projects/p/regions/europe-west1/subnetworks/sub",
+            "accessConfigs": [{"natIP": "1.2.3.4", "type": "ONE_TO_ONE_NAT"}],
+        }
+    ]
+    assert [i["key"] for i in body["metadata"]["items"]] == ["k", "startup-script"]
+    assert body["serviceAccounts"][0]["scopes"] == ["https://www.googleapis.com/auth/cloud-platform"]
+    assert body["labels"] == {"goog-pulumi-provisioned": "true"}
+    assert item == "projects/p/zones/europe-west1-b/instances/vm"
+    assert state["networkInterfaces"][0]["accessConfigs"] == [{"natIp": "1.2.3.4"}]
+    assert (state["instanceId"], state["metadata"]) == ("42", Secret({"k": "v"}))
+
+
+def test_an_image_that_is_nowhere_is_named() -> None:
+    with pytest.raises(ProviderError, match="no image and no image family 'debian-cloud/debian-12'"):
+        provider(Recorder()).create(resource(tables.INSTANCE), INSTANCE, preview=False)
+
+
+def test_metadata_changes_in_place_with_the_fingerprint() -> None:
+    google = Recorder(instances__vm=LIVE)
+    item = "projects/p/zones/europe-west1-b/instances/vm"
+    new = {**INSTANCE, "metadata": {"k": "w"}}
+    provider(google).update(resource(tables.INSTANCE, item), {}, INSTANCE, new, preview=False)
+    items = [{"key": "k", "value": "w"}, {"key": "startup-script", "value": "#!/bin/sh"}]
+    assert google.calls == [("POST", f"{item}/setMetadata", {"items": items, "fingerprint": "f1"})]
+
+
+def test_a_preview_knows_what_it_can_and_asks_nobody() -> None:
+    google = Recorder()
+    _, state = provider(google).create(resource(tables.ADDRESS), {"name": "a"}, preview=True)
+    assert (state["name"], state["region"], state["address"]) == ("a", "europe-west1", UNKNOWN)
+    assert google.calls == []
+
+
+def test_a_repository_is_patched_with_a_mask() -> None:
+    google = Recorder(
+        repositories__r={"name": "projects/p/locations/l/repositories/r", "registryUri": "h/p/r"}
+    )
+    item = "projects/p/locations/europe-west1/repositories/r"
+    old = {"repositoryId": "r", "format": "DOCKER", "description": "d", "labels": {"a": "b"}}
+    new = {"repositoryId": "r", "format": "DOCKER", "labels": {"a": "c"}}
+    state = provider(google).update(resource(tables.REPOSITORY, item), {}, old, new, preview=False)
+    labels = {"a": "c", "goog-pulumi-provisioned": "true"}
+    assert google.calls == [("PATCH", item, {"description": "", "labels": labels})]
+    assert google.queries == [{"updateMask": "description,labels"}]
+    assert (state["registryUri"], state["name"]) == ("h/p/r", "r")
+
+
+def test_a_member_is_added_to_the_policy_that_is_there() -> None:
+    other = {"role": "roles/x", "members": ["user:a"]}
+    google = Recorder(GET={"etag": "e", "bindings": [other]})
+    inputs = {"repository": "r", "role": "roles/artifactregistry.reader", "member": "serviceAccount:s"}
+    item, _ = provider(google).create(resource(tables.REPOSITORY_IAM_MEMBER), inputs, preview=False)
+    repository = "projects/p/locations/europe-west1/repositories/r"
+    assert item == f"{repository}/roles/artifactregistry.reader/serviceAccount:s"
+    (_, _, body) = next(c for c in google.calls if c[0] == "POST")
+    assert body["policy"]["etag"] == "e"
+    assert body["policy"]["bindings"] == [
+        other,
+        {"role": "roles/artifactregistry.reader", "members": ["serviceAccount:s"]},
+    ]
+
+
+def test_a_protected_cluster_is_not_deleted() -> None:
+    google = Recorder()
+    item = "projects/p/locations/europe-west1-b/clusters/c"
+    with pytest.raises(
+        ProviderError, match="cannot destroy cluster c without setting deletionProtection to false"
+    ):
+        provider(google).delete(resource(tables.CLUSTER, item), {}, {})
+    provider(google).delete(resource(tables.CLUSTER, item), {"deletionProtection": False}, {})
+    assert google.calls == [("DELETE", item, None)]
+
+
+def test_a_resource_that_is_gone_is_noticed_and_deleting_it_is_fine() -> None:
+    google = Recorder(DELETE=GoogleError(404, "not found"))
+    item = "projects/p/global/networks/n"
+    assert (
+        provider(google).read(resource(tables.NETWORK, item), {"name": "n"}, {"name": "n"}).resource_id == ""
+    )
+    provider(google).delete(resource(tables.NETWORK, item), {}, {})
+
+
+def test_a_refresh_sees_drift_but_not_another_spelling() -> None:
+    live = {
+        "name": "f",
+        "network": "https://x/projects/p/global/networks/n",
+        "priority": 1000,
+        "allowed": [{"IPProtocol": "tcp"}],
+    }
+    google = Recorder(firewalls__f=live)
+    item = "projects/p/global/firewalls/f"
+    inputs = {"name": "f", "network": "n", "allows": [{"protocol": "tcp"}]}
+    state = {**inputs, "network": live["network"]}
+    assert provider(google).read(resource(tables.FIREWALL, item), state, inputs).inputs == inputs
+    live["allowed"] = [{"IPProtocol": "udp"}]
+    read = provider(google).read(resource(tables.FIREWALL, item), state, inputs)
+    assert read.inputs == {**inputs, "allows": [{"protocol": "udp"}]}
+
+
+def test_an_import_takes_project_and_place_from_the_id() -> None:
+    google = Recorder(addresses__a={"name": "a", "address": "1.2.3.4", "addressType": "EXTERNAL"})
+    read = provider(google).read(resource(tables.ADDRESS, "projects/q/regions/r/addresses/a"), {}, {})
+    assert read.inputs == {
+        "project": "q",
+        "region": "r",
+        "name": "a",
+        "address": "1.2.3.4",
+        "addressType": "EXTERNAL",
+    }
+
+
+def test_the_client_configuration_has_a_secret_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOOGLE_OAUTH_ACCESS_TOKEN", "t")
+    result = provider().invoke("gcp:organizations/getClientConfig:getClientConfig", {})
+    assert (result["project"], result["accessToken"]) == ("p", Secret("t"))
+    with pytest.raises(ProviderError, match="getProject is not served"):
+        provider().invoke("gcp:organizations/getProject:getProject", {})

@@ -1,0 +1,252 @@
+"""The kubernetes stand-in's rules: checks, names, what replaces, what is ready, kubeconfigs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from localcloud.plugins.kubernetes import ready
+from localcloud.plugins.kubernetes.cluster import ApiError, Kind, Object, Unreachable, read_kubeconfig
+from localcloud.plugins.kubernetes.provider import KubernetesProvider
+from localcloud.plugins.protocol import InitFailedError, ProviderError, Resource
+from localcloud.plugins.values import UNKNOWN, Properties, Secret
+
+POD = Kind("v1", "Pod")
+RESOURCE = Resource("urn:pulumi:dev::p::kubernetes:core/v1:Pod::web", "demo/web")
+SEED = bytes.fromhex("0123456789abcdef")
+
+
+class OneCluster:
+    """A cluster in memory that knows one object; `next` are the states that it will go through."""
+
+    default_namespace = "demo"
+
+    def __init__(self) -> None:
+        self.live: Object | None = None
+        self.next: list[Object | None] = []
+        self.refuses: ApiError | None = None
+        self.applied: list[tuple[str, bool]] = []
+
+    def namespaced(self, kind: Kind) -> bool:
+        return kind.kind != "Namespace"
+
+    def get(self, *_: object) -> Object | None:
+        return self.live
+
+    def apply(self, kind: Kind, manifest: Object, manager: str, *, force: bool, dry_run: bool) -> Object:  # noqa: ARG002
+        if self.refuses:
+            raise self.refuses
+        self.applied.append((manager, dry_run))
+        metadata = {**manifest["metadata"], "uid": "1", "managedFields": [{}]}
+        return {**manifest, "metadata": metadata, "status": {"phase": "Pending"}}
+
+    def states(self, *_: object) -> Any:
+        yield from self.next
+
+    def events(self, _: Object) -> list[Object]:
+        return [{"type": "Warning", "reason": "Failed", "message": "no key signed it"}]
+
+
+def provider(cluster: OneCluster | None = None) -> KubernetesProvider:
+    made = KubernetesProvider()
+    made.configure({})
+    made._cluster = cluster or OneCluster()  # type: ignore[assignment]
+    return made
+
+
+def pod(**spec: Any) -> Properties:
+    metadata = {"name": "web", "namespace": "demo"}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": metadata,
+        "spec": {"containers": [{"name": "c", **spec}]},
+    }
+
+
+def is_ready(manifest: Object) -> Object:
+    conditions = [{"type": t, "status": "True"} for t in ("PodScheduled", "Initialized", "Ready")]
+    return {**manifest, "status": {"phase": "Running", "conditions": conditions}}
+
+
+def test_a_name_is_made_up_once_and_kept() -> None:
+    first = provider().check(RESOURCE, {}, {"spec": {}}, SEED).inputs
+    assert first["metadata"] == {
+        "name": "web-01234567",
+        "namespace": "demo",
+        "annotations": {"pulumi.com/autonamed": "true"},
+    }
+    assert provider().check(RESOURCE, first, {"spec": {}}, b"other").inputs == first
+
+
+def test_wrong_metadata_is_refused_by_place() -> None:
+    new = {"kind": "Job", "metadata": {"labels": {"a.b": 1}, "name": UNKNOWN}}
+    failures = provider().check(RESOURCE, {}, new, SEED).failures
+    assert [f.path for f in failures] == [("kind",), ("metadata", "labels", "a.b")]
+
+
+@pytest.mark.parametrize(
+    "token", ["core/v1:PodPatch", "core/v1:PodList", "helm.sh/v3:Release", "yaml:ConfigFile"]
+)
+def test_what_is_no_single_object_is_refused_by_name(token: str) -> None:
+    with pytest.raises(ProviderError, match=f"kubernetes:{token} is not served"):
+        provider().check(Resource(f"urn:pulumi:dev::p::kubernetes:{token}::x"), {}, {}, SEED)
+
+
+@pytest.mark.parametrize(
+    ("spec", "replaces"),
+    [({"image": "b"}, True), ({"image": "a", "env": []}, True), ({"image": "a", "name": "c"}, False)],
+)
+def test_a_pod_is_replaced_as_the_official_plugin_does(spec: Properties, replaces: bool) -> None:
+    diff = provider().diff(RESOURCE, {}, pod(image="a"), pod(**spec))
+    assert bool(diff.replace) == replaces == diff.delete_before_replace
+
+
+def test_labels_are_changed_in_place_and_an_autonamed_object_is_created_first() -> None:
+    old = pod(image="a")
+    old["metadata"]["annotations"] = {"pulumi.com/autonamed": "true"}
+    new = {**pod(image="b"), "metadata": {**old["metadata"], "labels": {"a": "b"}}}
+    diff = provider().diff(RESOURCE, {}, old, new)
+    assert ("metadata", "labels") in diff.changes
+    assert ("metadata", "labels") not in diff.replace
+    assert diff.replace
+    assert not diff.delete_before_replace
+
+
+def test_create_waits_until_the_pod_is_ready() -> None:
+    cluster = OneCluster()
+    wanted = pod(image="a")
+    cluster.next = [wanted, is_ready(wanted)]
+    resource_id, state = provider(cluster).create(RESOURCE, wanted, preview=False)
+    assert (resource_id, state["status"]["phase"]) == ("demo/web", "Running")
+    assert "managedFields" not in state["metadata"]
+
+
+def test_a_pod_that_does_not_get_ready_is_kept_with_its_reasons() -> None:
+    cluster = OneCluster()
+    waiting = {"state": {"waiting": {"reason": "InvalidImage", "message": "no wasm"}}, "name": "c"}
+    cluster.next = [
+        {
+            **pod(image="a"),
+            "metadata": {"name": "web", "namespace": "demo"},
+            "status": {"containerStatuses": [waiting]},
+        }
+    ]
+    with pytest.raises(InitFailedError) as caught:
+        provider(cluster).create(Resource(RESOURCE.urn, timeout=0.001), pod(image="a"), preview=False)
+    assert caught.value.resource_id == "demo/web"
+    assert "container c: [InvalidImage] no wasm" in caught.value.reasons[0]
+    assert caught.value.reasons[1] == "Warning Failed: no key signed it"
+
+
+def test_an_object_that_is_there_is_not_taken_over() -> None:
+    cluster = OneCluster()
+    cluster.live = pod(image="a")
+    with pytest.raises(ProviderError, match="Pod demo/web already exists"):
+        provider(cluster).create(RESOURCE, pod(image="a"), preview=False)
+
+
+def test_a_preview_is_a_dry_run_without_status() -> None:
+    cluster = OneCluster()
+    _, state = provider(cluster).create(RESOURCE, pod(image="a"), preview=True)
+    assert [dry for _, dry in cluster.applied] == [True]
+    assert "status" not in state
+    assert "uid" not in state["metadata"]
+
+
+def test_a_preview_with_unknowns_asks_nobody() -> None:
+    cluster = OneCluster()
+    assert provider(cluster).create(RESOURCE, pod(image=UNKNOWN), preview=True)[1] == pod(image=UNKNOWN)
+    assert cluster.applied == []
+
+
+def test_a_preview_shows_what_the_server_refuses_but_waits_for_a_namespace() -> None:
+    cluster = OneCluster()
+    cluster.refuses = ApiError(404, "NotFound", 'namespaces "demo" not found')
+    assert provider(cluster).create(RESOURCE, pod(image="a"), preview=True)[1] == pod(image="a")
+    cluster.refuses = ApiError(422, "Invalid", "spec.containers[0].image: Required value")
+    with pytest.raises(ProviderError, match=r"would be refused: spec\.containers"):
+        provider(cluster).create(RESOURCE, pod(), preview=True)
+
+
+def test_a_refresh_sees_a_changed_field_but_not_a_changed_status() -> None:
+    cluster = OneCluster()
+    inputs = pod(image="a")
+    state = is_ready({**inputs, "metadata": {**inputs["metadata"], "resourceVersion": "1"}})
+    cluster.live = is_ready({**inputs, "metadata": {**inputs["metadata"], "resourceVersion": "2"}})
+    assert provider(cluster).read(RESOURCE, state, inputs).inputs == inputs
+    cluster.live = is_ready(pod(image="z"))
+    assert provider(cluster).read(RESOURCE, state, inputs).inputs == pod(image="z")
+    cluster.live = None
+    assert provider(cluster).read(RESOURCE, state, inputs).resource_id == ""
+
+
+def test_an_import_takes_the_live_object_without_the_servers_fields() -> None:
+    cluster = OneCluster()
+    live = is_ready(pod(image="a"))
+    live["metadata"] = {**live["metadata"], "uid": "1", "resourceVersion": "1"}
+    cluster.live = live
+    assert provider(cluster).read(RESOURCE, {}, {}).inputs == pod(image="a")
+
+
+def test_the_data_of_a_secret_is_secret() -> None:
+    cluster = OneCluster()
+    secret = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": "s", "namespace": "demo"},
+        "data": {"k": "dg=="},
+    }
+    resource = Resource("urn:pulumi:dev::p::kubernetes:core/v1:Secret::s")
+    assert provider(cluster).create(resource, secret, preview=False)[1]["data"] == Secret({"k": "dg=="})
+
+
+def test_a_failed_pod_is_not_waited_for() -> None:
+    seen = ready.verdict(POD, {"status": {"phase": "Failed", "reason": "Evicted", "message": "m"}})
+    assert seen.hopeless
+    assert seen.reasons[0] == "the pod failed (Evicted: m)"
+
+
+def test_a_deployment_is_ready_when_its_new_pods_are_available() -> None:
+    kind = Kind("apps/v1", "Deployment")
+    live: Object = {
+        "metadata": {"generation": 2},
+        "spec": {"replicas": 2},
+        "status": {"observedGeneration": 1},
+    }
+    assert not ready.verdict(kind, live).ready
+    live["status"] = {"observedGeneration": 2, "updatedReplicas": 2, "availableReplicas": 1}
+    assert ready.verdict(kind, live).reasons == ("availableReplicas is 1 of 2",)
+    live["status"]["availableReplicas"] = 2
+    assert ready.verdict(kind, live).ready
+
+
+def kubeconfig(server: str) -> str:
+    cluster = {"name": "c", "cluster": {"server": server}}
+    context = {"name": "x", "context": {"cluster": "c", "user": "u"}}
+    return json.dumps({"clusters": [cluster], "contexts": [context], "current-context": "x", "users": []})
+
+
+def test_a_kubeconfig_is_contents_or_a_path(tmp_path: Path) -> None:
+    path = tmp_path / "config"
+    path.write_text(kubeconfig("https://a"))
+    assert read_kubeconfig(str(path)) == (json.loads(kubeconfig("https://a")), tmp_path)
+    assert read_kubeconfig(kubeconfig("https://a"))[0] == json.loads(kubeconfig("https://a"))
+    with pytest.raises(Unreachable, match="neither a file nor the contents"):
+        read_kubeconfig("/nowhere/config")
+
+
+def test_only_another_cluster_replaces_the_provider() -> None:
+    old = {"kubeconfig": kubeconfig("https://a")}
+    other_user = {"kubeconfig": kubeconfig("https://a").replace('"users": []', '"users": [{"name": "u"}]')}
+    assert not provider().diff_config(old, other_user).replace
+    assert provider().diff_config(old, {"kubeconfig": kubeconfig("https://b")}).replace == {("kubeconfig",)}
+    assert not provider().diff_config(old, {"kubeconfig": UNKNOWN}).replace
+
+
+def test_a_setting_that_would_be_ignored_is_refused() -> None:
+    failures = (
+        provider().check_config({"enableServerSideApply": "false", "kubecfg": "x", "namespace": "n"}).failures
+    )
+    assert [f.path for f in failures] == [("enableServerSideApply",), ("kubecfg",)]
