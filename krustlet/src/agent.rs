@@ -1,0 +1,287 @@
+//! The agent as a whole: joins the cluster, becomes a node, takes up its pods, and at the end lets go of them in order.
+
+use crate::api;
+use crate::bootstrap::{self, Membership};
+use crate::certificates::{ServingCertificate, Wanted};
+use crate::cli::{Names, Options, RegistryCredentials};
+use crate::events::{Recorder, Severity};
+use crate::google::MetadataServer;
+use crate::node::{self, Keeper, Machine, NodeConfig, Readiness};
+use crate::pod::environment::PodFacts;
+use crate::pod::roster::Roster;
+use crate::pod::start::NodeContext;
+use crate::pods::Pods;
+use crate::ports::Ports;
+use crate::reasons::event;
+use crate::telemetry::metrics;
+use anyhow::{Context, ensure};
+use krustlet_runtime::{CredentialSource, NoCredentials, Runtime, RuntimeConfig};
+use prometheus_client::registry::Registry;
+use rustls::RootCertStore;
+use rustls::pki_types::CertificateDer;
+use std::fs::File;
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+use tracing::{info, warn};
+
+/// Modules fetched at once.
+const CONCURRENT_PULLS: usize = 4;
+/// At the end, the API server gets this long to hear that the node is not ready before its pods are let go.
+const FAREWELL: Duration = Duration::from_secs(3);
+
+/// Runs the agent until it is told to stop.
+///
+/// Fails when it cannot begin (wrong flags, no place for its data, its port taken); once it has begun, it goes on through
+/// whatever the API server does.
+pub async fn run(options: Options) -> anyhow::Result<()> {
+    let names = options.names()?;
+    let stop = stop_signal()?;
+    let _lock = prepare_data_dir(&names.data_dir)?;
+    // Several TLS libraries are linked in; all of the agent uses this one.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let mut registry = Registry::default();
+    metrics().register(&mut registry);
+    let runtime = new_runtime(&options, &names, &mut registry)?;
+    info!(
+        version = env!("CARGO_PKG_VERSION"),
+        node = names.node_name,
+        data_dir = %names.data_dir.display(),
+        "krustlet starts"
+    );
+    tokio::select! {
+        () = stop.cancelled() => {
+            info!("told to stop before the node had joined");
+            Ok(())
+        }
+        membership = bootstrap::join(&options, &names) => {
+            serve(options, names, membership, runtime, registry, stop.clone()).await
+        }
+    }
+}
+
+async fn serve(
+    options: Options,
+    names: Names,
+    membership: Membership,
+    runtime: Runtime,
+    registry: Registry,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let client = membership.client.clone();
+    let address = match options.node_ip {
+        Some(address) => address,
+        None => route_to(&membership.server).await?,
+    };
+    let listen = options.listen_address(address);
+    let listener = TcpListener::bind(listen)
+        .await
+        .with_context(|| format!("failed to listen on {listen}; choose another --addr or --port"))?;
+    let config = NodeConfig {
+        name: names.node_name.clone(),
+        hostname: names.hostname.clone(),
+        address,
+        external_address: options.external_ip,
+        port: listener.local_addr()?.port(),
+        labels: options.node_labels(),
+        provider_id: options.provider_id.clone(),
+        max_pods: options.max_pods,
+    };
+    let machine = Machine::measure(&names.data_dir);
+    let facts = PodFacts {
+        node_name: names.node_name.clone(),
+        host_ip: address.to_string(),
+        pod_ip: address.to_string(),
+        allocatable_cpu_millis: machine.cpus * 1000,
+        allocatable_memory: machine.allocatable_memory(),
+    };
+    let (events, send_events) = Recorder::new(client.clone(), &names.node_name);
+    let _events = spawn(send_events);
+
+    // The HTTPS API answers as soon as it has a certificate, whatever else happens.
+    let serving = Arc::new(ServingCertificate::default());
+    let addresses: Vec<IpAddr> = std::iter::once(address).chain(options.external_ip).collect();
+    let wanted = Wanted::serving(&names.node_name, &names.hostname, &addresses);
+    let _serving = spawn(bootstrap::keep_serving_certificate(
+        client.clone(),
+        options.clone(),
+        names.data_dir.clone(),
+        wanted,
+        serving.clone(),
+    ));
+    let roster = Arc::new(Roster::default());
+    let api_stop = CancellationToken::new();
+    let context = api::Context {
+        client: client.clone(),
+        node_name: names.node_name.clone(),
+        data_dir: names.data_dir.clone(),
+        view: roster.clone(),
+        registry: Arc::new(registry),
+    };
+    let tls = Arc::new(api::server_tls(serving, client_ca(&membership.client_ca)?)?);
+    let api = tokio::spawn(api::serve(context, listener, tls, api_stop.clone()));
+    let _membership = spawn(membership.keep());
+
+    // The node says that it is not ready before its pods are taken up again, and that it is once they are.
+    let (readiness, current) = watch::channel(Readiness::NotReady("krustlet is taking up its pods"));
+    let mut keeper = Keeper::new(client.clone(), config, machine, current);
+    let mut reported = keeper.reported();
+    tokio::select! {
+        () = keeper.register() => {}
+        () = stop.cancelled() => return Ok(()),
+    }
+    let keeper = spawn(keeper.keep());
+    let subject = node::reference(&names.node_name);
+    events.record(subject.clone(), Severity::Normal, event::NODE_STARTING, "krustlet starts".to_owned());
+
+    let shutdown = CancellationToken::new();
+    let context = Arc::new(NodeContext {
+        client,
+        runtime,
+        events: events.clone(),
+        facts,
+        address,
+        data_dir: names.data_dir.clone(),
+        hostpath_allow: options.hostpath_allow.clone(),
+        ports: Ports::default(),
+        roster,
+        shutdown: shutdown.clone(),
+    });
+    let (taken_up, mut all_taken_up) = watch::channel(false);
+    let mut pods = tokio::spawn(Pods::new(context, options.max_pods, taken_up).run());
+    tokio::select! {
+        _ = all_taken_up.wait_for(|taken_up| *taken_up) => {
+            info!("node is ready");
+            readiness.send_replace(Readiness::Ready);
+            stop.cancelled().await;
+        }
+        () = stop.cancelled() => {}
+    }
+
+    info!("stopping: the pods are let go, and taken up again by the next start");
+    events.record(subject, Severity::Normal, event::NODE_SHUTDOWN, "krustlet stops".to_owned());
+    let goodbye = Readiness::NotReady("krustlet is stopping");
+    readiness.send_replace(goodbye.clone());
+    if tokio::time::timeout(FAREWELL, reported.wait_for(|told| *told == Some(goodbye.clone()))).await.is_err() {
+        warn!("the API server did not hear that the node stops");
+    }
+    shutdown.cancel();
+    if let Err(error) = (&mut pods).await {
+        warn!("the pods were not let go in order: {error}");
+    }
+    api_stop.cancel();
+    if let Ok(Err(error)) = api.await {
+        warn!("the HTTPS API ended with an error: {error:#}");
+    }
+    drop(keeper);
+    info!("stopped");
+    Ok(())
+}
+
+/// A task that ends with the agent.
+fn spawn(work: impl Future<Output = ()> + Send + 'static) -> AbortOnDropHandle<()> {
+    AbortOnDropHandle::new(tokio::spawn(work))
+}
+
+/// Cancelled by SIGTERM or SIGINT.
+fn stop_signal() -> anyhow::Result<CancellationToken> {
+    let mut terminate = signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?;
+    let stop = CancellationToken::new();
+    let told = stop.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        told.cancel();
+    });
+    Ok(stop)
+}
+
+/// Makes the data directory, for this user alone, and takes it: two agents in one would spoil each other's pods.
+fn prepare_data_dir(path: &Path) -> anyhow::Result<File> {
+    use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+    let make = || -> std::io::Result<File> {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700))?;
+        File::options().create(true).truncate(false).write(true).open(path.join("lock"))
+    };
+    let lock = make().with_context(|| format!("failed to prepare the data directory {}", path.display()))?;
+    ensure!(
+        lock.try_lock().is_ok(),
+        "another krustlet uses the data directory {}; stop it, or choose another --data-dir",
+        path.display()
+    );
+    Ok(lock)
+}
+
+fn new_runtime(options: &Options, names: &Names, registry: &mut Registry) -> anyhow::Result<Runtime> {
+    let credentials: Arc<dyn CredentialSource> = match options.registry_credentials {
+        RegistryCredentials::None => Arc::new(NoCredentials),
+        RegistryCredentials::Gce => Arc::new(MetadataServer::new()),
+    };
+    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let config = RuntimeConfig {
+        data_dir: names.data_dir.clone(),
+        verification: options.verification()?,
+        credentials,
+        insecure_registries: options.insecure_registries.clone(),
+        // One core is left to the pods that serve.
+        max_concurrent_compiles: cpus.saturating_sub(1).max(1),
+        max_concurrent_pulls: CONCURRENT_PULLS,
+    };
+    Runtime::new(config, registry).context("failed to start the wasm runtime")
+}
+
+fn client_ca(certificates: &[Vec<u8>]) -> anyhow::Result<RootCertStore> {
+    let mut store = RootCertStore::empty();
+    for der in certificates {
+        store.add(CertificateDer::from(der.clone())).context("failed to use the cluster's certificate authority")?;
+    }
+    Ok(store)
+}
+
+/// The address of this machine that routes to the API server. Sends nothing.
+async fn route_to(server: &http::Uri) -> anyhow::Result<IpAddr> {
+    let host = server.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
+    let port = server.port_u16().unwrap_or(443);
+    let find = async {
+        let target: SocketAddr =
+            tokio::net::lookup_host((host, port)).await?.next().ok_or(std::io::ErrorKind::NotFound)?;
+        let local: SocketAddr = if target.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
+        let socket = tokio::net::UdpSocket::bind(local).await?;
+        socket.connect(target).await?;
+        Ok::<IpAddr, std::io::Error>(socket.local_addr()?.ip())
+    };
+    find.await.with_context(|| format!("failed to find the address that routes to {server}; pass --node-ip"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_data_directory_has_one_agent() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("krustlet");
+        let lock = prepare_data_dir(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
+        assert!(prepare_data_dir(&path).unwrap_err().to_string().contains("--data-dir"));
+        drop(lock);
+        assert!(prepare_data_dir(&path).is_ok());
+    }
+
+    #[tokio::test]
+    async fn the_nodes_address_is_the_one_that_routes_to_the_api_server() {
+        let address = route_to(&"https://127.0.0.1:6443".parse().unwrap()).await.unwrap();
+        assert!(address.is_loopback());
+    }
+}

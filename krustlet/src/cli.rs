@@ -1,0 +1,231 @@
+//! The command line: Krustlet's own flags and environment variables, and those that this agent adds.
+
+use anyhow::{Context, bail, ensure};
+use clap::{Parser, ValueEnum};
+use krustlet_runtime::{PublicKey, Verification};
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+/// A Kubernetes node agent that runs WebAssembly.
+#[derive(Debug, Clone, Parser)]
+#[command(version, about)]
+pub struct Options {
+    /// Address that the agent's HTTPS API listens on [default: the node's address]
+    #[arg(long = "addr", env = "KRUSTLET_ADDRESS")]
+    address: Option<IpAddr>,
+
+    /// Port of the agent's HTTPS API
+    #[arg(long, env = "KRUSTLET_PORT", default_value_t = 3000)]
+    pub port: u16,
+
+    /// The node's address, which pods are served on [default: the one that routes to the API server]
+    #[arg(long, env = "KRUSTLET_NODE_IP")]
+    pub node_ip: Option<IpAddr>,
+
+    /// An address that reaches the node from outside
+    #[arg(long, env = "KRUSTLET_EXTERNAL_IP")]
+    pub external_ip: Option<IpAddr>,
+
+    /// The machine's DNS name [default: its host name]
+    #[arg(long, env = "KRUSTLET_HOSTNAME")]
+    hostname: Option<String>,
+
+    /// Name of the Node object [default: the host name in lower case]
+    #[arg(long, env = "KRUSTLET_NODE_NAME")]
+    node_name: Option<String>,
+
+    /// Labels for the Node object: key=value,…
+    #[arg(long, env = "NODE_LABELS", value_delimiter = ',', value_parser = parse_label)]
+    node_labels: Vec<(String, String)>,
+
+    /// How many pods the node takes
+    #[arg(long, env = "MAX_PODS", default_value_t = 500)]
+    pub max_pods: u32,
+
+    /// Directory for keys, images, compiled code, volumes and logs [default: ~/.krustlet]
+    #[arg(long, env = "KRUSTLET_DATA_DIR")]
+    data_dir: Option<PathBuf>,
+
+    /// Kubeconfig with the bootstrap token that the node joins the cluster with
+    #[arg(long, env = "KRUSTLET_BOOTSTRAP_FILE", default_value = "/etc/kubernetes/bootstrap-kubelet.conf")]
+    pub bootstrap_file: PathBuf,
+
+    /// Serving certificate in PEM [default: one that the cluster signs]
+    #[arg(long, env = "KRUSTLET_CERT_FILE", requires = "private_key_file")]
+    pub cert_file: Option<PathBuf>,
+
+    /// Private key of the serving certificate in PEM
+    #[arg(long, env = "KRUSTLET_PRIVATE_KEY_FILE", requires = "cert_file")]
+    pub private_key_file: Option<PathBuf>,
+
+    /// Where the joined kubeconfig is written [default: <data-dir>/config/kubeconfig]
+    #[arg(long, env = "KUBECONFIG")]
+    kubeconfig: Option<PathBuf>,
+
+    /// Registries that speak plain http, host[:port],…; loopback ones always may
+    #[arg(long, env = "KRUSTLET_INSECURE_REGISTRIES", value_delimiter = ',')]
+    pub insecure_registries: Vec<String>,
+
+    /// Identity of the machine at its cloud, e.g. gce://PROJECT/ZONE/NAME
+    #[arg(long, env = "KRUSTLET_PROVIDER_ID")]
+    pub provider_id: Option<String>,
+
+    /// PEM files of the public keys that may sign modules, comma separated
+    #[arg(long, env = "KRUSTLET_VERIFICATION_KEYS", value_delimiter = ',')]
+    verification_keys: Vec<PathBuf>,
+
+    /// Run modules that nobody signed; for development only
+    #[arg(long, env = "KRUSTLET_ALLOW_UNSIGNED", conflicts_with = "verification_keys")]
+    allow_unsigned: bool,
+
+    /// Where registry credentials come from when a pod brings none
+    #[arg(long, env = "KRUSTLET_REGISTRY_CREDENTIALS", value_enum, default_value_t = RegistryCredentials::None)]
+    pub registry_credentials: RegistryCredentials,
+
+    /// Directories below which pods may mount hostPath volumes, comma separated
+    #[arg(long, env = "KRUSTLET_HOSTPATH_ALLOW", value_delimiter = ',')]
+    pub hostpath_allow: Vec<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RegistryCredentials {
+    /// Anonymous pulls
+    None,
+    /// The token of the VM's service account, from its metadata server
+    Gce,
+}
+
+/// The options with every default filled in that does not depend on the API server.
+#[derive(Debug, Clone)]
+pub struct Names {
+    pub hostname: String,
+    pub node_name: String,
+    pub data_dir: PathBuf,
+    pub kubeconfig: PathBuf,
+}
+
+impl Options {
+    /// Resolves the names and places that the agent lives under.
+    ///
+    /// Fails when a default is needed that the machine does not give, or when the node name is no DNS subdomain.
+    pub fn names(&self) -> anyhow::Result<Names> {
+        let hostname = match &self.hostname {
+            Some(name) => name.clone(),
+            None => sysinfo::System::host_name()
+                .ok()
+                .filter(|name| !name.is_empty())
+                .context("failed to learn the host name; pass --hostname")?,
+        };
+        let node_name = match &self.node_name {
+            Some(name) => name.clone(),
+            None => hostname.to_lowercase(),
+        };
+        ensure!(
+            is_dns_subdomain(&node_name),
+            "node name {node_name:?} is not a DNS subdomain (lower case letters, digits, '-' and '.'); pass --node-name"
+        );
+        let data_dir = match &self.data_dir {
+            Some(directory) => directory.clone(),
+            None => {
+                std::env::home_dir().context("failed to find the home directory; pass --data-dir")?.join(".krustlet")
+            }
+        };
+        let kubeconfig = match &self.kubeconfig {
+            Some(path) => path.clone(),
+            None => data_dir.join("config").join("kubeconfig"),
+        };
+        Ok(Names { hostname, node_name, data_dir, kubeconfig })
+    }
+
+    /// The address of the HTTPS API.
+    pub fn listen_address(&self, node_ip: IpAddr) -> SocketAddr {
+        SocketAddr::new(self.address.unwrap_or(node_ip), self.port)
+    }
+
+    /// The labels given, the last one winning when a key is given twice.
+    pub fn node_labels(&self) -> BTreeMap<String, String> {
+        self.node_labels.iter().cloned().collect()
+    }
+
+    /// Reads the public keys. Fails when there is none and unsigned modules were not allowed.
+    pub fn verification(&self) -> anyhow::Result<Verification> {
+        if self.allow_unsigned {
+            return Ok(Verification::AllowUnsigned);
+        }
+        if self.verification_keys.is_empty() {
+            bail!(
+                "no key to check modules with: pass --verification-keys FILE,… or, for development, --allow-unsigned"
+            );
+        }
+        let mut keys = Vec::with_capacity(self.verification_keys.len());
+        for path in &self.verification_keys {
+            let pem = std::fs::read_to_string(path)
+                .with_context(|| format!("failed to read verification key {}", path.display()))?;
+            let key = PublicKey::from_pem(&pem)
+                .map_err(|cause| anyhow::anyhow!("verification key {} is unusable: {cause}", path.display()))?;
+            keys.push(key);
+        }
+        Ok(Verification::Keys(keys))
+    }
+}
+
+fn parse_label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or_else(|| format!("{text:?} is not key=value"))?;
+    if key.trim().is_empty() {
+        return Err(format!("{text:?} has an empty key"));
+    }
+    Ok((key.trim().to_owned(), value.trim().to_owned()))
+}
+
+/// RFC 1123, as the API server checks the name of a Node.
+fn is_dns_subdomain(name: &str) -> bool {
+    let label = |label: &str| {
+        !label.is_empty()
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
+    };
+    name.len() <= 253 && name.split('.').all(label)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Options {
+        Options::parse_from(std::iter::once("krustlet").chain(arguments.iter().copied()))
+    }
+
+    #[test]
+    fn labels_are_split_at_the_first_equals_sign() {
+        let options = parse(&["--node-labels", "a=b,c=d=e,f="]);
+        let labels = options.node_labels();
+        assert_eq!(labels["a"], "b");
+        assert_eq!(labels["c"], "d=e");
+        assert_eq!(labels["f"], "");
+    }
+
+    #[test]
+    fn the_api_listens_on_the_node_address_unless_told_otherwise() {
+        let node_ip: IpAddr = "127.0.0.9".parse().unwrap();
+        let options = parse(&["--port", "10250"]);
+        assert_eq!(options.listen_address(node_ip).to_string(), "127.0.0.9:10250");
+        let options = parse(&["--addr", "127.0.0.1"]);
+        assert_eq!(options.listen_address(node_ip).to_string(), "127.0.0.1:3000");
+    }
+
+    #[test]
+    fn a_node_without_keys_refuses_to_start() {
+        let error = parse(&[]).verification().unwrap_err().to_string();
+        assert!(error.contains("--verification-keys"), "{error}");
+        assert!(matches!(parse(&["--allow-unsigned"]).verification().unwrap(), Verification::AllowUnsigned));
+    }
+
+    #[test]
+    fn a_node_name_that_the_api_server_would_refuse_is_refused_at_the_start() {
+        let error = parse(&["--node-name", "Wasm_1", "--hostname", "h"]).names().unwrap_err();
+        assert!(error.to_string().contains("--node-name"));
+        assert!(parse(&["--node-name", "wasm-1.zone", "--hostname", "h"]).names().is_ok());
+    }
+}

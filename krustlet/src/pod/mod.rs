@@ -1,0 +1,76 @@
+//! One pod: from its object in the API to running guests, and back to its status.
+
+pub mod checkpoint;
+pub mod environment;
+pub mod hooks;
+pub mod images;
+pub mod probes;
+pub mod restart;
+pub mod roster;
+pub mod start;
+pub mod status;
+pub mod volumes;
+pub mod worker;
+
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+
+/// Annotations that set what the pod's API has no field for.
+pub mod annotation {
+    /// `host[:port],…` that the pod's guests may send HTTP requests to. None without it.
+    pub const ALLOWED_HOSTS: &str = "krustlet.dev/allowed-hosts";
+    /// How long a request may take, e.g. `30s`.
+    pub const REQUEST_TIMEOUT: &str = "krustlet.dev/request-timeout";
+    /// How many requests a container answers at once.
+    pub const MAX_CONCURRENT_REQUESTS: &str = "krustlet.dev/max-concurrent-requests";
+}
+
+/// `namespace/name`, for messages.
+pub fn full_name(pod: &Pod) -> String {
+    format!("{}/{}", namespace(pod), name(pod))
+}
+
+pub fn namespace(pod: &Pod) -> &str {
+    pod.metadata.namespace.as_deref().unwrap_or("default")
+}
+
+pub fn name(pod: &Pod) -> &str {
+    pod.metadata.name.as_deref().unwrap_or_default()
+}
+
+pub fn uid(pod: &Pod) -> &str {
+    pod.metadata.uid.as_deref().unwrap_or_default()
+}
+
+pub fn phase(pod: &Pod) -> &str {
+    pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or_default()
+}
+
+/// Whether the pod has ended for good: such a pod is never started again.
+pub fn is_finished(pod: &Pod) -> bool {
+    matches!(phase(pod), "Succeeded" | "Failed")
+}
+
+/// The place of a container in its pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Runs to completion before the next one begins.
+    Init,
+    /// An init container with restartPolicy Always: the next one begins when it has started; it ends last.
+    Sidecar,
+    Main,
+}
+
+/// The pod's containers in the order in which they begin.
+pub fn containers(spec: &PodSpec) -> impl Iterator<Item = (Role, &Container)> {
+    let init = spec.init_containers.iter().flatten().map(|container| {
+        let role = if container.restart_policy.as_deref() == Some("Always") { Role::Sidecar } else { Role::Init };
+        (role, container)
+    });
+    init.chain(spec.containers.iter().map(|container| (Role::Main, container)))
+}
+
+/// The port that a container is served on: a containerPort is a port of the node.
+pub fn port(container: &Container) -> Option<u16> {
+    let port = container.ports.as_ref()?.first()?;
+    u16::try_from(port.host_port.filter(|port| *port > 0).unwrap_or(port.container_port)).ok()
+}

@@ -1,0 +1,73 @@
+//! Who is on the node now: its pods, and the guests that run in them. Written by the pods' workers, read by the API.
+
+use super::start::Guest;
+use crate::api::{ContainerUsage, View};
+use crate::telemetry::metrics;
+use k8s_openapi::api::core::v1::Pod;
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+
+#[derive(Default)]
+pub struct Roster {
+    /// By UID.
+    pods: RwLock<HashMap<String, Arc<Pod>>>,
+    /// By UID of the pod and name of the container.
+    guests: RwLock<HashMap<(String, String), Guest>>,
+}
+
+impl Roster {
+    pub fn put_pod(&self, uid: &str, pod: Arc<Pod>) {
+        self.pods.write().unwrap_or_else(PoisonError::into_inner).insert(uid.to_owned(), pod);
+    }
+
+    pub fn remove_pod(&self, uid: &str) {
+        self.pods.write().unwrap_or_else(PoisonError::into_inner).remove(uid);
+    }
+
+    /// Pods for which `holds`.
+    pub fn count_pods(&self, holds: impl Fn(&Pod) -> bool) -> usize {
+        self.pods.read().unwrap_or_else(PoisonError::into_inner).values().filter(|pod| holds(pod)).count()
+    }
+
+    /// Enters a guest, for as long as the entry lives.
+    pub fn enter(self: &Arc<Self>, uid: &str, container: &str, guest: Guest) -> Entry {
+        let key = (uid.to_owned(), container.to_owned());
+        self.guests.write().unwrap_or_else(PoisonError::into_inner).insert(key.clone(), guest);
+        metrics().containers_running.inc();
+        Entry { roster: self.clone(), key }
+    }
+}
+
+/// A guest's place on the roster.
+pub struct Entry {
+    roster: Arc<Roster>,
+    key: (String, String),
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.roster.guests.write().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+        metrics().containers_running.dec();
+    }
+}
+
+impl View for Roster {
+    fn pods(&self) -> Vec<Arc<Pod>> {
+        self.pods.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    fn usage(&self) -> Vec<ContainerUsage> {
+        let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
+        guests
+            .iter()
+            .map(|((uid, container), guest)| ContainerUsage {
+                pod_uid: uid.clone(),
+                container: container.clone(),
+                stats: match guest {
+                    Guest::Server(server) => server.stats(),
+                    Guest::Command(execution) => execution.stats(),
+                },
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,83 @@
+//! Every reason string that users and controllers see, in one place. Where Kubernetes has a word, it is Kubernetes' word.
+
+/// Why a container waits. Those of a failed pull, load or start come from the runtime's own errors.
+pub mod waiting {
+    pub const CONTAINER_CREATING: &str = "ContainerCreating";
+    pub const POD_INITIALIZING: &str = "PodInitializing";
+    pub const CRASH_LOOP_BACK_OFF: &str = "CrashLoopBackOff";
+    pub const ERR_IMAGE_PULL: &str = "ErrImagePull";
+    pub const IMAGE_PULL_BACK_OFF: &str = "ImagePullBackOff";
+    pub const PORT_IN_USE: &str = "PortInUse";
+    pub const CREATE_CONTAINER_CONFIG_ERROR: &str = "CreateContainerConfigError";
+    pub const CREATE_CONTAINER_ERROR: &str = "CreateContainerError";
+}
+
+/// Why a container ended.
+pub mod terminated {
+    pub const COMPLETED: &str = "Completed";
+    pub const ERROR: &str = "Error";
+    pub const OOM_KILLED: &str = "OOMKilled";
+    pub const DEADLINE_EXCEEDED: &str = "DeadlineExceeded";
+}
+
+/// Why a pod is in its phase.
+pub mod pod {
+    pub const DEADLINE_EXCEEDED: &str = "DeadlineExceeded";
+    pub const EVICTED: &str = "Evicted";
+    pub const OUT_OF_PODS: &str = "OutOfpods";
+}
+
+/// Conditions of a pod and their reasons.
+pub mod condition {
+    pub const POD_SCHEDULED: &str = "PodScheduled";
+    pub const READY_TO_START: &str = "PodReadyToStartContainers";
+    pub const INITIALIZED: &str = "Initialized";
+    pub const CONTAINERS_READY: &str = "ContainersReady";
+    pub const READY: &str = "Ready";
+    /// Ours: whether the running module is the one that the spec names.
+    pub const IMAGE_CURRENT: &str = "krustlet.dev/ImageCurrent";
+
+    pub const CONTAINERS_NOT_INITIALIZED: &str = "ContainersNotInitialized";
+    pub const CONTAINERS_NOT_READY: &str = "ContainersNotReady";
+    pub const READINESS_GATES_NOT_READY: &str = "ReadinessGatesNotReady";
+    pub const POD_COMPLETED: &str = "PodCompleted";
+    pub const POD_FAILED: &str = "PodFailed";
+    pub const NODE_SHUTDOWN: &str = "NodeShutdown";
+}
+
+/// Events.
+pub mod event {
+    pub const PULLING: &str = "Pulling";
+    pub const PULLED: &str = "Pulled";
+    pub const CREATED: &str = "Created";
+    pub const STARTED: &str = "Started";
+    pub const KILLING: &str = "Killing";
+    pub const BACK_OFF: &str = "BackOff";
+    pub const FAILED: &str = "Failed";
+    pub const FAILED_PULL_SECRET: &str = "FailedToRetrieveImagePullSecret";
+    pub const FAILED_MOUNT: &str = "FailedMount";
+    pub const FAILED_PRE_STOP_HOOK: &str = "FailedPreStopHook";
+    pub const FAILED_POST_START_HOOK: &str = "FailedPostStartHook";
+    pub const UNHEALTHY: &str = "Unhealthy";
+    pub const UPDATED: &str = "ImageUpdated";
+    pub const FAILED_UPDATE: &str = "FailedImageUpdate";
+    pub const DEADLINE_EXCEEDED: &str = "DeadlineExceeded";
+    pub const NODE_STARTING: &str = "Starting";
+    pub const NODE_SHUTDOWN: &str = "Shutdown";
+}
+
+/// Conditions of the node and their reasons.
+pub mod node {
+    pub const READY: &str = "Ready";
+    pub const MEMORY_PRESSURE: &str = "MemoryPressure";
+    pub const DISK_PRESSURE: &str = "DiskPressure";
+    pub const PID_PRESSURE: &str = "PIDPressure";
+
+    pub const KUBELET_READY: &str = "KubeletReady";
+    pub const KUBELET_NOT_READY: &str = "KubeletNotReady";
+    pub const SUFFICIENT_MEMORY: &str = "KubeletHasSufficientMemory";
+    pub const INSUFFICIENT_MEMORY: &str = "KubeletHasInsufficientMemory";
+    pub const NO_DISK_PRESSURE: &str = "KubeletHasNoDiskPressure";
+    pub const DISK_PRESSURE_REASON: &str = "KubeletHasDiskPressure";
+    pub const SUFFICIENT_PID: &str = "KubeletHasSufficientPID";
+}
