@@ -79,7 +79,9 @@ def mint_access_token(
 def read_access_token(home: Home, value: str) -> AccessToken | None:
     """The token if this home minted it and it has not expired."""
     payload, _, signature = value.removeprefix(_PREFIX).partition(".")
-    if not value.startswith(_PREFIX) or not hmac.compare_digest(signature, _encode(_mac(home, payload))):
+    if not value.startswith(_PREFIX):
+        return None
+    if not hmac.compare_digest(signature.encode(), _encode(_mac(home, payload)).encode()):
         return None
     claims = json.loads(_decode(payload))
     if claims["exp"] <= time.time():
