@@ -192,17 +192,23 @@ def _add_wasm_library(crate: Path, sysroot: Path) -> bool:
 
 
 def _debian_toolchain(crate: Path, target: str, flags: tuple[str, ...]) -> Toolchain:
-    version = run([str(DEBIAN_RUSTC), "-vV"], crate) if DEBIAN_RUSTC.is_file() else ""
-    sysroot = Path(run([str(DEBIAN_RUSTC), "--print", "sysroot"], crate).strip()) if version else Path("/usr")
+    if not DEBIAN_RUSTC.is_file():
+        raise _no_library(target)
+    version = run([str(DEBIAN_RUSTC), "-vV"], crate)
+    sysroot = Path(run([str(DEBIAN_RUSTC), "--print", "sysroot"], crate).strip())
     library = sysroot / "lib" / "rustlib" / "src" / "rust"
     if not (library / "library" / "std" / "Cargo.toml").is_file():
-        raise CargoError(
-            f"there is no standard library for {target}: run `rustup target add {target}`, "
-            f"or on Debian `apt-get install {DEBIAN_PACKAGES}` as root"
-        )
+        raise _no_library(target)
     arguments = ("--target", target, "-Zbuild-std=std,panic_abort")
     environment = {"RUSTC": str(DEBIAN_RUSTC), "RUSTC_BOOTSTRAP": "1"}
     return Toolchain(version, arguments, environment, (*flags, f"--remap-path-prefix={library}=/rust"))
+
+
+def _no_library(target: str) -> CargoError:
+    return CargoError(
+        f"there is no standard library for {target}: run `rustup target add {target}`, "
+        f"or on Debian `apt-get install {DEBIAN_PACKAGES}` as root"
+    )
 
 
 def build(crate: Path, target: str = "", profile: str = "release") -> Built:
