@@ -17,7 +17,8 @@ from pathlib import Path
 
 from localcloud.backends.supervisor import Supervisor, python_program
 from localcloud.environment import exports
-from localcloud.home import LOOPBACK, Config, Home, HomeError, free_port, is_free
+from localcloud.backends.ports import choose_port
+from localcloud.home import LOOPBACK, Config, Home, HomeError, is_free
 from localcloud.specs import BackendError
 from localcloud.store import Json, Record, Store
 
@@ -196,7 +197,7 @@ def _configured(home: Home, config: Config | None) -> Config:
         HomeError: the remembered port is taken, and what is stored depends on it.
     """
     if config is None:
-        config = Config(port=free_port(), token=f"ya29.localcloud-{secrets.token_urlsafe(32)}")
+        config = Config(port=choose_port(), token=f"ya29.localcloud-{secrets.token_urlsafe(32)}")
         home.save(config)
     elif not is_free(config.port):
         if any(_records(home, kind) for kind in _BOUND_TO_THE_PORT):
@@ -205,7 +206,7 @@ def _configured(home: Home, config: Config | None) -> Config:
                 "on it; end that program and start again, or give the state up: python -m localcloud reset"
             )
         taken = config.port
-        config = replace(config, port=free_port())
+        config = replace(config, port=choose_port())
         home.save(config)
         sys.stdout.write(f"port {taken} is taken{_owner(taken)}; localcloud uses {config.port} from now on\n")
     return config
