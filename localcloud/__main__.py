@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from localcloud.backends.ports import choose_port
 from localcloud.backends.supervisor import Supervisor, python_program
 from localcloud.environment import exports
-from localcloud.backends.ports import choose_port
 from localcloud.home import LOOPBACK, Config, Home, HomeError, is_free
 from localcloud.specs import BackendError
 from localcloud.store import Json, Record, Store

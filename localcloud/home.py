@@ -165,10 +165,3 @@ def is_free(port: int, host: str = LOOPBACK) -> bool:
         except OSError:
             return False
     return True
-
-
-def free_port(host: str = LOOPBACK) -> int:
-    """A TCP port that nobody listens on now, as the kernel chooses it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
