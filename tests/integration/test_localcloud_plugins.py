@@ -120,6 +120,7 @@ if config.get_bool("pod"):
         "pod",
         metadata={"name": "pod", "namespace": namespace.metadata.name},
         spec={
+            "scheduler_name": "nobody",  # the test plays scheduler and kubelet
             "containers": [
                 {"name": "c", "image": "example.invalid/c:1", "resources": {"limits": {"cpu": "1000m"}}}
             ]
@@ -151,7 +152,7 @@ class Stack:
     environment: dict[str, str]
 
     def run(self, *arguments: str, fails: bool = False) -> str:
-        """Runs pulumi; returns what it printed. Raises AssertionError when it ends otherwise than expected."""
+        """Runs pulumi; returns what it printed. Raises AssertionError when it ends otherwise than asked."""
         ended = subprocess.run(
             ["pulumi", *arguments, "--stack", "local", "--non-interactive"],
             cwd=self.directory,
@@ -164,15 +165,15 @@ class Stack:
         assert (ended.returncode != 0) == fails, ended.stdout + ended.stderr
         return ended.stdout + ended.stderr
 
-    def up(self, *, fails: bool = False) -> dict[str, str]:
+    def up(self, *, fails: bool = False) -> dict[str, int]:
         """`pulumi up`; how many resources it did what with."""
         self.run("up", "--yes", "--skip-preview", fails=fails)
         return self.last()
 
-    def last(self) -> dict[str, str]:
+    def last(self) -> dict[str, int]:
         """The changes of the last update, as `up`."""
         history = self.run("stack", "history", "--json", "--page-size", "1")
-        changes: dict[str, str] = json.loads(history[history.index("[") :])[0].get("resourceChanges", {})
+        changes: dict[str, int] = json.loads(history[history.index("[") :])[0].get("resourceChanges", {})
         return changes
 
     def set(self, **values: str) -> None:
@@ -244,27 +245,27 @@ def kubectl(stack: Stack, *arguments: str) -> None:
 def test_a_stack_goes_through_its_life(stack: Stack) -> None:
     preview = stack.run("preview")
     assert "14 to create" in preview, preview
-    assert stack.up() == {"create": "14"}
+    assert stack.up() == {"create": 14}
     outputs = stack.outputs()
     assert outputs["registry"].endswith("/localcloud-dev/it")
     assert outputs["address"].startswith("127.")
     assert outputs["said"] == "one"
 
-    assert stack.up() == {"same": "14"}
+    assert stack.up() == {"same": 14}
     stack.run("refresh", "--yes", "--skip-preview")
     assert set(stack.last()) == {"same"}
     stack.run("preview", "--expect-no-changes")
 
     stack.set(text="two")
     # the description, the metadata, the config map (immutable by default, so replaced) and the command
-    assert stack.up() == {"same": "10", "update": "3", "replace": "1"}
+    assert stack.up() == {"same": 10, "update": 3, "replace": 1}
     assert stack.outputs()["instance"] == outputs["instance"]
     assert stack.outputs()["settings"] != outputs["settings"]
     assert stack.outputs()["said"] == "two"
 
     stack.set(script="two")
     # another startup script is another VM, which is the command's trigger
-    assert stack.up() == {"same": "12", "replace": "2"}
+    assert stack.up() == {"same": 12, "replace": 2}
     assert stack.outputs()["instance"] != outputs["instance"]
 
     stack.google("COMPUTE", "DELETE", "projects/localcloud-dev/global/firewalls/it")
@@ -273,7 +274,7 @@ def test_a_stack_goes_through_its_life(stack: Stack) -> None:
         "the refresh to see that the firewall rule is gone",
         timeout=30,
     )
-    assert stack.up() == {"same": "13", "create": "1"}
+    assert stack.up() == {"same": 13, "create": 1}
 
     stack.set(pod="true")
     assert "waiting for it timed out" in stack.run("up", "--yes", "--skip-preview", fails=True)
@@ -281,13 +282,13 @@ def test_a_stack_goes_through_its_life(stack: Stack) -> None:
     status = json.dumps({"status": {"phase": "Running", "conditions": conditions}})
     kubectl(stack, "patch", "pod", "pod", "-n", "it", "--subresource=status", "--type=merge", "-p", status)
     # the pod that was there but not ready is taken up, not made anew
-    assert stack.up() == {"same": "14", "update": "1"}
-    assert stack.up() == {"same": "15"}
+    assert stack.up() == {"same": 14, "update": 1}
+    assert stack.up() == {"same": 15}
 
     state = stack.run("stack", "export")
     assert "hush" not in state
 
     stack.run("destroy", "--yes", "--skip-preview")
-    assert stack.last() == {"delete": "15"}
+    assert stack.last() == {"delete": 15}
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(stack.directory) not in listed

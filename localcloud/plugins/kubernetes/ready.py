@@ -135,8 +135,9 @@ _RULES: dict[Kind, Callable[[Object], Verdict]] = {
 
 
 def event_lines(events: list[Object]) -> list[str]:
-    """The last events, a line each, for an error."""
-    return [
+    """The last events, a line each, for an error; what was said again is said once."""
+    lines = [
         f"{e.get('type', 'Normal')} {e.get('reason', '')}: {str(e.get('message', '')).strip()}"
-        for e in events[-_EVENTS_SHOWN:]
+        for e in events
     ]
+    return list(dict.fromkeys(lines))[-_EVENTS_SHOWN:]
