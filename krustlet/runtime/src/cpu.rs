@@ -1,0 +1,282 @@
+//! Who runs when. Guests run in slices of about one tick; between two slices others get their turn.
+//!
+//! Three rules keep one container's guests from delaying another's:
+//! - A ticker thread advances the engine's epoch; a guest that runs into its deadline yields to the executor. The ticker
+//!   sleeps while no guest executes, so that an idle node costs nothing.
+//! - Of one container, no more guests than there are worker threads stand in the executor's queue at a time (its lane);
+//!   the others wait outside. Two hundred endless loops in one container thus cost another's request as much as two do.
+//! - A container with a CPU limit pays for each slice; one in debt sleeps until it has paid, as under CFS bandwidth control.
+
+use futures::future::BoxFuture;
+use std::cell::Cell;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::task::{Context, Poll, ready};
+use std::thread::Thread;
+use std::time::{Duration, Instant};
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
+use wasmtime::{EngineWeak, StoreContextMut, UpdateDeadline};
+
+/// The length of a slice.
+pub const TICK: Duration = Duration::from_millis(1);
+/// Ticks before the first yield: most requests end within them and never yield.
+pub const FIRST_SLICE: u64 = 2;
+/// The ticker goes to sleep after this many ticks without a guest.
+const IDLE_TICKS: u32 = 20;
+/// The CPU limit is kept over this period, as CFS does it.
+const PERIOD: Duration = Duration::from_millis(100);
+
+/// Advances the epoch while guests execute.
+#[derive(Debug)]
+pub struct Ticker {
+    executing: AtomicUsize,
+    asleep: AtomicBool,
+    thread: Thread,
+}
+
+impl Ticker {
+    /// The thread ends when the engine is gone.
+    pub fn start(engine: EngineWeak) -> std::io::Result<Arc<Self>> {
+        let (send, receive) = std::sync::mpsc::sync_channel::<std::sync::Weak<Self>>(1);
+        let thread = std::thread::Builder::new()
+            .name("epoch".into())
+            .spawn(move || {
+                if let Ok(ticker) = receive.recv() {
+                    Self::run(&ticker, &engine);
+                }
+            })?
+            .thread()
+            .clone();
+        let ticker = Arc::new(Self { executing: AtomicUsize::new(0), asleep: AtomicBool::new(false), thread });
+        let _ = send.send(Arc::downgrade(&ticker));
+        Ok(ticker)
+    }
+
+    fn run(ticker: &std::sync::Weak<Self>, engine: &EngineWeak) {
+        let mut idle = 0;
+        loop {
+            std::thread::sleep(TICK);
+            let (Some(engine), Some(ticker)) = (engine.upgrade(), ticker.upgrade()) else { return };
+            engine.increment_epoch();
+            drop(engine);
+            idle = if ticker.executing.load(Ordering::SeqCst) == 0 { idle + 1 } else { 0 };
+            if idle < IDLE_TICKS {
+                continue;
+            }
+            ticker.asleep.store(true, Ordering::SeqCst);
+            // A guest that entered before the store did not see it, and must be seen here.
+            if ticker.executing.load(Ordering::SeqCst) == 0 {
+                drop(ticker);
+                std::thread::park();
+            } else {
+                ticker.asleep.store(false, Ordering::SeqCst);
+            }
+            idle = 0;
+        }
+    }
+
+    fn enter(&self) {
+        self.executing.fetch_add(1, Ordering::SeqCst);
+        if self.asleep.load(Ordering::SeqCst) && self.asleep.swap(false, Ordering::SeqCst) {
+            self.thread.unpark();
+        }
+    }
+
+    fn leave(&self) {
+        self.executing.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Drop for Ticker {
+    fn drop(&mut self) {
+        self.thread.unpark();
+    }
+}
+
+/// One container's part in the machine's time.
+#[derive(Debug)]
+pub struct CpuShare {
+    ticker: Arc<Ticker>,
+    lane: Arc<Semaphore>,
+    /// Guests that wait for a place in the lane.
+    waiting: AtomicUsize,
+    used: AtomicU64,
+    quota: Option<Quota>,
+}
+
+/// A leaky bucket in time: the instant at which everything used up to now is paid for.
+#[derive(Debug)]
+struct Quota {
+    cores: f64,
+    burst: u64,
+    origin: Instant,
+    /// Nanoseconds after `origin`.
+    paid: AtomicU64,
+}
+
+impl Quota {
+    fn new(cores: f64) -> Self {
+        let cores = cores.max(0.001);
+        let period = PERIOD.as_nanos() as u64;
+        Self { cores, burst: period, origin: Instant::now(), paid: AtomicU64::new(0) }
+    }
+
+    fn now(&self) -> u64 {
+        self.origin.elapsed().as_nanos() as u64
+    }
+
+    fn charge(&self, used: Duration) {
+        let cost = (used.as_nanos() as f64 / self.cores) as u64;
+        let now = self.now();
+        let _ = self.paid.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |paid| {
+            Some(paid.max(now.saturating_sub(self.burst)).saturating_add(cost))
+        });
+    }
+
+    /// How long to wait until the next slice is allowed.
+    fn debt(&self) -> Option<Duration> {
+        let ahead = self.paid.load(Ordering::Relaxed).saturating_sub(self.now());
+        (ahead > 0).then(|| Duration::from_nanos(ahead))
+    }
+}
+
+impl CpuShare {
+    pub fn new(ticker: Arc<Ticker>, lane: usize, limit: Option<f64>) -> Self {
+        Self {
+            ticker,
+            lane: Arc::new(Semaphore::new(lane)),
+            waiting: AtomicUsize::new(0),
+            used: AtomicU64::new(0),
+            quota: limit.map(Quota::new),
+        }
+    }
+
+    pub fn used(&self) -> Duration {
+        Duration::from_nanos(self.used.load(Ordering::Relaxed))
+    }
+
+    fn charge(&self, used: Duration) {
+        self.used.fetch_add(used.as_nanos() as u64, Ordering::Relaxed);
+        if let Some(quota) = &self.quota {
+            quota.charge(used);
+        }
+    }
+}
+
+thread_local! {
+    /// When the slice that this thread executes began, and whether the guest was made to yield in it.
+    static SLICE: Cell<Option<Instant>> = const { Cell::new(None) };
+    static YIELDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// What a guest does when it runs into its deadline.
+pub fn on_deadline<T>(_store: StoreContextMut<'_, T>) -> wasmtime::Result<UpdateDeadline> {
+    // A deadline set before a long wait is past when the guest goes on; its slice has only begun.
+    if SLICE.get().is_some_and(|began| began.elapsed() < TICK / 2) {
+        return Ok(UpdateDeadline::Continue(1));
+    }
+    YIELDED.set(true);
+    Ok(UpdateDeadline::YieldCustom(1, Box::pin(tokio::task::yield_now())))
+}
+
+type Acquire = BoxFuture<'static, Result<OwnedSemaphorePermit, AcquireError>>;
+
+/// A guest's execution, in slices that its container pays for.
+pub struct Sliced<T> {
+    guest: BoxFuture<'static, T>,
+    share: Arc<CpuShare>,
+    /// Whether this guest has its place in the lane: it is executing, or yielded and will go on.
+    admitted: bool,
+    acquire: Option<Waiting>,
+    sleep: Option<Pin<Box<tokio::time::Sleep>>>,
+}
+
+struct Waiting {
+    acquire: Acquire,
+    share: Arc<CpuShare>,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.share.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl<T> Sliced<T> {
+    pub fn new(share: Arc<CpuShare>, guest: impl Future<Output = T> + Send + 'static) -> Self {
+        Self { guest: Box::pin(guest), share, admitted: false, acquire: None, sleep: None }
+    }
+
+    fn release(&mut self) {
+        if std::mem::take(&mut self.admitted) {
+            self.share.lane.add_permits(1);
+        }
+    }
+
+    fn poll_admitted(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        if let Some(sleep) = &mut self.sleep {
+            ready!(sleep.as_mut().poll(context));
+            self.sleep = None;
+        }
+        if let Some(debt) = self.share.quota.as_ref().and_then(Quota::debt) {
+            self.release();
+            let mut sleep = Box::pin(tokio::time::sleep(debt));
+            if sleep.as_mut().poll(context).is_pending() {
+                self.sleep = Some(sleep);
+                return Poll::Pending;
+            }
+        }
+        if self.admitted {
+            return Poll::Ready(());
+        }
+        if self.acquire.is_none() {
+            if let Ok(permit) = self.share.lane.try_acquire() {
+                permit.forget();
+                self.admitted = true;
+                return Poll::Ready(());
+            }
+            self.share.waiting.fetch_add(1, Ordering::Relaxed);
+            let acquire = Box::pin(self.share.lane.clone().acquire_owned());
+            self.acquire = Some(Waiting { acquire, share: self.share.clone() });
+        }
+        if let Some(waiting) = &mut self.acquire {
+            if let Ok(permit) = ready!(waiting.acquire.as_mut().poll(context)) {
+                permit.forget();
+                self.admitted = true;
+            }
+            self.acquire = None;
+        }
+        Poll::Ready(())
+    }
+}
+
+impl<T> Future for Sliced<T> {
+    type Output = T;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
+        let this = &mut *self;
+        ready!(this.poll_admitted(context));
+        let began = Instant::now();
+        SLICE.set(Some(began));
+        YIELDED.set(false);
+        this.share.ticker.enter();
+        let result = this.guest.as_mut().poll(context);
+        this.share.ticker.leave();
+        SLICE.set(None);
+        this.share.charge(began.elapsed());
+        // A guest that yielded keeps its place, unless another one waits for it.
+        let keeps = result.is_pending() && YIELDED.get() && this.share.waiting.load(Ordering::Relaxed) == 0;
+        if !keeps {
+            this.release();
+        }
+        result
+    }
+}
+
+impl<T> Drop for Sliced<T> {
+    fn drop(&mut self) {
+        self.release();
+    }
+}

@@ -1,0 +1,397 @@
+//! What a guest is given: arguments, environment, directories, limits, a log, hosts to call; and nothing else.
+
+use crate::cpu::{self, CpuShare, FIRST_SLICE};
+use crate::engine::Executor;
+use crate::error::StartError;
+use crate::limits::{Limiter, MemoryLimitExceeded, Usage};
+use crate::logs::{LogFile, LogStream};
+use crate::metrics::LiveInstance;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use wasmtime::component::{Linker, ResourceTable};
+use wasmtime::{Engine, Store};
+use wasmtime_wasi::cli::{WasiCli, WasiCliView as _};
+use wasmtime_wasi::filesystem::{WasiFilesystem, WasiFilesystemView as _};
+use wasmtime_wasi::p1::WasiP1Ctx;
+use wasmtime_wasi::p2::bindings::{cli, filesystem, random};
+use wasmtime_wasi::random::WasiRandom;
+use wasmtime_wasi::{FsPerms, I32Exit, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
+use wasmtime_wasi_http::{
+    Error as HttpError, RequestOptions, WasiBody, WasiHttpCtx, WasiHttpCtxView, WasiHttpHooks, WasiHttpView,
+};
+
+/// Handles (streams, headers, files, …) that one instance may hold at a time.
+const MAX_RESOURCES: usize = 16 * 1024;
+/// Random bytes for one call.
+const MAX_RANDOM: u64 = 1024 * 1024;
+/// What one call may copy out of the guest into the node's memory.
+const MAX_HOSTCALL: usize = 16 * 1024 * 1024;
+/// Chunks of a body that wait for the client; with their size, what a slow client can make the node hold.
+const BODY_CHUNKS: usize = 4;
+const BODY_CHUNK_SIZE: usize = 64 * 1024;
+
+/// A host directory shown to the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mount {
+    pub host: PathBuf,
+    /// The guest's name for it, e.g. `/config`.
+    pub guest: String,
+    pub read_only: bool,
+}
+
+/// One container: what to give its guest, and how much it may take.
+#[derive(Debug, Clone)]
+pub struct ContainerSpec {
+    /// For logs and messages, e.g. `namespace/pod/container`. A command sees the last part as its program name.
+    pub name: String,
+    /// Arguments after the program name.
+    pub args: Vec<String>,
+    pub env: Vec<(String, String)>,
+    pub mounts: Vec<Mount>,
+    /// Bytes of linear memory and tables, for each instance.
+    pub memory_limit: Option<u64>,
+    /// Cores, for all of the container's instances together.
+    pub cpu_limit: Option<f64>,
+    /// `host` (any port) or `host:port` that the guest may send HTTP requests to.
+    pub allowed_hosts: Vec<String>,
+    /// A request that takes longer is answered with 504.
+    pub request_timeout: Duration,
+    /// Requests beyond this many at once are answered with 503.
+    pub max_concurrent_requests: usize,
+    pub log: LogFile,
+}
+
+impl ContainerSpec {
+    pub const DEFAULT_REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+    pub const DEFAULT_MAX_CONCURRENT_REQUESTS: usize = 200;
+
+    /// A container that is given nothing, with the default limits.
+    pub fn new(name: impl Into<String>, log: LogFile) -> Self {
+        Self {
+            name: name.into(),
+            args: Vec::new(),
+            env: Vec::new(),
+            mounts: Vec::new(),
+            memory_limit: None,
+            cpu_limit: None,
+            allowed_hosts: Vec::new(),
+            request_timeout: Self::DEFAULT_REQUEST_TIMEOUT,
+            max_concurrent_requests: Self::DEFAULT_MAX_CONCURRENT_REQUESTS,
+            log,
+        }
+    }
+}
+
+/// What a container has used up to now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Requests begun (0 for a command).
+    pub requests: u64,
+    /// Requests being served now.
+    pub in_flight: u64,
+    /// Bytes of linear memory and tables that the live instances hold.
+    pub memory_bytes: u64,
+    /// Time spent executing the guest.
+    pub cpu_time: Duration,
+}
+
+/// A specification made ready: what its instances share.
+pub struct Container {
+    pub spec: ContainerSpec,
+    pub cpu: Arc<CpuShare>,
+    pub usage: Arc<Usage>,
+    program: String,
+    allowed_hosts: Arc<[AllowedHost]>,
+}
+
+impl Container {
+    pub fn new(spec: ContainerSpec, executor: &Executor) -> Result<Self, StartError> {
+        let create = |cause: String, permanent| StartError::Create { container: spec.name.clone(), cause, permanent };
+        for mount in &spec.mounts {
+            if !mount.host.is_dir() {
+                let cause = format!(
+                    "volume {} cannot be mounted at {}: it is not a directory on this node",
+                    mount.host.display(),
+                    mount.guest
+                );
+                return Err(create(cause, false));
+            }
+        }
+        let allowed_hosts = spec
+            .allowed_hosts
+            .iter()
+            .map(|entry| AllowedHost::parse(entry))
+            .collect::<Result<_, _>>()
+            .map_err(|cause| create(cause, true))?;
+        let program = spec.name.rsplit('/').next().unwrap_or_default().to_owned();
+        let cpu = Arc::new(executor.share(spec.cpu_limit));
+        Ok(Self { spec, cpu, usage: Arc::default(), program, allowed_hosts })
+    }
+
+    fn wasi(&self) -> wasmtime::Result<WasiCtxBuilder> {
+        let mut wasi = WasiCtxBuilder::new();
+        wasi.arg(&self.program)
+            .args(&self.spec.args)
+            .envs(&self.spec.env)
+            .stdout(self.spec.log.guest_stream(LogStream::Stdout))
+            .stderr(self.spec.log.guest_stream(LogStream::Stderr))
+            .max_random_size(MAX_RANDOM)
+            .allow_tcp(false)
+            .allow_udp(false);
+        for mount in &self.spec.mounts {
+            let permissions = if mount.read_only { FsPerms::ReadOnly } else { FsPerms::ReadWrite };
+            wasi.preopened_dir(&mount.host, &mount.guest, permissions)?;
+        }
+        Ok(wasi)
+    }
+
+    fn limiter(&self) -> Limiter {
+        Limiter::new(self.spec.memory_limit, self.usage.clone())
+    }
+
+    /// The store of one component instance.
+    pub fn component_store(&self, engine: &Engine, live: LiveInstance) -> wasmtime::Result<Store<ComponentState>> {
+        let mut table = ResourceTable::new();
+        table.set_max_capacity(MAX_RESOURCES);
+        let state = ComponentState {
+            wasi: self.wasi()?.build(),
+            http: WasiHttpCtx::new(),
+            table,
+            hooks: Hooks { allowed: self.allowed_hosts.clone(), timeout: self.spec.request_timeout },
+            limiter: self.limiter(),
+            _live: live,
+        };
+        let mut store = Store::new(engine, state);
+        store.limiter(|state| &mut state.limiter);
+        store.set_hostcall_fuel(MAX_HOSTCALL);
+        store.set_epoch_deadline(FIRST_SLICE);
+        store.epoch_deadline_callback(cpu::on_deadline);
+        Ok(store)
+    }
+
+    /// The store of one core module instance.
+    pub fn core_store(&self, engine: &Engine, live: LiveInstance) -> wasmtime::Result<Store<CoreState>> {
+        let state = CoreState { wasi: self.wasi()?.build_p1(), limiter: self.limiter(), _live: live };
+        let mut store = Store::new(engine, state);
+        store.limiter(|state| &mut state.limiter);
+        store.set_epoch_deadline(FIRST_SLICE);
+        store.epoch_deadline_callback(cpu::on_deadline);
+        Ok(store)
+    }
+}
+
+/// The host side of a component instance.
+pub struct ComponentState {
+    wasi: WasiCtx,
+    http: WasiHttpCtx,
+    table: ResourceTable,
+    hooks: Hooks,
+    limiter: Limiter,
+    _live: LiveInstance,
+}
+
+impl WasiView for ComponentState {
+    fn ctx(&mut self) -> WasiCtxView<'_> {
+        WasiCtxView { ctx: &mut self.wasi, table: &mut self.table }
+    }
+}
+
+impl WasiHttpView for ComponentState {
+    fn http(&mut self) -> WasiHttpCtxView<'_> {
+        WasiHttpCtxView { hooks: &mut self.hooks, table: &mut self.table, ctx: &mut self.http }
+    }
+}
+
+/// The host side of a core module instance.
+pub struct CoreState {
+    wasi: WasiP1Ctx,
+    limiter: Limiter,
+    _live: LiveInstance,
+}
+
+/// What components may import: all of wasi:cli and wasi:http 0.2 but the sockets.
+pub fn component_linker(engine: &Engine) -> wasmtime::Result<Linker<ComponentState>> {
+    type State = ComponentState;
+    let mut linker = Linker::new(engine);
+    let l = &mut linker;
+    wasmtime_wasi_http::p2::add_to_linker_async(l)?;
+    cli::exit::add_to_linker::<State, WasiCli>(l, State::cli)?;
+    cli::environment::add_to_linker::<State, WasiCli>(l, State::cli)?;
+    cli::terminal_input::add_to_linker::<State, WasiCli>(l, State::cli)?;
+    cli::terminal_output::add_to_linker::<State, WasiCli>(l, State::cli)?;
+    cli::terminal_stdin::add_to_linker::<State, WasiCli>(l, State::cli)?;
+    cli::terminal_stdout::add_to_linker::<State, WasiCli>(l, State::cli)?;
+    cli::terminal_stderr::add_to_linker::<State, WasiCli>(l, State::cli)?;
+    filesystem::types::add_to_linker::<State, WasiFilesystem>(l, State::filesystem)?;
+    filesystem::preopens::add_to_linker::<State, WasiFilesystem>(l, State::filesystem)?;
+    random::insecure::add_to_linker::<State, WasiRandom>(l, |state| state.wasi.random())?;
+    random::insecure_seed::add_to_linker::<State, WasiRandom>(l, |state| state.wasi.random())?;
+    Ok(linker)
+}
+
+/// What core modules may import: WASI preview 1, whose socket calls work on no descriptor that a guest here can have.
+pub fn core_linker(engine: &Engine) -> wasmtime::Result<wasmtime::Linker<CoreState>> {
+    let mut linker = wasmtime::Linker::new(engine);
+    wasmtime_wasi::p1::add_to_linker_async(&mut linker, |state: &mut CoreState| &mut state.wasi)?;
+    Ok(linker)
+}
+
+/// Why a guest failed, from the error that its call gave.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure {
+    Exit(i32),
+    OutOfMemory(String),
+    /// All instances that the node can hold at once are taken.
+    NodeFull,
+    TimedOut,
+    Trap(String),
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exit(code) => write!(formatter, "the guest exited with code {code}"),
+            Self::OutOfMemory(message) => write!(formatter, "out of memory: {message}"),
+            Self::NodeFull => write!(formatter, "the node holds as many instances as it can"),
+            Self::TimedOut => write!(formatter, "the request took longer than its timeout"),
+            Self::Trap(message) => write!(formatter, "the guest failed: {message}"),
+        }
+    }
+}
+
+impl Failure {
+    pub fn of(error: &wasmtime::Error) -> Self {
+        if let Some(exit) = error.downcast_ref::<I32Exit>() {
+            return Self::Exit(exit.0);
+        }
+        if let Some(exceeded) = error.downcast_ref::<MemoryLimitExceeded>() {
+            return Self::OutOfMemory(exceeded.to_string());
+        }
+        if error.is::<wasmtime::PoolConcurrencyLimitError>() {
+            return Self::NodeFull;
+        }
+        // The last cause is the trap itself; what stands before it is the backtrace.
+        match error.downcast_ref::<wasmtime::Trap>() {
+            Some(trap) => Self::Trap(trap.to_string()),
+            None => Self::Trap(error.root_cause().to_string()),
+        }
+    }
+}
+
+/// A host that a guest may call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct AllowedHost {
+    host: String,
+    port: Option<u16>,
+}
+
+impl AllowedHost {
+    fn parse(entry: &str) -> Result<Self, String> {
+        let refused = || format!("allowed host {entry:?} is neither \"host\" nor \"host:port\"");
+        let authority: http::uri::Authority = entry.trim().parse().map_err(|_| refused())?;
+        let host = authority.host().to_ascii_lowercase();
+        let user = entry.contains('@');
+        if host.is_empty() || user || (authority.port().is_some() && authority.port_u16().is_none()) {
+            return Err(refused());
+        }
+        Ok(Self { host, port: authority.port_u16() })
+    }
+
+    fn allows(&self, host: &str, port: u16) -> bool {
+        self.host.eq_ignore_ascii_case(host) && self.port.is_none_or(|allowed| allowed == port)
+    }
+}
+
+/// The guest's way out: HTTP requests, to listed hosts only.
+struct Hooks {
+    allowed: Arc<[AllowedHost]>,
+    timeout: Duration,
+}
+
+type Sent = Result<(http::Response<WasiBody>, Completion), HttpError>;
+type Completion = Box<dyn Future<Output = Result<(), HttpError>> + Send>;
+
+impl Hooks {
+    fn allows(&self, uri: &http::Uri) -> bool {
+        let Some(authority) = uri.authority() else { return false };
+        let default = if uri.scheme() == Some(&http::uri::Scheme::HTTPS) { 443 } else { 80 };
+        let port = match authority.port() {
+            Some(port) => port.as_u16(),
+            None => default,
+        };
+        // A user part would make the host's name ambiguous to a reader of the list.
+        !authority.as_str().contains('@') && self.allowed.iter().any(|allowed| allowed.allows(authority.host(), port))
+    }
+}
+
+impl WasiHttpHooks for Hooks {
+    fn send_request(
+        &mut self,
+        request: http::Request<WasiBody>,
+        options: Option<RequestOptions>,
+        _processed: Completion,
+    ) -> Box<dyn Future<Output = Sent> + Send> {
+        if !self.allows(request.uri()) {
+            tracing::debug!(uri = %request.uri(), "denied a guest's request to a host that is not allowed");
+            return Box::new(std::future::ready(Err(HttpError::HttpRequestDenied)));
+        }
+        // No wait is longer than the request that the guest itself is answering.
+        let mut options = options.unwrap_or_default();
+        for timeout in
+            [&mut options.connect_timeout, &mut options.first_byte_timeout, &mut options.between_bytes_timeout]
+        {
+            *timeout = Some(timeout.unwrap_or(self.timeout).min(self.timeout));
+        }
+        Box::new(async move {
+            use http_body_util::BodyExt;
+            let (response, completion) = wasmtime_wasi_http::default_send_request(request, Some(options)).await?;
+            Ok((response.map(BodyExt::boxed_unsync), Box::new(completion) as Completion))
+        })
+    }
+
+    fn p2_outgoing_body_buffer_chunks(&mut self) -> usize {
+        BODY_CHUNKS
+    }
+
+    fn p2_outgoing_body_chunk_size(&mut self) -> usize {
+        BODY_CHUNK_SIZE
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn allows(allowed: &[&str], uri: &str) -> bool {
+        let allowed = allowed.iter().map(|entry| AllowedHost::parse(entry).unwrap()).collect();
+        Hooks { allowed, timeout: Duration::from_secs(1) }.allows(&uri.parse().unwrap())
+    }
+
+    #[test]
+    fn only_listed_hosts_may_be_called() {
+        assert!(!allows(&[], "https://example.com/"));
+        assert!(allows(&["Example.com"], "https://example.COM/path"));
+        assert!(allows(&["example.com"], "http://example.com:8080/"));
+        assert!(!allows(&["example.com"], "https://evil.example.com/"));
+        assert!(!allows(&["example.com"], "https://example.com.evil/"));
+        assert!(!allows(&["example.com"], "https://user@example.com/"));
+    }
+
+    #[test]
+    fn a_listed_port_is_the_only_one() {
+        assert!(allows(&["example.com:443"], "https://example.com/"));
+        assert!(!allows(&["example.com:443"], "http://example.com/"));
+        assert!(allows(&["127.0.0.1:8080"], "http://127.0.0.1:8080/"));
+        assert!(!allows(&["127.0.0.1:8080"], "http://127.0.0.1:8081/"));
+    }
+
+    #[test]
+    fn entries_that_are_no_hosts_are_refused() {
+        for entry in ["", "https://example.com", "example.com/path", "user@host", "host:port", "a b"] {
+            assert!(AllowedHost::parse(entry).is_err(), "{entry}");
+        }
+    }
+}

@@ -1,0 +1,413 @@
+//! Serves wasi:http/proxy components: one listener a container, a fresh instance a request.
+//!
+//! A guest is executed by its connection's own task, between two reads of the socket, so that an ordinary request costs
+//! no task, no channel and no timer; when the client goes away, the guest goes with it.
+
+use crate::answer::{Answer, GuestResponse as _, Running};
+use crate::cpu::{CpuShare, Sliced};
+use crate::engine::Executor;
+use crate::error::StartError;
+use crate::guest::{Container, ContainerSpec, Failure, Stats};
+use crate::limits::Usage;
+use crate::logs::LogStream;
+use crate::metrics::Metrics;
+use crate::module::{Code, Module};
+use crate::slow_client::WriteTimeout;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode, header};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::server::graceful::GracefulShutdown;
+use std::convert::Infallible;
+use std::fmt;
+use std::future::poll_fn;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::task::Poll;
+use std::time::{Duration, Instant};
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::sync::{Notify, Semaphore};
+use tokio_util::sync::CancellationToken;
+use wasmtime_wasi_http::WasiHttpView as _;
+use wasmtime_wasi_http::p2::bindings::ProxyPre;
+use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
+use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
+
+const BACKLOG: u32 = 1024;
+/// Of one container. More wait in the backlog.
+const MAX_CONNECTIONS: usize = 4096;
+/// For a request's head, and for the next request on a connection that is kept alive.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+const MAX_HEAD: usize = 64 * 1024;
+const MAX_STREAMS: u32 = 128;
+/// When the process is out of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+type Guest = crate::guest::ComponentState;
+type Answered = Result<Response<HyperOutgoingBody>, ErrorCode>;
+
+/// A container that answers HTTP. Dropping it stops it at once; `drain` stops it gracefully.
+pub struct HttpServer {
+    local_addr: SocketAddr,
+    server: Arc<Server>,
+    /// None when draining has begun.
+    graceful: Arc<Mutex<Option<GracefulShutdown>>>,
+}
+
+pub struct Server {
+    executor: Arc<Executor>,
+    metrics: Metrics,
+    current: RwLock<Arc<Serving>>,
+    retired: Mutex<Retired>,
+    requests: AtomicU64,
+    in_flight: AtomicUsize,
+    idle: Notify,
+    /// No connection is accepted any more.
+    closed: CancellationToken,
+    /// What still runs is cut.
+    aborted: CancellationToken,
+    protocol: auto::Builder<TokioExecutor>,
+}
+
+/// What requests are answered with at the moment.
+struct Serving {
+    guest: ProxyPre<Guest>,
+    container: Arc<Container>,
+}
+
+/// What containers used that were swapped out.
+#[derive(Default)]
+struct Retired {
+    cpu_time: Duration,
+    finishing: Vec<(Arc<CpuShare>, Arc<Usage>)>,
+}
+
+impl HttpServer {
+    pub(crate) fn start(
+        executor: &Arc<Executor>,
+        metrics: &Metrics,
+        module: &Module,
+        spec: ContainerSpec,
+        address: SocketAddr,
+    ) -> Result<Self, StartError> {
+        let name = spec.name.clone();
+        let serving = Serving::new(executor, module, spec)?;
+        let mut protocol = auto::Builder::new(TokioExecutor::new());
+        protocol.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(MAX_HEAD);
+        protocol
+            .http2()
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(MAX_STREAMS)
+            .max_header_list_size(MAX_HEAD as u32)
+            .keep_alive_interval(HEAD_TIMEOUT);
+        // The listener belongs to the guests' executor, whoever calls.
+        let entered = executor.handle().enter();
+        let listener = bind(address).map_err(|error| match error.kind() {
+            io::ErrorKind::AddrInUse => StartError::PortInUse { address },
+            _ => StartError::Create {
+                container: name.clone(),
+                cause: format!("cannot listen on {address}: {error}"),
+                permanent: false,
+            },
+        })?;
+        drop(entered);
+        let local_addr = listener.local_addr().map_err(|error| StartError::Create {
+            container: name,
+            cause: format!("cannot listen on {address}: {error}"),
+            permanent: false,
+        })?;
+        let server = Arc::new(Server {
+            executor: executor.clone(),
+            metrics: metrics.clone(),
+            current: RwLock::new(Arc::new(serving)),
+            retired: Mutex::default(),
+            requests: AtomicU64::new(0),
+            in_flight: AtomicUsize::new(0),
+            idle: Notify::new(),
+            closed: CancellationToken::new(),
+            aborted: CancellationToken::new(),
+            protocol,
+        });
+        let graceful = Arc::new(Mutex::new(Some(GracefulShutdown::new())));
+        executor.handle().spawn(accept(server.clone(), listener, graceful.clone()));
+        Ok(Self { local_addr, server, graceful })
+    }
+
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local_addr
+    }
+
+    /// Serves every request that begins from now on with another module or specification. Requests in flight end with
+    /// the old one; no connection is closed.
+    pub async fn swap(&self, module: &Module, spec: ContainerSpec) -> Result<(), StartError> {
+        let serving = Arc::new(Serving::new(&self.server.executor, module, spec)?);
+        let old = {
+            let mut current = self.server.current.write().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *current, serving)
+        };
+        lock(&self.server.retired).finishing.push((old.container.cpu.clone(), old.container.usage.clone()));
+        Ok(())
+    }
+
+    /// Stops accepting, waits at most `grace` for the requests in flight, then cuts what is left.
+    /// Returns whether all of them were finished.
+    pub async fn drain(&self, grace: Duration) -> bool {
+        self.server.closed.cancel();
+        let graceful = lock(&self.graceful).take();
+        let finished = tokio::time::timeout(grace, async {
+            if let Some(graceful) = graceful {
+                graceful.shutdown().await;
+            }
+            self.server.until_idle().await;
+        })
+        .await
+        .is_ok();
+        self.server.aborted.cancel();
+        finished
+    }
+
+    pub fn stats(&self) -> Stats {
+        let current = self.server.current();
+        let mut retired = lock(&self.server.retired);
+        let mut memory_bytes = current.container.usage.bytes();
+        let mut cpu_time = current.container.cpu.used();
+        let Retired { cpu_time: ended, finishing } = &mut *retired;
+        finishing.retain(|(cpu, usage)| {
+            memory_bytes += usage.bytes();
+            // Held by no request any more: its figures are final.
+            let last = Arc::strong_count(cpu) == 1;
+            *(if last { &mut *ended } else { &mut cpu_time }) += cpu.used();
+            !last
+        });
+        Stats {
+            requests: self.server.requests.load(Ordering::Relaxed),
+            in_flight: self.server.in_flight.load(Ordering::Relaxed) as u64,
+            memory_bytes,
+            cpu_time: cpu_time + *ended,
+        }
+    }
+}
+
+impl Drop for HttpServer {
+    fn drop(&mut self) {
+        self.server.closed.cancel();
+        self.server.aborted.cancel();
+    }
+}
+
+impl fmt::Debug for HttpServer {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "HttpServer({})", self.local_addr)
+    }
+}
+
+impl Serving {
+    fn new(executor: &Executor, module: &Module, spec: ContainerSpec) -> Result<Self, StartError> {
+        let Code::HttpProxy(guest) = module.code() else {
+            return Err(StartError::Create {
+                container: spec.name,
+                cause: "its module runs to completion and answers no HTTP requests".into(),
+                permanent: true,
+            });
+        };
+        Ok(Self { guest: guest.clone(), container: Arc::new(Container::new(spec, executor)?) })
+    }
+}
+
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // So that a restart need not wait for the connections of the last run to time out.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+async fn accept(server: Arc<Server>, listener: TcpListener, graceful: Arc<Mutex<Option<GracefulShutdown>>>) {
+    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let closed = server.closed.clone();
+    loop {
+        let accepted = async {
+            let permit = connections.clone().acquire_owned().await;
+            (permit, listener.accept().await)
+        };
+        let (permit, stream) = tokio::select! {
+            biased;
+            () = closed.cancelled() => return,
+            accepted = accepted => accepted,
+        };
+        let stream = match stream {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "failed to accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        // Small answers must not wait for the client's acknowledgement of earlier ones.
+        let _ = stream.set_nodelay(true);
+        let Some(watcher) = lock(&graceful).as_ref().map(GracefulShutdown::watcher) else { return };
+        let server = server.clone();
+        tokio::spawn(async move {
+            let service = service_fn(|request| handle(server.clone(), request));
+            let connection = server.protocol.serve_connection(TokioIo::new(WriteTimeout::new(stream)), service);
+            tokio::select! {
+                biased;
+                () = server.aborted.cancelled() => {}
+                // A client that breaks off is no matter for the log.
+                _ = watcher.watch(connection) => {}
+            }
+            drop(permit);
+        });
+    }
+}
+
+impl Server {
+    fn current(&self) -> Arc<Serving> {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    async fn until_idle(&self) {
+        loop {
+            let idle = self.idle.notified();
+            if self.in_flight.load(Ordering::SeqCst) == 0 {
+                return;
+            }
+            idle.await;
+        }
+    }
+
+    pub fn executor(&self) -> &Executor {
+        &self.executor
+    }
+
+    pub fn aborted(&self) -> &CancellationToken {
+        &self.aborted
+    }
+}
+
+/// Counts a request for as long as its guest runs.
+pub struct InFlight(Arc<Server>);
+
+impl InFlight {
+    /// None when `limit` requests are in flight.
+    fn begin(server: &Arc<Server>, limit: usize) -> Option<Self> {
+        server.requests.fetch_add(1, Ordering::Relaxed);
+        let counted = Self(server.clone());
+        // Counted before it is compared, and uncounted by the drop.
+        (server.in_flight.fetch_add(1, Ordering::SeqCst) < limit).then_some(counted)
+    }
+
+    pub fn server(&self) -> &Arc<Server> {
+        &self.0
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        if self.0.in_flight.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.0.idle.notify_waiters();
+        }
+    }
+}
+
+async fn handle(server: Arc<Server>, request: Request<Incoming>) -> Result<Response<Answer>, Infallible> {
+    let began = Instant::now();
+    let response = answer(&server, request, began).await;
+    server.metrics.answered(response.status(), began.elapsed());
+    Ok(response)
+}
+
+async fn answer(server: &Arc<Server>, request: Request<Incoming>, began: Instant) -> Response<Answer> {
+    let serving = server.current();
+    let container = &serving.container;
+    let Some(in_flight) = InFlight::begin(server, container.spec.max_concurrent_requests) else {
+        let mut response = refusal(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once");
+        response.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
+        return response;
+    };
+    let named = request.uri().authority().is_some()
+        || request.headers().get(header::HOST).is_some_and(|host| host.to_str().is_ok());
+    if !named {
+        return refusal(StatusCode::BAD_REQUEST, "the request names no host");
+    }
+    let answered: Arc<Mutex<Option<Answered>>> = Arc::default();
+    let mut running = Running {
+        guest: Sliced::new(container.cpu.clone(), execute(server.clone(), serving.clone(), request, answered.clone())),
+        container: container.clone(),
+        deadline: began + container.spec.request_timeout,
+        timer: None,
+        in_flight,
+    };
+    // Some(result): the guest ended; None: it answered and goes on.
+    let ended = poll_fn(|context| match running.poll(context) {
+        Poll::Ready(result) => Poll::Ready(Some(result)),
+        Poll::Pending if lock(&answered).is_some() => Poll::Ready(None),
+        Poll::Pending => Poll::Pending,
+    })
+    .await;
+    let answered = lock(&answered).take();
+    let failure = match (ended, answered) {
+        (None, Some(Ok(response))) => {
+            return response.map_into_streaming(running);
+        }
+        (Some(Ok(())), Some(Ok(response))) => {
+            drop(running);
+            match response.map_into_whole().await {
+                Ok(response) => return response,
+                Err(error) => Failure::Trap(error),
+            }
+        }
+        (_, Some(Err(code))) => Failure::Trap(format!("it answered with error code {code:?}")),
+        (Some(Err(failure)), _) => failure,
+        (_, None) => Failure::Trap("it ended without an answer".into()),
+    };
+    failed(container, &failure)
+}
+
+/// The answer to a request whose guest failed before anything was sent; the reason goes to the container's log.
+fn failed(container: &Container, failure: &Failure) -> Response<Answer> {
+    report(container, failure);
+    match failure {
+        Failure::TimedOut => refusal(StatusCode::GATEWAY_TIMEOUT, "the guest took too long"),
+        Failure::NodeFull => refusal(StatusCode::SERVICE_UNAVAILABLE, "the node is out of instances"),
+        Failure::OutOfMemory(_) => refusal(StatusCode::INTERNAL_SERVER_ERROR, "the guest ran out of memory"),
+        Failure::Exit(_) | Failure::Trap(_) => refusal(StatusCode::INTERNAL_SERVER_ERROR, "the guest failed"),
+    }
+}
+
+/// Tells a failed request's reason where `kubectl logs` shows it.
+pub fn report(container: &Container, failure: &Failure) {
+    tracing::debug!(container = container.spec.name, %failure, "a request failed");
+    container.spec.log.write_line(LogStream::Stderr, &format!("krustlet: request failed: {failure}"));
+}
+
+fn refusal(status: StatusCode, text: &'static str) -> Response<Answer> {
+    let mut response = Response::new(Answer::text(text));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/plain"));
+    response
+}
+
+/// One instance's life.
+async fn execute(
+    server: Arc<Server>,
+    serving: Arc<Serving>,
+    request: Request<Incoming>,
+    answered: Arc<Mutex<Option<Answered>>>,
+) -> wasmtime::Result<()> {
+    let mut store = serving.container.component_store(&server.executor.engine, server.metrics.instance())?;
+    let request = store.data_mut().http().new_incoming_request(Scheme::Http, request)?;
+    let answer = store.data_mut().http().new_response_outparam_from_callback(move |answer| {
+        *lock(&answered) = Some(answer);
+    })?;
+    let guest = serving.guest.instantiate_async(&mut store).await?;
+    guest.wasi_http_incoming_handler().call_handle(&mut store, request, answer).await
+}
+
+/// A poisoned lock only means that another thread panicked between two assignments.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

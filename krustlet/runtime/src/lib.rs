@@ -1,0 +1,170 @@
+//! Pulls, verifies, compiles and runs WebAssembly. Knows OCI and wasm, and no Kubernetes.
+//!
+//! A name becomes an [`Image`] (`pull`: digests, artifact type and signature checked), an image a [`Module`] (`load`:
+//! compiled once, cached on disk), a module an [`HttpServer`] (`serve`) or an [`Execution`] (`run`).
+
+mod answer;
+mod artifact;
+mod command;
+mod cpu;
+mod engine;
+mod error;
+mod guest;
+mod http;
+mod limits;
+mod logs;
+mod metrics;
+mod module;
+mod precompiled;
+mod pull;
+mod registry;
+mod signature;
+mod slow_client;
+mod store;
+#[cfg(test)]
+mod testing;
+mod trusted;
+
+pub use command::{Execution, Exit, ExitReason};
+pub use error::{LoadError, PullError, StartError};
+pub use guest::{ContainerSpec, Mount, Stats};
+pub use http::HttpServer;
+pub use logs::{LogFile, LogLimits, LogStream};
+pub use module::{Kind, Module};
+pub use registry::{CredentialSource, NoCredentials, PullPolicy, RegistrySecret};
+pub use signature::{PublicKey, Verification};
+
+use anyhow::Context as _;
+use artifact::Digest;
+use engine::Executor;
+use metrics::Metrics;
+use module::Loader;
+use precompiled::Cache;
+use pull::Puller;
+use registry::RegistryClient;
+use std::collections::HashMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use store::Store;
+use tokio::sync::{OwnedMutexGuard, Semaphore};
+
+/// The wasmtime release that guests run on; part of the compile cache's key.
+pub const WASMTIME_VERSION: &str = "48.0.8";
+
+pub struct RuntimeConfig {
+    /// Holds `images/` and `precompiled/`, readable by this user alone.
+    pub data_dir: PathBuf,
+    pub verification: Verification,
+    pub credentials: Arc<dyn CredentialSource>,
+    /// `host[:port]` of registries that speak plain http. Loopback ones always do.
+    pub insecure_registries: Vec<String>,
+    pub max_concurrent_compiles: usize,
+    pub max_concurrent_pulls: usize,
+}
+
+/// A verified image on this node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// `repository@sha256:…`
+    pub reference: String,
+    /// The manifest's digest.
+    pub digest: String,
+    /// The module layer's digest.
+    pub layer: String,
+    /// Bytes of the module.
+    pub size: u64,
+    /// Whether it was on the node already.
+    pub cached: bool,
+}
+
+/// The wasm side of a node; clones share everything.
+#[derive(Clone)]
+pub struct Runtime(Arc<Inner>);
+
+struct Inner {
+    executor: Arc<Executor>,
+    puller: Puller,
+    loader: Loader,
+    metrics: Metrics,
+}
+
+impl fmt::Debug for Runtime {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("Runtime")
+    }
+}
+
+impl Runtime {
+    /// Makes the engine and opens the stores under `data_dir`; metrics are registered as `krustlet_…`.
+    pub fn new(config: RuntimeConfig, registry: &mut prometheus_client::registry::Registry) -> anyhow::Result<Self> {
+        // Another part of the process may have chosen a provider before.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let images = config.data_dir.join("images");
+        let context = format!("failed to open the image store {}", images.display());
+        let store = Arc::new(Store::open(images).context(context)?);
+        let executor = Arc::new(Executor::new().map_err(|error| anyhow::anyhow!("{error:#}"))?);
+        let cache = Arc::new(Cache::open(config.data_dir.join("precompiled"), &executor.engine)?);
+        let metrics = Metrics::register(registry);
+        let puller = Puller {
+            client: RegistryClient::new(config.insecure_registries).context("failed to make the registry client")?,
+            store: store.clone(),
+            verification: config.verification,
+            credentials: config.credentials,
+            permits: Semaphore::new(config.max_concurrent_pulls.max(1)),
+            locks: SharedLocks::default(),
+            metrics: metrics.clone(),
+        };
+        let loader = Loader::new(executor.clone(), store, cache, metrics.clone(), config.max_concurrent_compiles)
+            .context("failed to start the compiler threads")?;
+        Ok(Self(Arc::new(Inner { executor, puller, loader, metrics })))
+    }
+
+    /// Has the image on this node, its digests, type and signature checked. One pull a digest, however many ask.
+    pub async fn pull(&self, image: &str, policy: PullPolicy, secrets: &[RegistrySecret]) -> Result<Image, PullError> {
+        self.0.puller.pull(image, policy, secrets).await
+    }
+
+    /// Compiles the image's module, once a digest however many ask, or takes it from the cache.
+    pub async fn load(&self, image: &Image) -> Result<Module, LoadError> {
+        self.0.loader.load(&image.layer).await
+    }
+
+    /// Serves an `HttpProxy` module on `address`.
+    pub async fn serve(
+        &self,
+        module: &Module,
+        spec: ContainerSpec,
+        address: SocketAddr,
+    ) -> Result<HttpServer, StartError> {
+        HttpServer::start(&self.0.executor, &self.0.metrics, module, spec, address)
+    }
+
+    /// Starts a `Command` or `CoreModule`.
+    pub async fn run(&self, module: &Module, spec: ContainerSpec) -> Result<Execution, StartError> {
+        Execution::start(&self.0.executor, &self.0.metrics, module, spec)
+    }
+}
+
+/// One lock a digest, so that what many ask for at once is done once.
+#[derive(Default)]
+struct SharedLocks(Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>);
+
+impl SharedLocks {
+    async fn lock(&self, digest: &Digest) -> OwnedMutexGuard<()> {
+        let lock = {
+            let mut locks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            match locks.get(digest).and_then(Weak::upgrade) {
+                Some(lock) => lock,
+                None => {
+                    locks.retain(|_, lock| lock.strong_count() > 0);
+                    let lock = Arc::default();
+                    locks.insert(digest.clone(), Arc::downgrade(&lock));
+                    lock
+                }
+            }
+        };
+        lock.lock_owned().await
+    }
+}

@@ -1,0 +1,270 @@
+//! cosign's signature format, checked with the public keys that the node was given.
+//!
+//! A signature is an ECDSA P-256 signature (DER, base64, in a layer's annotation) over a simple-signing payload (that
+//! layer's content) which names the manifest's digest. See the signature specification in sigstore/cosign.
+
+use crate::artifact::{Descriptor, Digest, RawManifest, shown};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use p256::ecdsa::signature::Verifier as _;
+use p256::ecdsa::{Signature, VerifyingKey};
+use serde::{Deserialize, Serialize};
+
+pub const SIMPLE_SIGNING: &str = "application/vnd.dev.cosign.simplesigning.v1+json";
+pub const ANNOTATION: &str = "dev.cosignproject.cosign/signature";
+const PAYLOAD_TYPE: &str = "cosign container image signature";
+
+/// Payloads are some 250 bytes; this leaves room for annotations.
+pub const MAX_PAYLOAD: u64 = 64 * 1024;
+/// Signatures beyond this many are not looked at.
+pub const MAX_SIGNATURES: usize = 32;
+/// A DER signature of P-256 has at most 72 bytes; base64 makes that 96.
+const MAX_ENCODED: usize = 256;
+
+/// An ECDSA P-256 public key that may sign modules.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PublicKey(VerifyingKey);
+
+impl PublicKey {
+    /// Reads a PEM `PUBLIC KEY` (SPKI) as `cosign generate-key-pair` and `openssl` write it.
+    pub fn from_pem(pem: &str) -> Result<Self, String> {
+        use p256::pkcs8::DecodePublicKey as _;
+        VerifyingKey::from_public_key_pem(pem.trim())
+            .map(Self)
+            .map_err(|error| format!("not a PEM public key for ECDSA P-256: {error}"))
+    }
+}
+
+/// Who may sign what this node runs.
+#[derive(Debug, Clone)]
+pub enum Verification {
+    /// One of these keys must have signed the manifest.
+    Keys(Vec<PublicKey>),
+    /// Run anything. For development only.
+    AllowUnsigned,
+}
+
+/// A payload and the signature over it, as fetched; kept next to the image so that it can be checked again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SignedPayload {
+    /// Base64 of the payload's bytes.
+    payload: String,
+    /// Base64 of the DER signature.
+    signature: String,
+}
+
+/// Where a signature manifest says that a payload is, and the signature over it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SignatureLayer {
+    pub payload: Descriptor,
+    pub signature: String,
+}
+
+impl SignedPayload {
+    pub fn new(payload: &[u8], signature: String) -> Self {
+        Self { payload: BASE64.encode(payload), signature }
+    }
+}
+
+/// The tag under which cosign stores the signatures of a manifest.
+pub fn tag(manifest: &Digest) -> String {
+    format!("sha256-{}.sig", manifest.hex())
+}
+
+/// Reads a signature manifest. Layers of other types are passed over, as cosign does.
+pub fn layers(manifest: &[u8]) -> Result<Vec<SignatureLayer>, String> {
+    let raw = RawManifest::parse(manifest)?;
+    raw.layers
+        .iter()
+        .filter(|layer| layer.media_type == SIMPLE_SIGNING)
+        .filter_map(|layer| layer.annotations.get(ANNOTATION).map(|signature| (layer, signature)))
+        .take(MAX_SIGNATURES)
+        .map(|(layer, signature)| {
+            Ok(SignatureLayer {
+                payload: layer.checked("signature payload", MAX_PAYLOAD)?,
+                signature: signature.clone(),
+            })
+        })
+        .collect()
+}
+
+/// Checks that one of `keys` signed `manifest`. The error says why the best candidate was refused.
+pub fn verify(manifest: &Digest, signatures: &[SignedPayload], keys: &[PublicKey]) -> Result<(), String> {
+    if signatures.is_empty() {
+        return Err("it is not signed; sign it with a key that this node trusts (cosign sign --key)".into());
+    }
+    let mut reason = "no signature on it was made by a key that this node trusts".to_owned();
+    for signed in signatures.iter().take(MAX_SIGNATURES) {
+        match signed_manifest(signed, keys) {
+            Ok(Some(digest)) if digest == *manifest => return Ok(()),
+            Ok(Some(digest)) => reason = format!("its signature is for another manifest, {digest}"),
+            Ok(None) => {}
+            Err(error) => reason = format!("its signature is malformed: {error}"),
+        }
+    }
+    Err(reason)
+}
+
+/// The manifest digest that the payload vouches for, if one of the keys signed the payload.
+fn signed_manifest(signed: &SignedPayload, keys: &[PublicKey]) -> Result<Option<Digest>, String> {
+    if signed.signature.len() > MAX_ENCODED {
+        return Err(format!("{} characters of base64 are no ECDSA signature", signed.signature.len()));
+    }
+    let der = BASE64.decode(signed.signature.trim()).map_err(|error| format!("no base64: {error}"))?;
+    let signature = Signature::from_der(&der).map_err(|_| "no DER ECDSA P-256 signature".to_owned())?;
+    let payload = BASE64.decode(&signed.payload).map_err(|error| format!("payload is no base64: {error}"))?;
+    if !keys.iter().any(|key| key.0.verify(&payload, &signature).is_ok()) {
+        return Ok(None);
+    }
+    payload_manifest(&payload).map(Some)
+}
+
+/// The digest inside a simple-signing payload.
+fn payload_manifest(payload: &[u8]) -> Result<Digest, String> {
+    #[derive(Deserialize)]
+    struct Payload {
+        critical: Critical,
+    }
+    #[derive(Deserialize)]
+    struct Critical {
+        image: Image,
+        r#type: String,
+    }
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct Image {
+        docker_manifest_digest: String,
+    }
+    if payload.len() as u64 > MAX_PAYLOAD {
+        return Err(format!("the payload has {} bytes, more than the {MAX_PAYLOAD} allowed", payload.len()));
+    }
+    let payload: Payload =
+        serde_json::from_slice(payload).map_err(|error| format!("no simple-signing payload: {error}"))?;
+    if payload.critical.r#type != PAYLOAD_TYPE {
+        return Err(format!("payload type {:?}, expected {PAYLOAD_TYPE:?}", shown(&payload.critical.r#type)));
+    }
+    Digest::parse(&payload.critical.image.docker_manifest_digest)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::testing::{Random, Signer};
+    use serde_json::json;
+
+    fn manifest() -> Digest {
+        Digest::of(b"manifest")
+    }
+
+    #[test]
+    fn a_signature_by_a_trusted_key_is_accepted() {
+        let signer = Signer::new(1);
+        verify(&manifest(), &[signer.sign(&manifest())], &[signer.public_key()]).unwrap();
+    }
+
+    #[test]
+    fn one_trusted_signature_among_several_and_several_keys_is_enough() {
+        let (ours, theirs) = (Signer::new(1), Signer::new(2));
+        let signatures = [theirs.sign(&manifest()), ours.sign(&manifest())];
+        let unrelated = Signer::new(3).public_key();
+        verify(&manifest(), &signatures, &[unrelated, ours.public_key()]).unwrap();
+    }
+
+    #[test]
+    fn an_unsigned_manifest_is_refused() {
+        let error = verify(&manifest(), &[], &[Signer::new(1).public_key()]).unwrap_err();
+        assert!(error.contains("not signed"), "{error}");
+    }
+
+    #[test]
+    fn a_signature_by_another_key_is_refused() {
+        let error =
+            verify(&manifest(), &[Signer::new(2).sign(&manifest())], &[Signer::new(1).public_key()]).unwrap_err();
+        assert!(error.contains("no signature on it was made by a key"), "{error}");
+        assert!(verify(&manifest(), &[Signer::new(2).sign(&manifest())], &[]).is_err());
+    }
+
+    #[test]
+    fn a_payload_for_another_manifest_is_refused() {
+        let signer = Signer::new(1);
+        let signed = signer.sign(&Digest::of(b"another"));
+        let error = verify(&manifest(), &[signed], &[signer.public_key()]).unwrap_err();
+        assert!(error.contains("another manifest"), "{error}");
+    }
+
+    #[test]
+    fn a_payload_that_was_altered_is_refused() {
+        let signer = Signer::new(1);
+        let signed = signer.sign(&Digest::of(b"another"));
+        let altered = SignedPayload::new(&signer.payload(&manifest()), signed.signature);
+        assert!(verify(&manifest(), &[altered], &[signer.public_key()]).is_err());
+    }
+
+    #[test]
+    fn a_payload_of_another_type_is_refused() {
+        let signer = Signer::new(1);
+        let payload = json!({"critical": {"identity": {"docker-reference": ""}, "type": "atomic container signature",
+            "image": {"docker-manifest-digest": manifest().as_str()}}, "optional": null});
+        let error = verify(&manifest(), &[signer.sign_payload(payload.to_string().as_bytes())], &[signer.public_key()])
+            .unwrap_err();
+        assert!(error.contains("atomic container signature"), "{error}");
+    }
+
+    /// Made by `cosign generate-key-pair` and `cosign sign --key` 2.6.5.
+    #[test]
+    fn a_key_of_another_curve_and_garbage_are_no_public_keys() {
+        for pem in [
+            "",
+            "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----",
+            "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=\n-----END PUBLIC KEY-----\n",
+        ] {
+            assert!(PublicKey::from_pem(pem).is_err(), "{pem}");
+        }
+    }
+
+    #[test]
+    fn a_signature_manifest_gives_its_simple_signing_layers_and_no_others() {
+        let payload = Signer::new(1).payload(&manifest());
+        let layer = json!({"mediaType": SIMPLE_SIGNING, "digest": Digest::of(&payload).as_str(), "size": payload.len(),
+            "annotations": {ANNOTATION: "c2ln"}});
+        let other = json!({"mediaType": "text/plain", "digest": "x", "size": 1});
+        let document = json!({"schemaVersion": 2, "layers": [other, layer]}).to_string();
+        let found = layers(document.as_bytes()).unwrap();
+        assert_eq!(found.len(), 1);
+        assert_eq!(found.first().unwrap().signature, "c2ln");
+        let many = json!({"schemaVersion": 2, "layers": vec![layer; 1000]}).to_string();
+        assert_eq!(layers(many.as_bytes()).unwrap().len(), MAX_SIGNATURES);
+    }
+
+    #[test]
+    fn garbage_is_refused_and_never_panics() {
+        let signer = Signer::new(1);
+        let keys = [signer.public_key()];
+        let payload = signer.payload(&manifest());
+        let signed = signer.sign(&manifest());
+        let document = json!({"schemaVersion": 2, "layers": [{"mediaType": SIMPLE_SIGNING, "size": payload.len(),
+            "digest": Digest::of(&payload).as_str(), "annotations": {ANNOTATION: signed.signature}}]})
+        .to_string()
+        .into_bytes();
+        let mut random = Random::new(2);
+        for _ in 0..3_000 {
+            let _ = layers(&random.mutate(&document));
+            let _ = payload_manifest(&random.mutate(&payload));
+            let mutated = random.mutate(&payload);
+            if mutated != payload {
+                let candidate = SignedPayload::new(&mutated, signed.signature.clone());
+                assert!(verify(&manifest(), &[candidate], &keys).is_err());
+            }
+            let signature = random.mutate(signed.signature.as_bytes());
+            let candidate = SignedPayload {
+                payload: signed.payload.clone(),
+                signature: String::from_utf8_lossy(&signature).into_owned(),
+            };
+            if verify(&manifest(), std::slice::from_ref(&candidate), &keys).is_ok() {
+                // White space around the base64 is the only change that may be let through.
+                assert_eq!(candidate.signature.trim(), signed.signature.trim());
+            }
+        }
+    }
+}
