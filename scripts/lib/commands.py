@@ -117,11 +117,12 @@ SUITES: dict[str, list[Suite]] = {
     "unit": [_pytest("tests/unit")],
     "app": [
         Suite(("cargo", "fmt", "--check"), paths.REPOSITORY / "wasm_app"),
+        Suite(("cargo", "fmt", "--check"), paths.REPOSITORY / "tests" / "guests"),
         Suite(
-            ("cargo", "clippy", "--locked", "--all-targets", "--", "-D", "warnings"),
+            ("cargo", "clippy", "--locked", "--release", "--all-targets", "--", "-D", "warnings"),
             paths.REPOSITORY / "wasm_app",
         ),
-        Suite(("cargo", "test", "--locked"), paths.REPOSITORY / "wasm_app"),
+        Suite(("cargo", "test", "--locked", "--release"), paths.REPOSITORY / "wasm_app"),
     ],
     "agent": [
         Suite(("cargo", "fmt", "--all", "--check"), paths.REPOSITORY / "krustlet"),

@@ -28,6 +28,13 @@ def _drop_salt() -> None:
         SETTINGS.write_text(clean, encoding="utf-8")
 
 
+def _keep_salt_out_of_git() -> None:
+    """Has git leave the salt out of what it compares and commits (see .gitattributes)."""
+    if (paths.REPOSITORY / ".git").exists():
+        setting = ["git", "config", "--local", "filter.no-salt.clean", "sed /^encryptionsalt:/d"]
+        subprocess.run(setting, cwd=paths.REPOSITORY, check=True)
+
+
 def _clear_stale_lock(log: Log, env: Mapping[str, str]) -> None:
     """Removes the lock of a pulumi that was killed; one that is alive keeps its own."""
     for lock in paths.STACKS.glob(f".pulumi/locks/**/{STACK}/*.json"):
@@ -54,6 +61,7 @@ def _select(log: Log, env: Mapping[str, str]) -> None:
 
 def up(log: Log, env: Mapping[str, str]) -> None:
     """Creates or updates the stack."""
+    _keep_salt_out_of_git()
     _drop_salt()
     try:
         _select(log, env)
