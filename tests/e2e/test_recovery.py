@@ -47,7 +47,7 @@ def test_a_part_that_is_killed_comes_back_without_help(stack: Stack, program: st
     until(lambda: _pids(stack, program) - before, f"a new {program}")
     until(lambda: _all_well(stack), "node and pod to be well again", timeout=90)
     report = json.loads(stack.run("./scripts/verify", "--json").stdout)
-    assert report["ok"] is True
+    assert report["passed"] is True
 
 
 def test_the_pod_answers_while_the_api_server_is_away(stack: Stack) -> None:
