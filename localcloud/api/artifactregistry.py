@@ -60,7 +60,7 @@ def repository_of(store: Store, image: str) -> Record | None:
 
 @TABLE.serves("artifactregistry.projects.locations.repositories.create")
 def _create(call: Call) -> Json:
-    name = call.query.get("repositoryId") or call.query.get("repository_id", "")
+    name = call.query.get("repositoryId", "")
     if not _NAME.fullmatch(name):
         raise ApiError(
             400,

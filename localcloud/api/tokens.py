@@ -109,7 +109,9 @@ def registry_auth(home: Home) -> RegistryAuth:
     content = json.dumps({"keys": [key]})
     if not path.exists() or path.read_text() != content:
         write_private(path, content)
-    return RegistryAuth(f"{home.require_config().url}/v2/token", REGISTRY_SERVICE, REGISTRY_ISSUER, path)
+    # By name: some clients (crane, cosign) follow no challenge to a private address of another port.
+    realm = f"http://localhost:{home.require_config().port}/v2/token"
+    return RegistryAuth(realm, REGISTRY_SERVICE, REGISTRY_ISSUER, path)
 
 
 def mint_registry_token(home: Home, subject: str, access: Sequence[RegistryAccess]) -> str:

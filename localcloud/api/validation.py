@@ -62,6 +62,11 @@ def check_query(method: Method, items: Sequence[tuple[str, str]]) -> Json:
     problems: list[tuple[str, str]] = []
     for name, text in items:
         schema = method.parameters.get(name)
+        if schema is None:
+            # Google takes both spellings, and the official gcp plugin sends `repository_id`.
+            camel = re.sub(r"_([a-z])", lambda found: found[1].upper(), name)
+            if camel in method.parameters:
+                name, schema = camel, method.parameters[camel]  # noqa: PLW2901
         if schema is None and name == _PARTIAL_SUCCESS and method.service == "compute":
             continue
         if schema is None or schema.get("location") != "query":
