@@ -113,7 +113,11 @@ def test_the_state_holds_no_secret_in_the_clear(stack: Stack) -> None:
     [("awesome-wasm:appPort", "99999"), ("awesome-wasm:nodeName", "Not_A_Name")],
 )
 def test_a_wrong_setting_is_one_line_that_names_it(stack: Stack, key: str, value: str) -> None:
-    answer = stack.run("pulumi", "preview", "--config", f"{key}={value}", check=False)
+    try:
+        # Which also writes it into the stack's file.
+        answer = stack.run("pulumi", "preview", "--config", f"{key}={value}", check=False)
+    finally:
+        stack.run("git", "checkout", "--quiet", "Pulumi.local.yaml")
     printed = answer.stdout + answer.stderr
     assert answer.returncode != 0
     assert "Traceback" not in printed
