@@ -14,7 +14,7 @@ use crate::pods::Pods;
 use crate::ports::Ports;
 use crate::reasons::event;
 use crate::telemetry::metrics;
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail};
 use krustlet_runtime::{CredentialSource, NoCredentials, Runtime, RuntimeConfig};
 use prometheus_client::registry::Registry;
 use rustls::RootCertStore;
@@ -33,6 +33,8 @@ use tracing::{info, warn};
 
 /// Modules fetched at once.
 const CONCURRENT_PULLS: usize = 4;
+/// How long an agent that was killed may take to be gone.
+const PREDECESSOR: Duration = Duration::from_secs(5);
 /// At the end, the API server gets this long to hear that the node is not ready before its pods are let go.
 const FAREWELL: Duration = Duration::from_secs(3);
 
@@ -43,7 +45,7 @@ const FAREWELL: Duration = Duration::from_secs(3);
 pub async fn run(options: Options) -> anyhow::Result<()> {
     let names = options.names()?;
     let stop = stop_signal()?;
-    let _lock = prepare_data_dir(&names.data_dir)?;
+    let _lock = take_data_dir(&names.data_dir, PREDECESSOR).await?;
     // Several TLS libraries are linked in; all of the agent uses this one.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut registry = Registry::default();
@@ -155,14 +157,16 @@ async fn serve(
     });
     let (taken_up, mut all_taken_up) = watch::channel(false);
     let mut pods = tokio::spawn(Pods::new(context, options.max_pods, taken_up).run());
+    // What `wait_for` returns holds a lock that the sender needs.
+    let taken_up = async move { all_taken_up.wait_for(|taken_up| *taken_up).await.map(|_| ()) };
     tokio::select! {
-        _ = all_taken_up.wait_for(|taken_up| *taken_up) => {
+        Ok(()) = taken_up => {
             info!("node is ready");
             readiness.send_replace(Readiness::Ready);
-            stop.cancelled().await;
         }
         () = stop.cancelled() => {}
     }
+    stop.cancelled().await;
 
     info!("stopping: the pods are let go, and taken up again by the next start");
     events.record(subject, Severity::Normal, event::NODE_SHUTDOWN, "krustlet stops".to_owned());
@@ -205,21 +209,31 @@ fn stop_signal() -> anyhow::Result<CancellationToken> {
     Ok(stop)
 }
 
-/// Makes the data directory, for this user alone, and takes it: two agents in one would spoil each other's pods.
-fn prepare_data_dir(path: &Path) -> anyhow::Result<File> {
+/// Makes the data directory, for this user alone, and takes it: two agents in one would spoil each other's pods. An agent
+/// that was killed a moment ago is given `patience` to be gone.
+async fn take_data_dir(path: &Path, patience: Duration) -> anyhow::Result<File> {
     use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
     let make = || -> std::io::Result<File> {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700))?;
         File::options().create(true).truncate(false).write(true).open(path.join("lock"))
     };
-    let lock = make().with_context(|| format!("failed to prepare the data directory {}", path.display()))?;
-    ensure!(
-        lock.try_lock().is_ok(),
-        "another krustlet uses the data directory {}; stop it, or choose another --data-dir",
-        path.display()
-    );
-    Ok(lock)
+    let file = make().with_context(|| format!("failed to prepare the data directory {}", path.display()))?;
+    if file.try_lock().is_ok() {
+        return Ok(file);
+    }
+    let (sender, locked) = tokio::sync::oneshot::channel();
+    // A thread of its own, which the end of the process ends: nobody waits for it.
+    std::thread::spawn(move || {
+        let result = file.lock().map(|()| file);
+        let _ = sender.send(result);
+    });
+    match tokio::time::timeout(patience, locked).await {
+        Ok(Ok(Ok(file))) => Ok(file),
+        _ => {
+            bail!("another krustlet uses the data directory {}; stop it, or choose another --data-dir", path.display())
+        }
+    }
 }
 
 fn new_runtime(options: &Options, names: &Names, registry: &mut Registry) -> anyhow::Result<Runtime> {
@@ -267,16 +281,26 @@ async fn route_to(server: &http::Uri) -> anyhow::Result<IpAddr> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_data_directory_has_one_agent() {
+    #[tokio::test]
+    async fn a_data_directory_has_one_agent() {
         use std::os::unix::fs::PermissionsExt as _;
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("krustlet");
-        let lock = prepare_data_dir(&path).unwrap();
+        let lock = take_data_dir(&path, Duration::ZERO).await.unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
-        assert!(prepare_data_dir(&path).unwrap_err().to_string().contains("--data-dir"));
+        let error = take_data_dir(&path, Duration::from_millis(1)).await.unwrap_err();
+        assert!(error.to_string().contains("--data-dir"));
         drop(lock);
-        assert!(prepare_data_dir(&path).is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_successor_waits_for_an_agent_that_is_just_going() {
+        let directory = tempfile::tempdir().unwrap();
+        let lock = take_data_dir(directory.path(), Duration::ZERO).await.unwrap();
+        let successor = take_data_dir(directory.path(), Duration::from_secs(60));
+        let going = async move { drop(lock) };
+        let (taken, ()) = tokio::join!(successor, going);
+        assert!(taken.is_ok());
     }
 
     #[tokio::test]

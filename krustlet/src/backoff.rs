@@ -17,7 +17,7 @@ impl Backoff {
 
     /// For calls to the API server: quick at first, and never so slow that a server that is back goes unnoticed.
     pub fn api() -> Self {
-        Self::new(Duration::from_millis(500), Duration::from_secs(8))
+        Self::new(Duration::from_millis(500), Duration::from_secs(4))
     }
 
     /// The next wait, without jitter.

@@ -17,10 +17,20 @@ mod reasons;
 mod telemetry;
 
 use clap::Parser;
+use std::process::ExitCode;
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
     let options = cli::Options::parse();
+    match run(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("krustlet: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: cli::Options) -> anyhow::Result<()> {
     telemetry::init()?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(agent::run(options))
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(agent::run(options))
 }

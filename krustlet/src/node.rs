@@ -215,8 +215,7 @@ impl Machine {
             sysinfo::Disks::new_with_refreshed_list_specifics(sysinfo::DiskRefreshKind::nothing().with_storage());
         let Ok(disks) = disks else { return };
         let under = |disk: &&sysinfo::Disk| self.data_dir.starts_with(disk.mount_point());
-        if let Some(disk) = disks.iter().filter(under).max_by_key(|disk| disk.mount_point().components().count())
-        {
+        if let Some(disk) = disks.iter().filter(under).max_by_key(|disk| disk.mount_point().components().count()) {
             self.disk = disk.total_space();
             self.free_disk = disk.available_space();
         }

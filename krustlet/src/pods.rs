@@ -66,12 +66,14 @@ impl Pods {
 
     fn on_event(&mut self, event: watcher::Result<Event<Pod>>) {
         match event {
+            // The beginning of a list, which may fail yet.
+            Ok(Event::Init) => self.listing.clear(),
             Ok(event) => {
                 if let Some(since) = self.failing.take() {
                     info!("the watch on pods works again after {} s", since.elapsed().as_secs());
                 }
                 match event {
-                    Event::Init => self.listing.clear(),
+                    Event::Init => {}
                     Event::InitApply(pod) => self.listing.push(Arc::new(pod)),
                     Event::InitDone => self.on_list(),
                     Event::Apply(pod) => self.take(Arc::new(pod)),

@@ -262,13 +262,8 @@ impl Start {
         mounts: Vec<Mount>,
         log: LogFile,
     ) -> ContainerSpec {
-        let mut args = environment.args;
-        if self.container.command.as_ref().is_none_or(Vec::is_empty) {
-            // The first argument is the program's name, which an image without an entrypoint does not give.
-            args.insert(0, self.container.name.clone());
-        }
         ContainerSpec {
-            args,
+            args: environment.args,
             env: environment.env,
             mounts,
             memory_limit: limits.memory,

@@ -640,18 +640,15 @@ impl Worker {
                 slot.view.ready = container.readiness_probe.is_none();
             }
             ProbeEvent::Ready(ready) => slot.view.ready = ready && slot.view.started,
-            ProbeEvent::Unhealthy { kind, message } => {
-                let text = format!("{} probe failed: {message}", capitalized(&kind.to_string()));
-                self.tell(Some(&container.name), Severity::Warning, event::UNHEALTHY, text);
+            ProbeEvent::Unhealthy { message, .. } => {
+                self.tell(Some(&container.name), Severity::Warning, event::UNHEALTHY, message);
             }
             ProbeEvent::Failed { kind, message } => {
-                let follows = if slot.policy.restarts(KILLED) { "it will be restarted" } else { "it will be stopped" };
-                let text = format!("Container {} failed its {kind} probe, {follows}: {message}", container.name);
-                self.tell(Some(&container.name), Severity::Normal, event::KILLING, text);
+                self.tell(Some(&container.name), Severity::Normal, event::KILLING, message.clone());
                 let grace = probes::termination_grace(&container, kind)
                     .and_then(|seconds| u64::try_from(seconds).ok())
                     .map_or_else(|| self.pod_grace(), Duration::from_secs);
-                self.stop(index, Why::Unhealthy(format!("{kind} probe failed: {message}")), grace);
+                self.stop(index, Why::Unhealthy(message), grace);
             }
         }
     }
@@ -1178,12 +1175,16 @@ fn judge(end: End, why: Option<&Why>, command: bool) -> End {
 /// Sends the status; the UID in the patch makes it fail on another pod of the same name.
 async fn send(api: &Api<Pod>, pod: &Pod, status: &PodStatus) -> kube::Result<Option<u64>> {
     let mut body = serde_json::to_value(status).map_err(kube::Error::SerdeError)?;
-    if let Some(body) = body.as_object_mut() {
-        // What is not said stays as it is; what is over has to be taken back.
-        for field in ["reason", "message"] {
-            body.entry(field).or_insert(serde_json::Value::Null);
+    // What is not said stays as it is; what is over has to be taken back.
+    let take_back = |value: &mut serde_json::Value| {
+        if let Some(fields) = value.as_object_mut() {
+            for field in ["reason", "message"] {
+                fields.entry(field).or_insert(serde_json::Value::Null);
+            }
         }
-    }
+    };
+    take_back(&mut body);
+    body.get_mut("conditions").and_then(serde_json::Value::as_array_mut).into_iter().flatten().for_each(take_back);
     let patch = serde_json::json!({"metadata": {"uid": pod.metadata.uid}, "status": body});
     let answer = api.patch_status(name(pod), &PatchParams::default(), &Patch::Strategic(&patch)).await?;
     Ok(Some(version(&answer)))
@@ -1196,11 +1197,6 @@ fn version(pod: &Pod) -> u64 {
 
 fn has_probes(container: &Container) -> bool {
     container.startup_probe.is_some() || container.readiness_probe.is_some() || container.liveness_probe.is_some()
-}
-
-fn capitalized(word: &str) -> String {
-    let mut letters = word.chars();
-    letters.next().map(|first| first.to_uppercase().chain(letters).collect()).unwrap_or_default()
 }
 
 /// The next event of any container's probes. Never, when none is probed.
