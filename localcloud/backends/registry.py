@@ -83,7 +83,7 @@ def ensure_registry(home: Home, supervisor: Supervisor) -> str:
         raise BackendError(
             f"the registry does not answer on {LOOPBACK}:{port}; see {home.logs / 'registry.log'}"
         )
-    return f"{LOOPBACK}:{port}"
+    return f"localhost:{port}"
 
 
 def delete_repository(home: Home, prefix: str) -> None:

@@ -53,7 +53,7 @@ def test_an_up_that_is_killed_carries_on_and_a_down_leaves_nothing(tmp_path: Pat
     assert until(lambda: not _processes_of(made.directory), "every process to end", timeout=20)
     with pytest.raises(requests.ConnectionError):
         requests.get(f"{url}/healthz", timeout=5)
-    assert made.run("git", "status", "--porcelain", "--ignored").stdout == ""
+    assert made.run("git", "status", "--porcelain", "--ignored").stdout == "", "no file of the run is left"
 
 
 def _children(pid: int) -> list[int]:
