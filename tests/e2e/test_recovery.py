@@ -14,7 +14,9 @@ from tests.waiting import until
 
 def _pids(stack: Stack, program: str) -> set[int]:
     """The processes of this stack that run a program, by its name."""
-    listed = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,args="], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["ps", "-A", "-ww", "-o", "pid=,args="], capture_output=True, text=True, check=True
+    )
     home, found = f"{stack.directory}/.localcloud", set()
     for line in listed.stdout.splitlines():
         pid, _, arguments = line.strip().partition(" ")

@@ -74,10 +74,10 @@ class Bench:
         """The stack's signing key, as cosign takes it."""
         exported = json.loads(self.stack.run("pulumi", "stack", "export", "--show-secrets").stdout)
         pem = next(
-            line
+            json.loads(text) if text.startswith('"') else text
             for resource in exported["deployment"]["resources"]
-            for line in _strings(resource.get("outputs", {}))
-            if "PRIVATE KEY" in line and "EC" not in line.splitlines()[0]
+            for text in _strings(resource.get("outputs", {}))
+            if "BEGIN PRIVATE KEY" in text
         )
         plain = self.files / "own.pem"
         plain.write_text(pem)
@@ -107,7 +107,11 @@ def _run(stack: Stack, name: str, image: str) -> None:
     container["ports"] = [{"containerPort": 18080}]
     for probe in ("livenessProbe", "readinessProbe", "startupProbe"):
         container.pop(probe, None)
-    keep = {key: template["spec"][key] for key in ("tolerations", "nodeSelector") if key in template["spec"]}
+    keep = {
+        key: template["spec"][key]
+        for key in ("tolerations", "nodeSelector", "securityContext")
+        if key in template["spec"]
+    }
     pod = {
         "apiVersion": "v1",
         "kind": "Pod",
