@@ -35,8 +35,9 @@ def test_a_command_that_takes_more_memory_than_the_limit_is_oom_killed(space: Wo
 
 def test_a_table_counts_against_the_memory_limit(space: Workspace) -> None:
     image = space.registry.guest("preview1")
-    small = space.run("table", "1000", image=image, resources={"limits": {"memory": "8Mi"}})
-    large = space.run("table", "4000000", image=image, resources={"limits": {"memory": "8Mi"}})
+    limits = {"limits": {"memory": "256Ki"}}
+    small = space.run("table", "10000", image=image, resources=limits)
+    large = space.run("table", "60000", image=image, resources=limits)
     small.wait_phase("Succeeded")
     assert large.wait_terminated().reason == "OOMKilled"
 
