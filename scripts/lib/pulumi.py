@@ -59,13 +59,19 @@ def _select(log: Log, env: Mapping[str, str]) -> None:
     log.run(["pulumi", "stack", "select", "--create", STACK], env=env)
 
 
+def _settle(log: Log, env: Mapping[str, str]) -> None:
+    """Clears up after a pulumi that was killed: its lock, and what it had begun."""
+    _clear_stale_lock(log, env)
+    log.run(["python", "-m", "scripts.lib.interrupted", STACK], env=env)
+
+
 def up(log: Log, env: Mapping[str, str]) -> None:
     """Creates or updates the stack."""
     _keep_salt_out_of_git()
     _drop_salt()
     try:
         _select(log, env)
-        _clear_stale_lock(log, env)
+        _settle(log, env)
         log.run(["pulumi", "up", "--yes", "--stack", STACK, "--color", "never"], env=env)
     finally:
         _drop_salt()
@@ -76,7 +82,7 @@ def destroy(log: Log, env: Mapping[str, str]) -> None:
     _drop_salt()
     try:
         _select(log, env)
-        _clear_stale_lock(log, env)
+        _settle(log, env)
         log.run(["pulumi", "destroy", "--yes", "--stack", STACK, "--color", "never"], env=env)
         log.run(["pulumi", "stack", "rm", "--yes", "--preserve-config", STACK], env=env)
     finally:
