@@ -85,6 +85,7 @@ def test_fields_of_the_pod_and_its_resources_become_variables(space: Workspace) 
             _field("ACCOUNT", "spec.serviceAccountName"),
             _field("HOST_IP", "status.hostIP"),
             _field("POD_IP", "status.podIP"),
+            _field("HOST_IPS", "status.hostIPs"),
             _resource("CPU", "limits.cpu", divisor="1m"),
             _resource("MEMORY", "limits.memory", divisor="1Mi"),
             _resource("CPU_REQUEST", "requests.cpu", divisor="1m"),
@@ -105,6 +106,7 @@ def test_fields_of_the_pod_and_its_resources_become_variables(space: Workspace) 
         "ACCOUNT": "default",
         "HOST_IP": space.agent.address,
         "POD_IP": space.agent.address,
+        "HOST_IPS": space.agent.address,
         "CPU": "500",
         "MEMORY": "64",
         "CPU_REQUEST": "250",
@@ -207,6 +209,17 @@ def test_a_secret_is_a_directory_of_files_that_cannot_be_written(space: Workspac
     pod = _mounted(space, {"secret": {"secretName": space.secret({"key": "s3cret"})}}).wait_ready()
     assert _read(pod, "/data/key") == "s3cret"
     assert pod.get("/write", path="/data/key", text="x").status_code == 403
+
+
+def test_a_secret_of_the_same_name_in_another_namespace_is_another_secret(space: Workspace) -> None:
+    name = space.secret({"key": "ours"})
+    foreign = {"metadata": {"name": name}, "stringData": {"key": "theirs"}}
+    space.core.create_namespaced_secret("default", foreign)
+    try:
+        pod = _mounted(space, {"secret": {"secretName": name}}).wait_ready()
+        assert _read(pod, "/data/key") == "ours"
+    finally:
+        space.core.delete_namespaced_secret(name, "default")
 
 
 def test_items_choose_keys_and_give_them_paths(space: Workspace) -> None:
@@ -416,10 +429,14 @@ def changing(
         request.getfixturevalue("cluster"), request.getfixturevalue("registry"), agent, namespace
     )
     config, secret, late = space.config_map({"a": "old"}), space.secret({"a": "old"}), space.unique("late")
+    annotations = [{"path": "a", "fieldRef": {"fieldPath": "metadata.annotations['a']"}}]
     sources: dict[str, Manifest] = {
         "config": {"configMap": {"name": config}},
         "secret": {"secret": {"secretName": secret}},
         "late": {"configMap": {"name": late, "optional": True}},
+        "late-secret": {"secret": {"secretName": late, "optional": True}},
+        "projected": {"projected": {"sources": [{"configMap": {"name": config}}]}},
+        "annotations": {"downwardAPI": {"items": annotations}},
         "labels": {"downwardAPI": {"items": [{"path": "a", "fieldRef": {"fieldPath": "metadata.labels"}}]}},
     }
     pod = space.serve(
@@ -427,6 +444,7 @@ def changing(
         pod={
             "volumes": [{"name": name, **source} for name, source in sources.items()],
             "labels": {"a": "old"},
+            "annotations": {"a": "old"},
         },
     ).wait_ready()
     assert _read(pod, "/config/a") == _read(pod, "/secret/a") == "old"
@@ -434,7 +452,8 @@ def changing(
     space.core.patch_namespaced_config_map(config, namespace, {"data": {"a": "new"}})
     space.core.patch_namespaced_secret(secret, namespace, {"stringData": {"a": "new"}})
     space.config_map({"a": "new"}, late)
-    pod.patch({"metadata": {"labels": {"a": "new"}}})
+    space.secret({"a": "new"}, late)
+    pod.patch({"metadata": {"labels": {"a": "new"}, "annotations": {"a": "new"}}})
 
     def watch(name: str) -> dict[str, str]:
         def changed() -> dict[str, str] | None:
@@ -448,7 +467,9 @@ def changing(
     space.close()
 
 
-@pytest.mark.parametrize("name", ["config", "secret", "late", "labels"])
+@pytest.mark.parametrize(
+    "name", ["config", "secret", "late", "late-secret", "projected", "labels", "annotations"]
+)
 def test_what_changes_reaches_the_files_of_a_running_pod(
     changing: dict[str, Future[dict[str, str]]], name: str
 ) -> None:

@@ -124,6 +124,17 @@ def test_a_hook_that_runs_a_command_is_refused_with_a_reason(space: Workspace, h
     assert "exec is not supported" in message
 
 
+def test_an_evicted_pod_ends_as_a_deleted_one_does(space: Workspace) -> None:
+    pod = space.serve().wait_ready()
+    request = Request(pod, "/sleep?ms=1500")
+    until(lambda: _in_flight(space, pod), "the request to be in flight", every=0.05)
+    eviction = {"metadata": {"name": pod.name, "namespace": space.namespace}}
+    space.core.create_namespaced_pod_eviction(pod.name, space.namespace, eviction)
+    pod.wait_gone(timeout=10)
+    request.join()
+    assert (request.text, request.error) == ("slept\n", "")
+
+
 def test_a_deleted_command_ends_within_its_grace_period(space: Workspace) -> None:
     pod = space.run("print", "begun", "then", "sleep", "60000")
     pod.wait_phase("Running")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
-from tests.integration.agent.harness import Workspace, command, condition, served
+import pytest
+
+from tests.integration.agent.harness import Manifest, Workspace, command, condition, served
 from tests.waiting import until
 
 
@@ -49,6 +51,15 @@ def test_the_exit_code_of_a_command_is_kept(space: Workspace) -> None:
 
 def test_a_command_that_returns_an_error_exits_with_one(space: Workspace) -> None:
     assert space.run("fail").wait_terminated().exit_code == 1
+
+
+@pytest.mark.xfail(strict=True, reason="the agent does not look at terminationMessagePolicy")
+def test_the_end_of_the_log_is_the_message_of_a_failed_command_that_asks_for_it(space: Workspace) -> None:
+    policy: Manifest = {"terminationMessagePolicy": "FallbackToLogsOnError"}
+    failed = space.run("print", "why it failed", "then", "exit", "1", **policy)
+    succeeded = space.run("print", "of no interest", **policy)
+    assert succeeded.wait_terminated().message is None
+    assert failed.wait_terminated().message == "why it failed\n"
 
 
 def test_a_trap_is_an_error_that_is_named(space: Workspace) -> None:
