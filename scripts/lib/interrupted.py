@@ -1,8 +1,8 @@
 """Settles what a killed pulumi left unfinished, so that the next run carries on.
 
 A creation that was interrupted may have happened: Google or Kubernetes then answer a second one with "already
-exists". Those resources are taken into the state under the id that they would have, and the refresh drops the ones
-that turn out not to be there. The other kinds can simply be created again.
+exists". Those resources are taken into the state under the id that they would have, and the refresh drops the
+ones that turn out not to be there. The other kinds can simply be created again.
 """
 
 import json
@@ -24,26 +24,27 @@ def identity(kind: str, inputs: dict[str, Any]) -> str | None:
     return TYPES[kind].item.format_map({"email": email, **inputs})
 
 
-def refresh_arguments(deployment: dict[str, Any]) -> list[str]:
-    """What `pulumi refresh` needs to be told about the creations that were interrupted."""
-    arguments = ["--clear-pending-creates"]
-    for operation in deployment.get("pending_operations") or []:
+def settle(deployment: dict[str, Any]) -> None:
+    """Turns interrupted creations into resources, and forgets the other unfinished operations."""
+    known_urns = {resource["urn"] for resource in deployment.get("resources") or []}
+    for operation in deployment.pop("pending_operations", None) or []:
         resource = operation["resource"]
         known = identity(resource["type"], resource.get("inputs", {}))
-        if operation["type"] == "creating" and known is not None:
-            for word in (resource["urn"], known):
-                arguments += ["--import-pending-creates", word]
-    return arguments
+        if operation["type"] == "creating" and known is not None and resource["urn"] not in known_urns:
+            deployment["resources"].append({"outputs": {}, **resource, "id": known})
 
 
 def main(stack: str) -> int:
     """Settles the stack, if there is something to settle; gives the exit status."""
-    export = ["pulumi", "stack", "export", "--stack", stack]
-    deployment = json.loads(subprocess.run(export, capture_output=True, check=True).stdout)["deployment"]
-    if not deployment.get("pending_operations"):
+    pulumi = ["pulumi", "stack", "--stack", stack]
+    state = json.loads(subprocess.run([*pulumi, "export"], capture_output=True, check=True).stdout)
+    if not state["deployment"].get("pending_operations"):
         return 0
-    command = ["pulumi", "refresh", "--yes", "--stack", stack, "--color", "never"]
-    return subprocess.run([*command, *refresh_arguments(deployment)], check=False).returncode
+    settle(state["deployment"])
+    # `pulumi refresh --import-pending-creates` is meant for this, but drops what it is told to import.
+    subprocess.run([*pulumi, "import"], input=json.dumps(state).encode(), check=True)
+    refresh = ["pulumi", "refresh", "--yes", "--stack", stack, "--color", "never"]
+    return subprocess.run(refresh, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from scripts.lib.interrupted import identity, refresh_arguments
+from scripts.lib.interrupted import identity, settle
 
 PLACE = {"project": "p", "zone": "z", "location": "l", "region": "r"}
 
@@ -30,16 +30,21 @@ def test_a_resource_has_the_id_that_its_provider_gives_it(
     assert identity(kind, {**PLACE, **inputs}) == known
 
 
-def test_only_interrupted_creations_are_imported() -> None:
-    operations = [
-        {
-            "type": kind,
-            "resource": {"urn": f"urn-{kind}", "type": "kubernetes:core/v1:Namespace", "inputs": inputs},
-        }
-        for kind, inputs in (
-            ("creating", {"metadata": {"name": "n"}}),
-            ("deleting", {"metadata": {"name": "d"}}),
-        )
-    ]
-    imports = ["--import-pending-creates", "urn-creating", "--import-pending-creates", "n"]
-    assert refresh_arguments({"pending_operations": operations}) == ["--clear-pending-creates", *imports]
+def _operation(kind: str, urn: str, name: str) -> dict[str, Any]:
+    namespace = {"urn": urn, "type": "kubernetes:core/v1:Namespace", "inputs": {"metadata": {"name": name}}}
+    return {"type": kind, "resource": namespace}
+
+
+def test_an_interrupted_creation_becomes_a_resource_and_the_rest_is_forgotten() -> None:
+    deployment = {
+        "resources": [{"urn": "urn:kept"}],
+        "pending_operations": [
+            _operation("creating", "urn:new", "n"),
+            _operation("creating", "urn:kept", "k"),
+            _operation("deleting", "urn:gone", "d"),
+        ],
+    }
+    settle(deployment)
+    assert [resource["urn"] for resource in deployment["resources"]] == ["urn:kept", "urn:new"]
+    assert deployment["resources"][1]["id"] == "n"
+    assert "pending_operations" not in deployment
