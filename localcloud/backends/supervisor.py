@@ -154,6 +154,7 @@ class ProgramState:
 def python_program(home: Home, name: str, module: str, *arguments: str, **options: Any) -> Program:
     """A program of localcloud's own: `python -m module` with this interpreter, sources and home."""
     environment = {"LOCALCLOUD_HOME": str(home.root), "PYTHONPATH": str(SOURCES), "PYTHONUNBUFFERED": "1"}
+    environment |= {key: os.environ[key] for key in ("PYTHONPYCACHEPREFIX",) if key in os.environ}
     environment |= options.pop("environment", {})
     return Program(name, (sys.executable, "-P", "-m", module, *arguments), environment, **options)
 

@@ -56,6 +56,7 @@ def base(*, tests: bool) -> dict[str, str]:
     return {
         "PATH": os.pathsep.join(map(str, path)),
         "VIRTUAL_ENV": str(environment),
+        "PYTHONPYCACHEPREFIX": str(paths.CACHE / "pycache"),
         "CARGO_TARGET_DIR": str(rust.target_directory()),
         "LOCALCLOUD_HOME": str(paths.LOCALCLOUD_HOME),
         "KUBECONFIG": str(KUBECONFIG),
