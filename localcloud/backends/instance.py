@@ -21,7 +21,7 @@ from localcloud.backends.ports import remembered_ports
 from localcloud.backends.processes import wait_until
 from localcloud.backends.rootfs import Rootfs
 from localcloud.backends.startup import IDENTIFIER
-from localcloud.backends.supervisor import SOURCES, Supervisor, python_program
+from localcloud.backends.supervisor import SOURCES, Supervisor, compiled_elsewhere, python_program
 from localcloud.backends.units import UnitError
 from localcloud.home import LOOPBACK, Home, is_free
 from localcloud.specs import BackendError, InstanceSpec
@@ -156,6 +156,7 @@ def _write_systemctl(rootfs: Rootfs) -> None:
         "LOCALCLOUD_HOME": str(rootfs.home.root),
         "LOCALCLOUD_INSTANCE": rootfs.name,
         "PYTHONPATH": str(SOURCES),
+        **compiled_elsewhere(),
     }
     words = ["exec", "env", *(f"{key}={shlex.quote(value)}" for key, value in assignments.items())]
     words += [shlex.quote(sys.executable), "-S", "-P", "-m", "localcloud.backends.systemctl", '"$@"']

@@ -151,10 +151,15 @@ class ProgramState:
         return self.state in _LIVE or self.state == "WAITING"
 
 
+def compiled_elsewhere() -> dict[str, str]:
+    """Where compiled Python goes, if that is not beside the sources."""
+    return {key: os.environ[key] for key in ("PYTHONPYCACHEPREFIX",) if key in os.environ}
+
+
 def python_program(home: Home, name: str, module: str, *arguments: str, **options: Any) -> Program:
     """A program of localcloud's own: `python -m module` with this interpreter, sources and home."""
     environment = {"LOCALCLOUD_HOME": str(home.root), "PYTHONPATH": str(SOURCES), "PYTHONUNBUFFERED": "1"}
-    environment |= {key: os.environ[key] for key in ("PYTHONPYCACHEPREFIX",) if key in os.environ}
+    environment |= compiled_elsewhere()
     environment |= options.pop("environment", {})
     return Program(name, (sys.executable, "-P", "-m", module, *arguments), environment, **options)
 
@@ -262,13 +267,17 @@ class Supervisor:
         kept = {
             key: os.environ[key] for key in ("PATH", "HOME", "USER", "LANG", "TMPDIR") if key in os.environ
         }
-        return kept | {
-            MARK: mark(self.home.root),
-            "PYTHONPATH": str(SOURCES),
-            "LOCALCLOUD_PYTHON": sys.executable,
-            "LOCALCLOUD_SUPERVISOR": str(self.home.supervisor),
-            "LOCALCLOUD_SOCKET": str(self._private_socket()),
-        }
+        return (
+            kept
+            | compiled_elsewhere()
+            | {
+                MARK: mark(self.home.root),
+                "PYTHONPATH": str(SOURCES),
+                "LOCALCLOUD_PYTHON": sys.executable,
+                "LOCALCLOUD_SUPERVISOR": str(self.home.supervisor),
+                "LOCALCLOUD_SOCKET": str(self._private_socket()),
+            }
+        )
 
     # Its programs.
 
