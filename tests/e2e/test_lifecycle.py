@@ -29,31 +29,30 @@ def _processes_of(directory: Path) -> list[str]:
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for what is left in Linux's /proc")
 def test_an_up_that_is_killed_carries_on_and_a_down_leaves_nothing(tmp_path: Path) -> None:
     made = clone(tmp_path)
-    first = subprocess.Popen(
-        ["./scripts/up"], cwd=made.directory, env=made.env, stdout=subprocess.DEVNULL, start_new_session=True
-    )
-    state = made.directory / ".stacks"
-    # In the middle of `pulumi up`: the cluster or the VM is being made.
-    until(lambda: any(state.glob(".pulumi/locks/**/*.json")), "pulumi to be at work", timeout=300)
-    until(
-        lambda: any((made.directory / ".localcloud").glob("clusters/*/*")),
-        "a cluster to be begun",
-        timeout=120,
-    )
-    for process in _children(first.pid):
-        os.kill(process, signal.SIGKILL)
-    first.wait(timeout=30)
-
-    made.run("./scripts/up")
-    made.read_environment()
-    url = made.outputs()["url"]
-    assert requests.get(f"{url}/primorial/30", timeout=10).json()["primorial"] == "6469693230"
-
-    Stack(made.directory, made.env).run("./scripts/down")
-    assert until(lambda: not _processes_of(made.directory), "every process to end", timeout=20)
+    try:
+        _kill_an_up_half_way(made)
+        made.run("./scripts/up")
+        made.read_environment()
+        url = made.outputs()["url"]
+        assert requests.get(f"{url}/primorial/30", timeout=10).json()["primorial"] == "6469693230"
+    finally:
+        made.run("./scripts/down")
+    until(lambda: not _processes_of(made.directory), "every process to end", timeout=20)
     with pytest.raises(requests.ConnectionError):
         requests.get(f"{url}/healthz", timeout=5)
     assert made.run("git", "status", "--porcelain", "--ignored").stdout == "", "no file of the run is left"
+
+
+def _kill_an_up_half_way(made: Stack) -> None:
+    """Starts an up and kills it without warning while the cluster is being made."""
+    process = subprocess.Popen(
+        ["./scripts/up"], cwd=made.directory, env=made.env, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    clusters = made.directory / ".localcloud" / "clusters"
+    until(lambda: any(clusters.glob("*/*")), "a cluster to be begun", timeout=300)
+    for child in _children(process.pid):
+        os.kill(child, signal.SIGKILL)
+    process.wait(timeout=30)
 
 
 def _children(pid: int) -> list[int]:
