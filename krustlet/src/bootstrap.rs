@@ -118,15 +118,15 @@ impl Files {
             self.bootstrap.display()
         );
         let (client, _) = Connection::open(&config)?;
-        let credential = self.store.obtain(&client, &Wanted::client(&self.node_name)).await.with_context(|| {
+        // Before the certificate that it names, so that a crash between the two leaves nothing to be asked for again.
+        let text = kubeconfig(&config, &self.node_name, self.store.path())?;
+        write_private(&self.kubeconfig, text.as_bytes())?;
+        self.store.obtain(&client, &Wanted::client(&self.node_name)).await.with_context(|| {
             format!(
                 "failed to bootstrap with {} (when the token has expired, put a new one there)",
                 self.bootstrap.display()
             )
-        })?;
-        let text = kubeconfig(&config, &self.node_name, self.store.path())?;
-        write_private(&self.kubeconfig, text.as_bytes())?;
-        Ok(credential)
+        })
     }
 
     async fn config(&self) -> anyhow::Result<kube::Config> {

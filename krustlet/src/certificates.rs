@@ -29,6 +29,8 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 /// Share of its life after which a certificate is renewed, and how much that may vary from node to node.
 const RENEW_AFTER: f64 = 0.8;
 const RENEW_JITTER: f64 = 0.06;
+/// Whoever denied a request needs time to think again, and not a new request every moment.
+const AFTER_DENIAL: Duration = Duration::from_secs(60);
 
 /// What a certificate is for; decides its signer and its usages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -226,7 +228,12 @@ impl Store {
         let answer = sign(client, wanted, &key).await;
         let credential = match answer {
             Ok(chain) => Credential::parse(&format!("{}\n{}", chain.trim_end(), key.serialize_pem())),
-            Err(Refusal::Denied(cause)) => Err(anyhow::anyhow!(cause)),
+            Err(Refusal::Denied(cause)) => {
+                warn!("{cause}; asking again in {} s", AFTER_DENIAL.as_secs());
+                discard(&pending);
+                tokio::time::sleep(AFTER_DENIAL).await;
+                Err(anyhow::anyhow!(cause))
+            }
             Err(Refusal::Failed(cause)) => return Err(cause),
         };
         // Signed or denied: that request is over, and the next one is made with a new key.

@@ -4,12 +4,12 @@
 //! its own that reports back with a [`Message`]. So a pod that is slow holds up nothing, its own other containers
 //! included, and an idle pod is a task that sleeps.
 
-use super::checkpoint::{Checkpoint, KILLED, Past, PastKind, Record, past};
-use super::probes::{self, ProbeEvent, Prober};
-use super::restart::{CrashLoop, Policy};
-use super::roster::Entry;
+use super::checkpoint::{Checkpoint, Record, past};
+use super::probes::{self, ProbeEvent};
+use super::publish::{self, Publisher};
+use super::slot::{Activity, End, Probing, Run, Slot, Update, Why, judge, next_probe};
 use super::start::{Failure, Guest, NodeContext, Obstacle, Outcome, Start, Started};
-use super::status::{self, ContainerView, State, Termination, View};
+use super::status::{self, State, Termination, View};
 use super::volumes::PodVolumes;
 use super::{Role, containers, full_name, hooks, is_finished, name, namespace, uid};
 use crate::backoff::{Backoff, jitter};
@@ -18,22 +18,16 @@ use crate::events::Severity;
 use crate::reasons::{event, pod as pod_reason, terminated, waiting};
 use crate::telemetry::metrics;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Container, ContainerStatus, Pod, PodSpec, PodStatus};
-use krustlet_runtime::{ExitReason, Image, LogFile};
-use kube::api::{Api, DeleteParams, Patch, PatchParams, Preconditions};
-use std::future::poll_fn;
+use k8s_openapi::api::core::v1::{Container, Pod, PodStatus};
+use krustlet_runtime::{ExitReason, Image, Module};
+use kube::api::{Api, DeleteParams, Preconditions};
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::Duration;
 use tokio::sync::{OnceCell, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, info, warn};
 
-/// A status that only says that the pod is on its way waits this long for something better to say.
-const PROGRESS_DELAY: Duration = Duration::from_millis(300);
-/// How long after another hand changed our status it is written again, at the soonest.
-const OVERWRITTEN_DELAY: Duration = Duration::from_secs(1);
 /// A guest gets at least this long to end, as with the kubelet.
 const MIN_GRACE: Duration = Duration::from_secs(2);
 const DEFAULT_GRACE: Duration = Duration::from_secs(30);
@@ -42,6 +36,10 @@ const SHUTDOWN_GRACE: Duration = Duration::from_secs(20);
 /// How often changed ConfigMaps, Secrets and tokens reach the pod's files, more or less by the share.
 const REFRESH: Duration = Duration::from_secs(60);
 const REFRESH_JITTER: f64 = 0.2;
+/// A pod that could not be deleted is deleted again after this, and one that is still there, such as for a finalizer, after
+/// that.
+const DELETE_RETRY: Duration = Duration::from_secs(2);
+const STILL_THERE: Duration = Duration::from_secs(30);
 /// How long a failed pull shows its cause as the reason, before it shows that the next try is waited for.
 const SHOW_PULL_ERROR: Duration = Duration::from_secs(2);
 
@@ -49,176 +47,10 @@ const SHOW_PULL_ERROR: Duration = Duration::from_secs(2);
 enum Message {
     Started { slot: usize, generation: u32, result: Box<Result<Outcome, Failure>> },
     Ended { slot: usize, generation: u32, end: Box<End> },
-    Updated { slot: usize, generation: u32, result: Box<Result<Image, Failure>> },
-    Sent { status: Box<PodStatus>, result: kube::Result<Option<u64>> },
+    Updated { slot: usize, generation: u32, result: Box<Result<(Image, Module), Failure>> },
+    Written { status: Box<PodStatus>, result: kube::Result<u64> },
     Deleted(kube::Result<()>),
     Refreshed { error: Option<String>, over_limit: Option<String> },
-}
-
-/// How a guest ended.
-struct End {
-    exit_code: i32,
-    reason: &'static str,
-    message: String,
-}
-
-/// Why a running container is stopped.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Why {
-    /// The pod is at its end.
-    PodEnds,
-    /// activeDeadlineSeconds are over.
-    Deadline,
-    /// A probe gave it up.
-    Unhealthy(String),
-    /// Its image was changed, and it cannot be swapped in place.
-    Replaced,
-}
-
-/// A container that runs.
-struct Run {
-    guest: Guest,
-    log: LogFile,
-    since: Instant,
-    since_time: Timestamp,
-    /// Reports the end of a command.
-    _watch: Option<AbortOnDropHandle<()>>,
-    probes: Option<Probing>,
-    _entry: Entry,
-}
-
-struct Probing {
-    _prober: Prober,
-    events: mpsc::Receiver<(String, ProbeEvent)>,
-}
-
-enum Activity {
-    /// Its turn has not come, or it is to be started now.
-    Idle,
-    Starting {
-        _task: AbortOnDropHandle<()>,
-    },
-    /// Waits to be started again: after an end, or because of an obstacle.
-    Waiting {
-        until: Instant,
-        obstacle: Option<Obstacle>,
-        show_back_off: Option<Instant>,
-    },
-    Running(Run),
-    Stopping {
-        run: Run,
-        why: Why,
-        until: Instant,
-        _task: AbortOnDropHandle<()>,
-    },
-    /// Ended for good.
-    Over,
-}
-
-/// The exchange of a running container's module.
-struct Update {
-    /// Nothing under way when none.
-    task: Option<AbortOnDropHandle<()>>,
-    image: String,
-    retry: Option<Instant>,
-    backoff: Backoff,
-    failure: Option<Failure>,
-}
-
-/// One container of the pod.
-struct Slot {
-    /// Its place among the containers of the spec, init containers first.
-    view: ContainerView,
-    policy: Policy,
-    activity: Activity,
-    /// Tells the reports about the present start from those about an earlier one.
-    generation: u32,
-    has_run: bool,
-    interrupted: bool,
-    crash_loop: CrashLoop,
-    image_backoff: Backoff,
-    configuration_backoff: Backoff,
-    port_backoff: Backoff,
-    update: Option<Box<Update>>,
-}
-
-impl Slot {
-    fn new(role: Role, spec: &PodSpec, container: &Container, shown: Option<&ContainerStatus>, past: Past) -> Self {
-        let policy = Policy::of(spec, container, role);
-        let mut slot = Self {
-            view: ContainerView {
-                name: container.name.clone(),
-                role,
-                image: container.image.clone().unwrap_or_default(),
-                image_id: shown.map(|status| status.image_id.clone()).unwrap_or_default(),
-                container_id: shown.and_then(|status| status.container_id.clone()),
-                state: State::waiting(waiting::CONTAINER_CREATING, ""),
-                last: None,
-                restarts: past.restarts,
-                started: false,
-                ready: false,
-            },
-            policy,
-            activity: Activity::Idle,
-            generation: 0,
-            has_run: past.kind != PastKind::New,
-            interrupted: false,
-            crash_loop: CrashLoop::default(),
-            image_backoff: Backoff::new(Duration::from_secs(10), Duration::from_secs(300)),
-            configuration_backoff: Backoff::new(Duration::from_secs(1), Duration::from_secs(20)),
-            port_backoff: Backoff::new(Duration::from_secs(1), Duration::from_secs(10)),
-            update: None,
-        };
-        match past.kind {
-            PastKind::New => {}
-            PastKind::Ended(end) => {
-                if !policy.restarts(end.exit_code) {
-                    slot.activity = Activity::Over;
-                }
-                slot.view.state = State::Terminated(end);
-            }
-            PastKind::Interrupted(end) => {
-                slot.interrupted = true;
-                slot.view.last = Some(end);
-            }
-            PastKind::Waiting(end) => slot.view.last = Some(end),
-        }
-        slot
-    }
-
-    fn is_active(&self) -> bool {
-        matches!(self.activity, Activity::Starting { .. } | Activity::Running(_) | Activity::Stopping { .. })
-    }
-
-    fn is_over(&self) -> bool {
-        matches!(self.activity, Activity::Over)
-    }
-
-    /// Nothing will come after this any more.
-    fn give_up(&mut self) {
-        self.activity = Activity::Over;
-        self.generation += 1;
-        self.update = None;
-        self.view.ready = false;
-        self.view.started = false;
-        // One that waited for a restart that will not come has ended with its last run.
-        if matches!(self.view.state, State::Waiting { .. })
-            && let Some(end) = self.view.last.take()
-        {
-            self.view.state = State::Terminated(end);
-        }
-    }
-
-    /// Shows that the container waits. A run that ended becomes the last one.
-    fn wait(&mut self, reason: &str, message: impl Into<String>) {
-        let state = std::mem::replace(&mut self.view.state, State::waiting(reason, message));
-        if let State::Terminated(end) = state {
-            self.view.last = Some(end);
-        }
-        self.view.container_id = None;
-        self.view.ready = false;
-        self.view.started = false;
-    }
 }
 
 /// What the worker of a pod is told: the pod's newest object, or none when the object is gone.
@@ -251,15 +83,10 @@ pub struct Worker {
     finished: bool,
 
     // What the API was told.
+    publisher: Publisher,
     /// The phase in the API is final; nothing is written any more.
     frozen: bool,
     adopted: bool,
-    sent: Option<PodStatus>,
-    sent_version: u64,
-    sending: bool,
-    send_after: Option<Instant>,
-    progress_until: Option<Instant>,
-    send_backoff: Backoff,
     was_ready: bool,
     deleting: bool,
     delete_after: Option<Instant>,
@@ -302,13 +129,8 @@ impl Worker {
             completed: false,
             shutdown: false,
             finished: frozen,
+            publisher: Publisher::default(),
             frozen,
-            sent: None,
-            sent_version: 0,
-            sending: false,
-            send_after: None,
-            progress_until: None,
-            send_backoff: Backoff::api(),
             was_ready: false,
             deleting: false,
             delete_after: None,
@@ -344,7 +166,7 @@ impl Worker {
 
     fn is_shut_down(&self) -> bool {
         let waits = self.deleted.is_some() || self.gone || (self.failure.is_some() && !self.finished);
-        self.shutdown && !waits && !self.sending && self.slots.iter().all(|slot| !slot.is_active())
+        self.shutdown && !waits && !self.publisher.is_writing() && self.slots.iter().all(|slot| !slot.is_active())
     }
 
     async fn remove_files(&self) {
@@ -395,14 +217,8 @@ impl Worker {
     /// Takes in the pod's newest object.
     fn take(&mut self, pod: Arc<Pod>) {
         let now = Instant::now();
-        if let (Some(sent), Some(shown)) = (&self.sent, &pod.status)
-            && !self.sending
-            && version(&pod) > self.sent_version
-            && status::is_overwritten(sent, shown)
-        {
+        if self.publisher.on_shown(&pod, now) {
             debug!(pod = full_name(&pod), "somebody changed the pod's status; writing it again");
-            self.sent = None;
-            self.send_after = Some(now + OVERWRITTEN_DELAY);
         }
         if pod.metadata.deletion_timestamp.is_some() {
             let seconds = pod.metadata.deletion_grace_period_seconds.and_then(|s| u64::try_from(s).ok()).unwrap_or(0);
@@ -412,6 +228,10 @@ impl Worker {
                 info!(pod = full_name(&pod), uid = uid(&pod), "pod is deleted, {seconds} s of grace");
             }
             self.deleted = Some(self.deleted.map_or(until, |before| before.min(until)));
+        }
+        // Somebody else gave the pod up, such as the garbage collector: what it runs is to end.
+        if is_finished(&pod) && !self.finished {
+            self.completed = true;
         }
         self.pod = pod;
     }
@@ -444,17 +264,15 @@ impl Worker {
                     self.on_updated(slot, *result);
                 }
             }
-            Message::Sent { status, result } => self.on_sent(*status, result),
+            Message::Written { status, result } => self.on_written(*status, result),
             Message::Deleted(result) => {
                 self.deleting = false;
-                match result {
-                    Ok(()) => self.delete_after = None,
-                    // Gone, or another pod by now: either way this one is no more, and the watch will say so.
-                    Err(error) if matches!(status_code(&error), Some(404 | 409)) => self.delete_after = None,
-                    Err(error) => {
-                        debug!(pod = full_name(&self.pod), "failed to delete the pod: {}", describe(&error));
-                        self.delete_after = Some(Instant::now() + self.send_backoff.jittered());
-                    }
+                // Gone, or another pod by now: either way this one is no more, and the watch will say so.
+                if let Err(error) = result
+                    && !matches!(status_code(&error), Some(404 | 409))
+                {
+                    debug!(pod = full_name(&self.pod), "failed to delete the pod: {}", describe(&error));
+                    self.delete_after = Some(Instant::now() + DELETE_RETRY);
                 }
             }
             Message::Refreshed { error, over_limit } => {
@@ -517,6 +335,7 @@ impl Worker {
         slot.port_backoff.reset();
         slot.activity = Activity::Running(Run {
             guest: started.guest,
+            module: started.module,
             log: started.log,
             since: Instant::now(),
             since_time: now,
@@ -682,7 +501,7 @@ impl Worker {
     fn check_deadline(&mut self) {
         if let Some(deadline) = self.active_deadline()
             && Timestamp::now() >= deadline
-            && self.failure.is_none()
+            && !self.is_ending()
         {
             let message = "Pod was active on the node longer than the specified deadline".to_owned();
             self.tell(None, Severity::Normal, event::DEADLINE_EXCEEDED, message.clone());
@@ -838,13 +657,16 @@ impl Worker {
         }
     }
 
-    fn on_updated(&mut self, index: usize, result: Result<Image, Failure>) {
+    fn on_updated(&mut self, index: usize, result: Result<(Image, Module), Failure>) {
         let slot = &mut self.slots[index];
         let Some(update) = &mut slot.update else { return };
         update.task = None;
         let name = slot.view.name.clone();
         match result {
-            Ok(image) => {
+            Ok((image, module)) => {
+                if let Activity::Running(run) = &mut slot.activity {
+                    run.module = module;
+                }
                 slot.view.image.clone_from(&update.image);
                 slot.view.image_id = image.reference;
                 slot.update = None;
@@ -966,39 +788,24 @@ impl Worker {
     // ---- what the API is told ----
 
     fn publish(&mut self) {
-        if self.frozen || self.gone || self.sending {
+        if self.frozen || self.gone || self.publisher.is_writing() {
             return;
         }
-        let now = Instant::now();
-        if self.send_after.is_some_and(|at| now < at) {
-            return;
-        }
-        self.send_after = None;
         let status = self.status();
-        if self.sent.as_ref().is_some_and(|sent| !status::differs(sent, &status)) {
-            self.progress_until = None;
+        // Something better is about to be said: that it runs, or that it has ended.
+        let progress = status::is_progress(&status) && !self.adopted;
+        let ending = self.is_ending() && !self.finished;
+        if !self.publisher.begin(&status, (progress || ending) && !self.shutdown, Instant::now()) {
             return;
         }
-        // Something better is about to be said: that it runs, or that it has ended.
-        let progress = status::is_progress(&status) && !self.adopted && !self.shutdown;
-        let ending = self.is_ending() && !self.finished && !self.shutdown;
-        if progress || ending {
-            let until = *self.progress_until.get_or_insert(now + PROGRESS_DELAY);
-            if now < until {
-                return;
-            }
-        }
-        self.progress_until = None;
-        self.sending = true;
         self.observe(&status);
-        let api: Api<Pod> = Api::namespaced(self.node.client.clone(), namespace(&self.pod));
-        let pod = self.pod.clone();
         metrics().status_patches.inc();
-        let outbox = self.outbox.clone();
+        let api: Api<Pod> = Api::namespaced(self.node.client.clone(), namespace(&self.pod));
+        let (pod, outbox) = (self.pod.clone(), self.outbox.clone());
         // Not aborted with the worker: what is on its way may arrive.
         tokio::spawn(async move {
-            let result = send(&api, &pod, &status).await;
-            let _ = outbox.send(Message::Sent { status: Box::new(status), result });
+            let result = publish::write(&api, &pod, &status).await;
+            let _ = outbox.send(Message::Written { status: Box::new(status), result });
         });
     }
 
@@ -1009,7 +816,7 @@ impl Worker {
         });
         status::build(&View {
             pod: &self.pod,
-            sent: self.sent.as_ref(),
+            sent: self.publisher.told(),
             facts: &self.node.facts,
             containers: self.slots.iter().map(|slot| &slot.view).collect(),
             start_time: self.start_time,
@@ -1033,24 +840,12 @@ impl Worker {
         }
     }
 
-    fn on_sent(&mut self, status: PodStatus, result: kube::Result<Option<u64>>) {
-        self.sending = false;
-        match result {
-            Ok(version) => {
-                self.sent_version = version.unwrap_or(0);
-                self.sent = Some(status);
-                self.send_backoff.reset();
-            }
-            Err(error) => {
-                debug!(pod = full_name(&self.pod), "failed to send the pod's status: {}", describe(&error));
-                let wait = match status_code(&error) {
-                    // No such pod any more; the watch will say so.
-                    Some(404) => Duration::from_secs(10),
-                    _ => self.send_backoff.jittered(),
-                };
-                self.send_after = Some(Instant::now() + wait);
-            }
-        }
+    fn on_written(&mut self, status: PodStatus, result: kube::Result<u64>) {
+        let result = result.map_err(|error| {
+            debug!(pod = full_name(&self.pod), "failed to write the pod's status: {}", describe(&error));
+            status_code(&error)
+        });
+        self.publisher.on_written(status, result, Instant::now());
     }
 
     /// Deletes the object of a pod that was deleted and has ended, once its last status has arrived.
@@ -1064,8 +859,7 @@ impl Worker {
             return;
         }
         self.deleting = true;
-        // Asked once; again only if that fails, or if the object is still there after a while.
-        self.delete_after = Some(Instant::now() + Duration::from_secs(30));
+        self.delete_after = Some(Instant::now() + STILL_THERE);
         let api: Api<Pod> = Api::namespaced(self.node.client.clone(), namespace(&self.pod));
         let pod = self.pod.clone();
         let outbox = self.outbox.clone();
@@ -1083,8 +877,11 @@ impl Worker {
 
     /// Whether the object is waiting for this agent alone to go.
     fn may_delete(&self) -> bool {
-        let told = || self.frozen || self.sent.as_ref().is_some_and(|sent| !status::differs(sent, &self.status()));
-        self.finished && self.deleted.is_some() && !self.gone && !self.deleting && !self.sending && told()
+        self.finished
+            && self.deleted.is_some()
+            && !self.gone
+            && !self.deleting
+            && (self.frozen || self.publisher.has_told(&self.status()))
     }
 
     // ---- helpers ----
@@ -1113,15 +910,13 @@ impl Worker {
         }
         let mut deadlines: Vec<Instant> = Vec::new();
         deadlines.extend(self.refresh_at);
-        if !self.frozen && !self.gone && !self.sending {
-            deadlines.extend(self.send_after);
-            deadlines.extend(self.progress_until);
+        if !self.frozen && !self.gone {
+            deadlines.extend(self.publisher.deadline());
         }
         if self.may_delete() {
             deadlines.extend(self.delete_after);
         }
-        if !self.finished
-            && self.failure.is_none()
+        if !self.is_ending()
             && let Some(deadline) = self.active_deadline()
         {
             let left = Duration::try_from(deadline.duration_since(Timestamp::now())).unwrap_or_default();
@@ -1155,63 +950,8 @@ impl Worker {
     }
 }
 
-/// What an end means, given why the container was stopped, if it was.
-fn judge(end: End, why: Option<&Why>, command: bool) -> End {
-    let killed = |reason, message: String| End { exit_code: KILLED, reason, message };
-    match why {
-        // By itself, or at the very moment when it was to be stopped.
-        _ if command && (why.is_none() || end.exit_code != KILLED) => end,
-        Some(Why::Deadline) => {
-            killed(terminated::DEADLINE_EXCEEDED, "the pod's activeDeadlineSeconds are over".to_owned())
-        }
-        Some(Why::Unhealthy(message)) => killed(terminated::ERROR, message.clone()),
-        Some(Why::Replaced) => killed(terminated::ERROR, "stopped for a new image".to_owned()),
-        Some(Why::PodEnds) if command => killed(terminated::ERROR, "stopped with its pod".to_owned()),
-        // A server that was drained did what it was to do.
-        Some(Why::PodEnds) | None => end,
-    }
-}
-
-/// Sends the status; the UID in the patch makes it fail on another pod of the same name.
-async fn send(api: &Api<Pod>, pod: &Pod, status: &PodStatus) -> kube::Result<Option<u64>> {
-    let mut body = serde_json::to_value(status).map_err(kube::Error::SerdeError)?;
-    // What is not said stays as it is; what is over has to be taken back.
-    let take_back = |value: &mut serde_json::Value| {
-        if let Some(fields) = value.as_object_mut() {
-            for field in ["reason", "message"] {
-                fields.entry(field).or_insert(serde_json::Value::Null);
-            }
-        }
-    };
-    take_back(&mut body);
-    body.get_mut("conditions").and_then(serde_json::Value::as_array_mut).into_iter().flatten().for_each(take_back);
-    let patch = serde_json::json!({"metadata": {"uid": pod.metadata.uid}, "status": body});
-    let answer = api.patch_status(name(pod), &PatchParams::default(), &Patch::Strategic(&patch)).await?;
-    Ok(Some(version(&answer)))
-}
-
-/// The object's resource version; they grow with each write.
-fn version(pod: &Pod) -> u64 {
-    pod.metadata.resource_version.as_deref().and_then(|version| version.parse().ok()).unwrap_or(0)
-}
-
 fn has_probes(container: &Container) -> bool {
     container.startup_probe.is_some() || container.readiness_probe.is_some() || container.liveness_probe.is_some()
-}
-
-/// The next event of any container's probes. Never, when none is probed.
-async fn next_probe(slots: &mut [Slot]) -> (usize, ProbeEvent) {
-    poll_fn(|context| {
-        for (index, slot) in slots.iter_mut().enumerate() {
-            if let Activity::Running(Run { probes: Some(probing), .. }) = &mut slot.activity
-                && let Poll::Ready(Some((_, event))) = probing.events.poll_recv(context)
-            {
-                return Poll::Ready((index, event));
-            }
-        }
-        Poll::Pending
-    })
-    .await
 }
 
 async fn sleep_until(deadline: Option<Instant>) {
@@ -1225,66 +965,5 @@ async fn remove_dir(path: &std::path::Path) -> std::io::Result<()> {
     match tokio::fs::remove_dir_all(path).await {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn end(exit_code: i32) -> End {
-        End { exit_code, reason: terminated::COMPLETED, message: String::new() }
-    }
-
-    #[test]
-    fn a_drained_server_completed_and_an_unhealthy_one_did_not() {
-        let drained = judge(end(0), Some(&Why::PodEnds), false);
-        assert_eq!((drained.exit_code, drained.reason), (0, terminated::COMPLETED));
-        let unhealthy = judge(end(0), Some(&Why::Unhealthy("liveness probe failed".into())), false);
-        assert_eq!((unhealthy.exit_code, unhealthy.reason), (KILLED, terminated::ERROR));
-        assert!(unhealthy.message.contains("liveness"));
-    }
-
-    #[test]
-    fn a_deadline_is_the_reason_of_what_it_stopped_but_not_of_what_ended_before() {
-        let stopped = judge(end(KILLED), Some(&Why::Deadline), true);
-        assert_eq!(stopped.reason, terminated::DEADLINE_EXCEEDED);
-        assert_eq!(judge(end(0), Some(&Why::Deadline), true).exit_code, 0);
-        assert_eq!(judge(end(0), Some(&Why::Deadline), false).reason, terminated::DEADLINE_EXCEEDED);
-    }
-
-    fn slot(policy: &str, kind: PastKind) -> Slot {
-        let spec = PodSpec { restart_policy: Some(policy.into()), ..PodSpec::default() };
-        Slot::new(Role::Main, &spec, &Container::default(), None, Past { restarts: 3, kind })
-    }
-
-    fn termination(exit_code: i32) -> Termination {
-        let mut termination = Termination::from_api(&k8s_openapi::api::core::v1::ContainerStateTerminated::default());
-        termination.exit_code = exit_code;
-        termination
-    }
-
-    #[test]
-    fn a_container_that_ended_for_good_is_not_started_by_the_next_agent() {
-        assert!(slot("Never", PastKind::Ended(termination(1))).is_over());
-        assert!(slot("OnFailure", PastKind::Ended(termination(0))).is_over());
-        assert!(!slot("OnFailure", PastKind::Ended(termination(1))).is_over());
-        assert!(!slot("Always", PastKind::Ended(termination(0))).is_over());
-    }
-
-    #[test]
-    fn an_interrupted_container_shows_its_last_run_and_keeps_its_count() {
-        let slot = slot("Always", PastKind::Interrupted(termination(KILLED)));
-        assert!(slot.interrupted && slot.has_run);
-        assert_eq!(slot.view.restarts, 3);
-        assert_eq!(slot.view.last.as_ref().map(|last| last.exit_code), Some(KILLED));
-    }
-
-    #[test]
-    fn what_waits_for_a_restart_that_will_not_come_has_ended_with_its_last_run() {
-        let mut slot = slot("Always", PastKind::Waiting(termination(9)));
-        slot.give_up();
-        assert!(matches!(&slot.view.state, State::Terminated(last) if last.exit_code == 9));
-        assert!(slot.is_over());
     }
 }

@@ -1,0 +1,223 @@
+//! When a pod's status is written to the API: the newest one only, one write at a time, and none that says nothing new.
+
+use super::status;
+use super::{name, uid};
+use crate::backoff::Backoff;
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use kube::api::{Api, Patch, PatchParams};
+use serde_json::{Value, json};
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// A status that only says that the pod is on its way waits this long for something better to say.
+const PATIENCE: Duration = Duration::from_millis(300);
+/// How long after another hand changed our status it is written again, at the soonest.
+const AFTER_OVERWRITE: Duration = Duration::from_secs(1);
+/// How long the watch may take to say that a pod is gone whose status could not be written for that reason.
+const AFTER_GONE: Duration = Duration::from_secs(10);
+
+/// What the API was told of one pod. Decides; the writing is [`write`].
+#[derive(Debug)]
+pub struct Publisher {
+    told: Option<PodStatus>,
+    /// Resource version of the pod with what was told.
+    version: u64,
+    writing: bool,
+    not_before: Option<Instant>,
+    patience_ends: Option<Instant>,
+    backoff: Backoff,
+}
+
+impl Default for Publisher {
+    fn default() -> Self {
+        Self { told: None, version: 0, writing: false, not_before: None, patience_ends: None, backoff: Backoff::api() }
+    }
+}
+
+impl Publisher {
+    /// What the API was told last.
+    pub fn told(&self) -> Option<&PodStatus> {
+        self.told.as_ref()
+    }
+
+    pub fn is_writing(&self) -> bool {
+        self.writing
+    }
+
+    /// Whether the API knows all of this.
+    pub fn has_told(&self, status: &PodStatus) -> bool {
+        !self.writing && self.told.as_ref().is_some_and(|told| !status::differs(told, status))
+    }
+
+    /// Whether to write the status now; then a write is under way until [`Self::on_written`]. A status that may wait is
+    /// held back for a moment, because a better one is likely to follow.
+    pub fn begin(&mut self, status: &PodStatus, may_wait: bool, now: Instant) -> bool {
+        if self.writing || self.not_before.is_some_and(|at| now < at) {
+            return false;
+        }
+        self.not_before = None;
+        if self.has_told(status) {
+            self.patience_ends = None;
+            return false;
+        }
+        if may_wait && now < *self.patience_ends.get_or_insert(now + PATIENCE) {
+            return false;
+        }
+        self.patience_ends = None;
+        self.writing = true;
+        true
+    }
+
+    /// A write has ended: with the pod's new resource version, or an HTTP status if the API server gave one.
+    pub fn on_written(&mut self, status: PodStatus, result: Result<u64, Option<u16>>, now: Instant) {
+        self.writing = false;
+        match result {
+            Ok(version) => {
+                self.version = version;
+                self.told = Some(status);
+                self.backoff.reset();
+            }
+            Err(Some(404)) => self.not_before = Some(now + AFTER_GONE),
+            Err(_) => self.not_before = Some(now + self.backoff.jittered()),
+        }
+    }
+
+    /// Looks at the pod as the API shows it. Returns whether another hand changed what was told; it will be told again.
+    pub fn on_shown(&mut self, pod: &Pod, now: Instant) -> bool {
+        let overwritten = match (&self.told, &pod.status) {
+            // An older version is from before our own last write.
+            (Some(told), Some(shown)) => {
+                !self.writing && version(pod) > self.version && status::is_overwritten(told, shown)
+            }
+            _ => false,
+        };
+        if overwritten {
+            self.told = None;
+            self.not_before = Some(now + AFTER_OVERWRITE);
+        }
+        overwritten
+    }
+
+    /// When [`Self::begin`] may have another answer even if nothing happens.
+    pub fn deadline(&self) -> Option<Instant> {
+        if self.writing { None } else { [self.not_before, self.patience_ends].into_iter().flatten().min() }
+    }
+}
+
+/// Writes the status; returns the pod's new resource version. The UID in the patch makes it fail on another pod of the
+/// same name.
+pub async fn write(api: &Api<Pod>, pod: &Pod, status: &PodStatus) -> kube::Result<u64> {
+    let status = with_nulls(status).map_err(kube::Error::SerdeError)?;
+    let patch = json!({"metadata": {"uid": uid(pod)}, "status": status});
+    let answer = api.patch_status(name(pod), &PatchParams::default(), &Patch::Strategic(&patch)).await?;
+    Ok(version(&answer))
+}
+
+/// In a patch what is not said stays as it is, so a reason that is over has to be taken back.
+fn with_nulls(status: &PodStatus) -> serde_json::Result<Value> {
+    let take_back = |value: &mut Value| {
+        if let Some(fields) = value.as_object_mut() {
+            for field in ["reason", "message"] {
+                fields.entry(field).or_insert(Value::Null);
+            }
+        }
+    };
+    let mut body = serde_json::to_value(status)?;
+    take_back(&mut body);
+    body.get_mut("conditions").and_then(Value::as_array_mut).into_iter().flatten().for_each(take_back);
+    Ok(body)
+}
+
+/// The object's resource version; it grows with each write.
+fn version(pod: &Pod) -> u64 {
+    pod.metadata.resource_version.as_deref().and_then(|version| version.parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use k8s_openapi::api::core::v1::PodCondition;
+
+    fn status(phase: &str) -> PodStatus {
+        PodStatus { phase: Some(phase.into()), ..PodStatus::default() }
+    }
+
+    fn told(phase: &str, now: Instant) -> Publisher {
+        let mut publisher = Publisher::default();
+        assert!(publisher.begin(&status(phase), false, now));
+        publisher.on_written(status(phase), Ok(10), now);
+        publisher
+    }
+
+    fn shown(version: u64, phase: &str) -> Pod {
+        let mut pod = Pod { status: Some(status(phase)), ..Pod::default() };
+        pod.metadata.resource_version = Some(version.to_string());
+        pod
+    }
+
+    #[test]
+    fn progress_waits_for_something_better_and_is_told_when_that_does_not_come() {
+        let now = Instant::now();
+        let mut publisher = Publisher::default();
+        assert!(!publisher.begin(&status("Pending"), true, now));
+        assert_eq!(publisher.deadline(), Some(now + PATIENCE));
+        let mut quick = Publisher::default();
+        assert!(!quick.begin(&status("Pending"), true, now));
+        assert!(quick.begin(&status("Running"), false, now + PATIENCE / 2));
+        assert!(publisher.begin(&status("Pending"), true, now + PATIENCE));
+    }
+
+    #[test]
+    fn there_is_one_write_at_a_time_and_the_newest_follows() {
+        let now = Instant::now();
+        let mut publisher = Publisher::default();
+        assert!(publisher.begin(&status("Pending"), false, now));
+        assert!(!publisher.begin(&status("Running"), false, now));
+        assert_eq!(publisher.deadline(), None);
+        publisher.on_written(status("Pending"), Ok(1), now);
+        assert!(publisher.begin(&status("Running"), false, now));
+        publisher.on_written(status("Running"), Ok(2), now);
+        assert!(!publisher.begin(&status("Running"), false, now));
+        assert!(publisher.has_told(&status("Running")));
+    }
+
+    #[test]
+    fn a_failed_write_is_repeated_after_a_while() {
+        let now = Instant::now();
+        let mut publisher = Publisher::default();
+        assert!(publisher.begin(&status("Running"), false, now));
+        publisher.on_written(status("Running"), Err(None), now);
+        assert!(!publisher.begin(&status("Running"), false, now));
+        let later = publisher.deadline().unwrap();
+        assert!(publisher.begin(&status("Running"), false, later));
+    }
+
+    #[test]
+    fn what_another_hand_changed_is_told_again_but_an_echo_of_the_past_is_not() {
+        let now = Instant::now();
+        let mut publisher = told("Running", now);
+        assert!(!publisher.on_shown(&shown(9, "Pending"), now));
+        assert!(!publisher.on_shown(&shown(11, "Running"), now));
+        assert!(publisher.on_shown(&shown(12, "Failed"), now));
+        assert!(!publisher.begin(&status("Running"), false, now));
+        assert!(publisher.begin(&status("Running"), false, now + AFTER_OVERWRITE));
+    }
+
+    #[test]
+    fn nothing_is_left_to_wake_up_for_when_all_is_told() {
+        let now = Instant::now();
+        let mut publisher = told("Running", now);
+        assert!(!publisher.begin(&status("Pending"), true, now));
+        assert!(!publisher.begin(&status("Running"), true, now));
+        assert_eq!(publisher.deadline(), None);
+    }
+
+    #[test]
+    fn a_reason_that_is_over_is_taken_back() {
+        let mut status = status("Running");
+        status.conditions = Some(vec![PodCondition { type_: "Ready".into(), ..PodCondition::default() }]);
+        let patch = with_nulls(&status).unwrap();
+        assert_eq!(patch["reason"], Value::Null);
+        assert!(patch["conditions"][0].as_object().unwrap().contains_key("message"));
+    }
+}
