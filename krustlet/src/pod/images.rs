@@ -42,7 +42,8 @@ pub async fn get(
                 tell(Severity::Normal, event::PULLED, format!("Image {name:?} is already on this node"));
                 return Ok(image);
             }
-            Err(PullError::NeverPull { .. }) if policy == PullPolicy::IfNotPresent => {}
+            // Not here, or here without a signature that counts: the registry may have one by now.
+            Err(PullError::NeverPull { .. } | PullError::Signature { .. }) if policy == PullPolicy::IfNotPresent => {}
             Err(error) => return Err(error),
         }
     }
