@@ -25,6 +25,8 @@ pub const TICK: Duration = Duration::from_millis(1);
 pub const FIRST_SLICE: u64 = 2;
 /// The ticker goes to sleep after this many ticks without a guest.
 const IDLE_TICKS: u32 = 20;
+/// A guest for whose place in the lane another one waits leaves it after this many slices.
+const TURN: u32 = 10;
 /// The CPU limit is kept over this period, as CFS does it.
 const PERIOD: Duration = Duration::from_millis(100);
 
@@ -178,7 +180,9 @@ pub fn on_deadline<T>(_store: StoreContextMut<'_, T>) -> wasmtime::Result<Update
         return Ok(UpdateDeadline::Continue(1));
     }
     YIELDED.set(true);
-    Ok(UpdateDeadline::YieldCustom(1, Box::pin(tokio::task::yield_now())))
+    // wasmtime's yield wakes its own task, which the executor puts behind all others. `tokio::task::yield_now` would not
+    // do: a task that it wakes goes first where new events are looked for often.
+    Ok(UpdateDeadline::Yield(1))
 }
 
 type Acquire = BoxFuture<'static, Result<OwnedSemaphorePermit, AcquireError>>;
@@ -189,6 +193,8 @@ pub struct Sliced<T> {
     share: Arc<CpuShare>,
     /// Whether this guest has its place in the lane: it is executing, or yielded and will go on.
     admitted: bool,
+    /// Slices since then.
+    slices: u32,
     acquire: Option<Waiting>,
     sleep: Option<Pin<Box<tokio::time::Sleep>>>,
 }
@@ -206,11 +212,12 @@ impl Drop for Waiting {
 
 impl<T> Sliced<T> {
     pub fn new(share: Arc<CpuShare>, guest: impl Future<Output = T> + Send + 'static) -> Self {
-        Self { guest: Box::pin(guest), share, admitted: false, acquire: None, sleep: None }
+        Self { guest: Box::pin(guest), share, admitted: false, slices: 0, acquire: None, sleep: None }
     }
 
     fn release(&mut self) {
         if std::mem::take(&mut self.admitted) {
+            self.slices = 0;
             self.share.lane.add_permits(1);
         }
     }
@@ -266,8 +273,10 @@ impl<T> Future for Sliced<T> {
         this.share.ticker.leave();
         SLICE.set(None);
         this.share.charge(began.elapsed());
-        // A guest that yielded keeps its place, unless another one waits for it.
-        let keeps = result.is_pending() && YIELDED.get() && this.share.waiting.load(Ordering::Relaxed) == 0;
+        // A guest that yielded keeps its place until its turn is over.
+        this.slices += 1;
+        let turn = this.slices < TURN || this.share.waiting.load(Ordering::Relaxed) == 0;
+        let keeps = result.is_pending() && YIELDED.get() && turn;
         if !keeps {
             this.release();
         }

@@ -292,8 +292,9 @@ impl AllowedHost {
         let refused = || format!("allowed host {entry:?} is neither \"host\" nor \"host:port\"");
         let authority: http::uri::Authority = entry.trim().parse().map_err(|_| refused())?;
         let host = authority.host().to_ascii_lowercase();
-        let user = entry.contains('@');
-        if host.is_empty() || user || (authority.port().is_some() && authority.port_u16().is_none()) {
+        // What follows the host can only be a port; what stands before it, a user.
+        let rest = authority.as_str().len() - host.len();
+        if host.is_empty() || (rest > 0 && authority.port_u16().is_none()) || entry.contains('@') {
             return Err(refused());
         }
         Ok(Self { host, port: authority.port_u16() })

@@ -53,8 +53,6 @@ type Answered = Result<Response<HyperOutgoingBody>, ErrorCode>;
 pub struct HttpServer {
     local_addr: SocketAddr,
     server: Arc<Server>,
-    /// None when draining has begun.
-    graceful: Arc<Mutex<Option<GracefulShutdown>>>,
 }
 
 pub struct Server {
@@ -67,6 +65,8 @@ pub struct Server {
     idle: Notify,
     /// No connection is accepted any more.
     closed: CancellationToken,
+    /// No connection is open any more.
+    drained: CancellationToken,
     /// What still runs is cut.
     aborted: CancellationToken,
     protocol: auto::Builder<TokioExecutor>,
@@ -128,12 +128,12 @@ impl HttpServer {
             in_flight: AtomicUsize::new(0),
             idle: Notify::new(),
             closed: CancellationToken::new(),
+            drained: CancellationToken::new(),
             aborted: CancellationToken::new(),
             protocol,
         });
-        let graceful = Arc::new(Mutex::new(Some(GracefulShutdown::new())));
-        executor.handle().spawn(accept(server.clone(), listener, graceful.clone()));
-        Ok(Self { local_addr, server, graceful })
+        executor.handle().spawn(accept(server.clone(), listener));
+        Ok(Self { local_addr, server })
     }
 
     pub fn local_addr(&self) -> SocketAddr {
@@ -156,11 +156,8 @@ impl HttpServer {
     /// Returns whether all of them were finished.
     pub async fn drain(&self, grace: Duration) -> bool {
         self.server.closed.cancel();
-        let graceful = lock(&self.graceful).take();
         let finished = tokio::time::timeout(grace, async {
-            if let Some(graceful) = graceful {
-                graceful.shutdown().await;
-            }
+            self.server.drained.cancelled().await;
             self.server.until_idle().await;
         })
         .await
@@ -225,7 +222,8 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-async fn accept(server: Arc<Server>, listener: TcpListener, graceful: Arc<Mutex<Option<GracefulShutdown>>>) {
+async fn accept(server: Arc<Server>, listener: TcpListener) {
+    let graceful = GracefulShutdown::new();
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let closed = server.closed.clone();
     loop {
@@ -235,7 +233,7 @@ async fn accept(server: Arc<Server>, listener: TcpListener, graceful: Arc<Mutex<
         };
         let (permit, stream) = tokio::select! {
             biased;
-            () = closed.cancelled() => return,
+            () = closed.cancelled() => break,
             accepted = accepted => accepted,
         };
         let stream = match stream {
@@ -248,7 +246,7 @@ async fn accept(server: Arc<Server>, listener: TcpListener, graceful: Arc<Mutex<
         };
         // Small answers must not wait for the client's acknowledgement of earlier ones.
         let _ = stream.set_nodelay(true);
-        let Some(watcher) = lock(&graceful).as_ref().map(GracefulShutdown::watcher) else { return };
+        let watcher = graceful.watcher();
         let server = server.clone();
         tokio::spawn(async move {
             let service = service_fn(|request| handle(server.clone(), request));
@@ -262,6 +260,9 @@ async fn accept(server: Arc<Server>, listener: TcpListener, graceful: Arc<Mutex<
             drop(permit);
         });
     }
+    drop(listener);
+    graceful.shutdown().await;
+    server.drained.cancel();
 }
 
 impl Server {
@@ -324,14 +325,14 @@ async fn answer(server: &Arc<Server>, request: Request<Incoming>, began: Instant
     let serving = server.current();
     let container = &serving.container;
     let Some(in_flight) = InFlight::begin(server, container.spec.max_concurrent_requests) else {
-        let mut response = refusal(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once");
+        let mut response = refusal(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once\n");
         response.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
         return response;
     };
     let named = request.uri().authority().is_some()
         || request.headers().get(header::HOST).is_some_and(|host| host.to_str().is_ok());
     if !named {
-        return refusal(StatusCode::BAD_REQUEST, "the request names no host");
+        return refusal(StatusCode::BAD_REQUEST, "the request names no host\n");
     }
     let answered: Arc<Mutex<Option<Answered>>> = Arc::default();
     let mut running = Running {
@@ -371,10 +372,10 @@ async fn answer(server: &Arc<Server>, request: Request<Incoming>, began: Instant
 fn failed(container: &Container, failure: &Failure) -> Response<Answer> {
     report(container, failure);
     match failure {
-        Failure::TimedOut => refusal(StatusCode::GATEWAY_TIMEOUT, "the guest took too long"),
-        Failure::NodeFull => refusal(StatusCode::SERVICE_UNAVAILABLE, "the node is out of instances"),
-        Failure::OutOfMemory(_) => refusal(StatusCode::INTERNAL_SERVER_ERROR, "the guest ran out of memory"),
-        Failure::Exit(_) | Failure::Trap(_) => refusal(StatusCode::INTERNAL_SERVER_ERROR, "the guest failed"),
+        Failure::TimedOut => refusal(StatusCode::GATEWAY_TIMEOUT, "the guest took too long\n"),
+        Failure::NodeFull => refusal(StatusCode::SERVICE_UNAVAILABLE, "the node is out of instances\n"),
+        Failure::OutOfMemory(_) => refusal(StatusCode::INTERNAL_SERVER_ERROR, "the guest ran out of memory\n"),
+        Failure::Exit(_) | Failure::Trap(_) => refusal(StatusCode::INTERNAL_SERVER_ERROR, "the guest failed\n"),
     }
 }
 

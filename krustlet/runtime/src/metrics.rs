@@ -108,11 +108,6 @@ impl Metrics {
     pub fn compiled(&self, duration: Duration) {
         self.0.compile_seconds.observe(duration.as_secs_f64());
     }
-
-    #[cfg(test)]
-    pub fn compilations(&self) -> u64 {
-        self.0.loads.get_or_create(&Source { source: "compiled" }).get()
-    }
 }
 
 /// Counts one guest instance for as long as it lives.

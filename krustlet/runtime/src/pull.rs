@@ -57,7 +57,7 @@ impl Puller {
         let name = ImageName::parse(image)
             .map_err(|cause| PullError::InvalidName { image: crate::artifact::shown(image), cause })?;
         if policy != PullPolicy::Always {
-            if let Some(cached) = self.from_node(&name, policy).await? {
+            if let Some(cached) = self.find_on_node(&name, policy).await? {
                 return Ok(cached);
             }
             if policy == PullPolicy::Never {
@@ -71,16 +71,16 @@ impl Puller {
         };
         if policy != PullPolicy::Always
             && name.digest().is_some()
-            && let Some(cached) = self.from_node(&name, policy).await?
+            && let Some(cached) = self.find_on_node(&name, policy).await?
         {
             return Ok(cached);
         }
         // The semaphore is never closed.
         let _permit = self.permits.acquire().await;
-        self.from_registry(&name, secrets).await
+        self.fetch_from_registry(&name, secrets).await
     }
 
-    async fn from_node(&self, name: &ImageName, policy: PullPolicy) -> Result<Option<Image>, PullError> {
+    async fn find_on_node(&self, name: &ImageName, policy: PullPolicy) -> Result<Option<Image>, PullError> {
         let (store, wanted) = (self.store.clone(), name.clone());
         let digest = match name.digest() {
             Some(digest) => Some(digest.clone()),
@@ -105,7 +105,7 @@ impl Puller {
             let Some(manifest) = store.read(&digest, MAX_MANIFEST) else { return Cached::Missing };
             let Ok(artifact) = Artifact::parse(&manifest) else { return Cached::Missing };
             let config = store.read(&artifact.config.digest, MAX_CONFIG);
-            if !config.is_some_and(|config| artifact.check_config(&config).is_ok())
+            if config.is_none_or(|config| artifact.check_config(&config).is_err())
                 || !store.holds(&artifact.module.digest, artifact.module.size)
             {
                 return Cached::Missing;
@@ -118,7 +118,7 @@ impl Puller {
         .await
     }
 
-    async fn from_registry(&self, name: &ImageName, secrets: &[RegistrySecret]) -> Result<Image, PullError> {
+    async fn fetch_from_registry(&self, name: &ImageName, secrets: &[RegistrySecret]) -> Result<Image, PullError> {
         let given = RegistrySecret::fitting(secrets, name);
         let node = self.credentials.credentials(name.registry()).await;
         let attempts = given.into_iter().map(Some).chain(node.as_ref().map(Some)).chain([None]);

@@ -1,0 +1,525 @@
+//! Loading, serving and running, from outside: what guests are given, and what happens when they take too much.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
+mod common;
+
+use common::{Client, Node, any_port, get, http_guest, logged, until};
+use futures::future::join_all;
+use krustlet_runtime::{
+    ContainerSpec, Exit, ExitReason, HttpServer, Kind, LoadError, Mount, NoCredentials, Verification,
+};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+const MIB: u64 = 1024 * 1024;
+
+async fn served(node: &Node, change: impl FnOnce(&mut ContainerSpec)) -> (HttpServer, ContainerSpec) {
+    let module = node.module(&http_guest("version")).await;
+    let mut spec = node.spec("app");
+    change(&mut spec);
+    (node.runtime.serve(&module, spec.clone(), any_port()).await.unwrap(), spec)
+}
+
+async fn refused(node: &Node, module: &[u8]) -> LoadError {
+    let image = node.image(module).await;
+    node.runtime.load(&image).await.unwrap_err()
+}
+
+async fn ran(node: &Node, wat: &str, change: impl FnOnce(&mut ContainerSpec)) -> (Exit, ContainerSpec) {
+    let module = node.wat(wat).await;
+    let mut spec = node.spec("command");
+    change(&mut spec);
+    (node.runtime.run(&module, spec.clone()).await.unwrap().wait().await, spec)
+}
+
+// Loading
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_module_is_compiled_once_however_many_ask_and_then_comes_from_the_cache() {
+    let node = Node::trusting_anyone().await;
+    let image = node.image(&http_guest("version")).await;
+    let modules = join_all((0..50).map(|_| node.runtime.load(&image))).await;
+    assert!(modules.iter().all(|module| module.as_ref().unwrap().kind() == Kind::HttpProxy));
+    assert_eq!(node.metric(r#"krustlet_module_loads_total{source="compiled"}"#), 1);
+    let anyone = || {
+        Node::again(node.directory.clone(), node.registry.clone(), Verification::AllowUnsigned, Arc::new(NoCredentials))
+    };
+    let next = anyone();
+    next.runtime.load(&image).await.unwrap();
+    assert_eq!(next.metric(r#"krustlet_module_loads_total{source="disk"}"#), 1);
+    for entry in std::fs::read_dir(node.directory.path().join("precompiled")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "cwasm") {
+            let mut code = std::fs::read(&path).unwrap();
+            *code.last_mut().unwrap() ^= 1;
+            std::fs::write(&path, code).unwrap();
+        }
+    }
+    let next = anyone();
+    next.runtime.load(&image).await.unwrap();
+    assert_eq!(next.metric(r#"krustlet_module_loads_total{source="compiled"}"#), 1);
+}
+
+#[tokio::test]
+async fn imports_that_are_not_offered_are_named() {
+    let node = Node::trusting_anyone().await;
+    let vault = r#"(component (import "acme:secret/vault" (instance (export "open" (func (result u32))))))"#;
+    let sockets = r#"(component (import "wasi:sockets/tcp-create-socket@0.2.0" (instance (export "open" (func)))))"#;
+    let core = r#"(module (import "acme" "open_vault" (func)) (func (export "_start")))"#;
+    for (text, import) in
+        [(vault, "acme:secret/vault"), (sockets, "wasi:sockets/tcp-create-socket@0.2.0"), (core, "acme.open_vault")]
+    {
+        let error = refused(&node, &wat::parse_str(text).unwrap()).await;
+        assert_eq!(error.reason(), "UnsupportedImport");
+        assert!(error.is_permanent());
+        assert!(error.to_string().contains(import), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_module_or_has_nothing_to_run_is_an_invalid_image() {
+    let node = Node::trusting_anyone().await;
+    let valid = http_guest("version");
+    for module in [
+        b"not wasm at all".to_vec(),
+        valid[..valid.len() / 2].to_vec(),
+        b"\0asm\x0d\0\x01\0\xff\xff\xff".to_vec(),
+        wat::parse_str("(component)").unwrap(),
+        wat::parse_str("(module)").unwrap(),
+        wat::parse_str(r#"(module (func (export "_start") (param i32)))"#).unwrap(),
+    ] {
+        let error = refused(&node, &module).await;
+        assert_eq!(error.reason(), "InvalidImage", "{error}");
+        assert!(error.is_permanent());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn modules_of_random_bytes_never_panic_the_loader() {
+    let node = Node::trusting_anyone().await;
+    let valid = http_guest("version");
+    let mut seed = 7_u64;
+    let mut random = move |limit: usize| {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        usize::try_from(seed >> 16).unwrap() % limit
+    };
+    for _ in 0..150 {
+        let mut module = valid.clone();
+        for _ in 0..=random(3) {
+            let at = random(module.len());
+            module[at] = u8::try_from(random(256)).unwrap();
+        }
+        if random(4) == 0 {
+            module.truncate(random(module.len()));
+        }
+        if module.is_empty() {
+            continue;
+        }
+        let image = node.image(&module).await;
+        if let Err(error) = node.runtime.load(&image).await {
+            assert!(!error.to_string().contains("panicked"), "{error}");
+        }
+    }
+}
+
+// Serving
+
+#[tokio::test]
+async fn every_request_gets_an_instance_of_its_own() {
+    let node = Node::trusting_anyone().await;
+    let (server, _) = served(&node, |_| {}).await;
+    let mut client = Client::connect(server.local_addr()).await;
+    for _ in 0..3 {
+        let reply = client.get("/count").await.unwrap();
+        assert_eq!((reply.status, reply.body.as_str()), (200, "1"));
+        assert!(reply.headers.contains_key("date"));
+        assert_eq!(reply.headers["content-length"], "1");
+    }
+    assert_eq!(server.stats().requests, 3);
+    assert!(server.stats().cpu_time > Duration::ZERO);
+    until("no instance is left", || node.metric("krustlet_wasm_instances") == 0).await;
+    assert_eq!(server.stats().memory_bytes, 0);
+    assert_eq!(node.metric(r#"krustlet_http_requests_total{code="200"}"#), 3);
+}
+
+#[tokio::test]
+async fn http_2_is_spoken_with_clients_that_begin_with_it() {
+    let node = Node::trusting_anyone().await;
+    let (server, _) = served(&node, |_| {}).await;
+    let stream = tokio::net::TcpStream::connect(server.local_addr()).await.unwrap();
+    let executor = hyper_util::rt::TokioExecutor::new();
+    let (mut sender, connection) =
+        hyper::client::conn::http2::handshake(executor, hyper_util::rt::TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    let request = |_| {
+        let request = hyper::Request::get(format!("http://{}/version", server.local_addr()));
+        sender.send_request(request.body(http_body_util::Empty::<bytes::Bytes>::new()).unwrap())
+    };
+    for response in join_all((0..10).map(request)).await {
+        assert_eq!(response.unwrap().status(), 200);
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_fails_costs_its_request_alone_and_says_why_in_the_log() {
+    let node = Node::trusting_anyone().await;
+    let (server, spec) = served(&node, |_| {}).await;
+    let mut client = Client::connect(server.local_addr()).await;
+    for (path, reason) in [("/trap", "unreachable"), ("/nothing", "without an answer")] {
+        assert_eq!(client.get(path).await.unwrap().status, 500);
+        assert!(logged(&spec).last().unwrap().contains(reason));
+        assert_eq!(client.get("/version").await.unwrap().body, "version");
+    }
+}
+
+#[tokio::test]
+async fn what_a_guest_writes_to_stderr_is_in_the_log() {
+    let node = Node::trusting_anyone().await;
+    let (server, spec) = served(&node, |_| {}).await;
+    assert_eq!(get(server.local_addr(), "/log").await.status, 200);
+    assert_eq!(logged(&spec), ["stderr F written by the guest"]);
+}
+
+#[tokio::test]
+async fn memory_and_tables_over_the_limit_end_the_request_and_are_given_back() {
+    let node = Node::trusting_anyone().await;
+    let (server, spec) = served(&node, |spec| spec.memory_limit = Some(512 * 1024)).await;
+    let mut client = Client::connect(server.local_addr()).await;
+    for path in ["/grow", "/entries"] {
+        let reply = client.get(path).await.unwrap();
+        assert_eq!((reply.status, reply.body.as_str()), (500, "the guest ran out of memory\n"));
+        assert!(logged(&spec).last().unwrap().contains("its limit is 524288"));
+    }
+    assert_eq!(client.get("/version").await.unwrap().status, 200);
+    assert_eq!(server.stats().memory_bytes, 0);
+    let (server, _) = served(&node, |spec| spec.memory_limit = Some(80 * MIB)).await;
+    assert_eq!(get(server.local_addr(), "/grow").await.status, 200);
+}
+
+#[tokio::test]
+async fn a_request_over_its_time_is_answered_for_the_guest() {
+    let node = Node::trusting_anyone().await;
+    let (server, spec) = served(&node, |spec| spec.request_timeout = Duration::from_millis(50)).await;
+    for path in ["/spin", "/wait"] {
+        assert_eq!(get(server.local_addr(), path).await.status, 504);
+        assert!(logged(&spec).last().unwrap().contains("timeout"));
+    }
+    assert_eq!(get(server.local_addr(), "/version").await.status, 200);
+    assert_eq!(server.stats().in_flight, 0);
+}
+
+#[tokio::test]
+async fn requests_beyond_the_cap_are_sent_away() {
+    let node = Node::trusting_anyone().await;
+    let (server, _) = served(&node, |spec| spec.max_concurrent_requests = 2).await;
+    let address = server.local_addr();
+    let busy: Vec<_> = (0..2).map(|_| tokio::spawn(get(address, "/wait"))).collect();
+    until("both are in flight", || server.stats().in_flight == 2).await;
+    let reply = get(address, "/version").await;
+    assert_eq!((reply.status, reply.headers["retry-after"].to_str().unwrap()), (503, "1"));
+    for reply in join_all(busy).await {
+        assert_eq!(reply.unwrap().status, 200);
+    }
+    assert_eq!(get(address, "/version").await.status, 200);
+}
+
+#[tokio::test]
+async fn a_body_that_its_guest_cannot_finish_is_cut_not_closed() {
+    let node = Node::trusting_anyone().await;
+    let (server, spec) = served(&node, |_| {}).await;
+    assert!(Client::connect(server.local_addr()).await.get("/break").await.is_err());
+    until("the trap is logged", || logged(&spec).last().is_some_and(|line| line.contains("unreachable"))).await;
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_takes_its_guest_along() {
+    let node = Node::trusting_anyone().await;
+    let (server, _) = served(&node, |_| {}).await;
+    let request = tokio::spawn(get(server.local_addr(), "/spin"));
+    until("the guest runs", || server.stats().in_flight == 1).await;
+    request.abort();
+    until("the guest is gone", || server.stats().in_flight == 0).await;
+    assert_eq!(node.metric("krustlet_wasm_instances"), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_swap_under_load_fails_no_request_and_every_later_one_meets_the_new_module() {
+    let node = Node::trusting_anyone().await;
+    let (server, spec) = served(&node, |_| {}).await;
+    let address = server.local_addr();
+    let stop = Arc::new(AtomicBool::new(false));
+    let clients: Vec<_> = (0..8)
+        .map(|_| {
+            let stop = stop.clone();
+            tokio::spawn(async move {
+                let mut client = Client::connect(address).await;
+                let mut seen = Vec::new();
+                while !stop.load(Ordering::Relaxed) {
+                    let reply = client.get("/version").await.unwrap();
+                    assert_eq!(reply.status, 200);
+                    seen.push(reply.body);
+                }
+                seen
+            })
+        })
+        .collect();
+    let slow = tokio::spawn(get(address, "/wait"));
+    until("a slow request is in flight among them", || server.stats().requests > 100).await;
+    let next = node.module(&http_guest("changed")).await;
+    server.swap(&next, spec).await.unwrap();
+    assert_eq!(get(address, "/version").await.body, "changed");
+    assert_eq!(slow.await.unwrap().body, "version");
+    stop.store(true, Ordering::Relaxed);
+    for seen in join_all(clients).await {
+        let seen = seen.unwrap();
+        let first_new = seen.iter().position(|body| body == "changed").unwrap();
+        assert!(seen[..first_new].iter().all(|body| body == "version"));
+        assert!(seen[first_new..].iter().all(|body| body == "changed"));
+    }
+}
+
+#[tokio::test]
+async fn a_swap_to_what_cannot_be_served_leaves_the_old_module_serving() {
+    let node = Node::trusting_anyone().await;
+    let (server, spec) = served(&node, |_| {}).await;
+    let command = node.wat(r#"(module (func (export "_start")))"#).await;
+    let error = server.swap(&command, spec.clone()).await.unwrap_err();
+    assert_eq!((error.reason(), error.is_permanent()), ("CreateContainerError", true));
+    let mut missing = spec;
+    missing.mounts = vec![Mount { host: "/does/not/exist".into(), guest: "/data".into(), read_only: true }];
+    let module = node.module(&http_guest("changed")).await;
+    assert!(server.swap(&module, missing).await.unwrap_err().to_string().contains("/does/not/exist"));
+    assert_eq!(get(server.local_addr(), "/version").await.body, "version");
+}
+
+#[tokio::test]
+async fn draining_finishes_what_is_in_flight_and_accepts_nothing_new() {
+    let node = Node::trusting_anyone().await;
+    let (server, _) = served(&node, |_| {}).await;
+    let address = server.local_addr();
+    let mut idle = Client::connect(address).await;
+    idle.get("/version").await.unwrap();
+    let request = tokio::spawn(get(address, "/wait"));
+    until("the request is in flight", || server.stats().in_flight == 1).await;
+    assert!(server.drain(Duration::from_secs(10)).await);
+    assert_eq!(request.await.unwrap().status, 200);
+    assert!(idle.get("/version").await.is_err());
+    assert!(tokio::net::TcpStream::connect(address).await.is_err());
+    assert!(server.drain(Duration::from_secs(10)).await, "draining again is no fault");
+}
+
+#[tokio::test]
+async fn what_does_not_end_within_the_grace_is_cut() {
+    let node = Node::trusting_anyone().await;
+    let (server, _) = served(&node, |_| {}).await;
+    let address = server.local_addr();
+    let request = tokio::spawn(async move { Client::connect(address).await.get("/spin").await });
+    until("the request is in flight", || server.stats().in_flight == 1).await;
+    assert!(!server.drain(Duration::from_millis(20)).await);
+    assert!(request.await.unwrap().is_err());
+    until("the guest is gone", || server.stats().in_flight == 0).await;
+}
+
+#[tokio::test]
+async fn two_servers_on_one_port_are_one_too_many_until_the_first_ends() {
+    let node = Node::trusting_anyone().await;
+    let (server, spec) = served(&node, |_| {}).await;
+    let module = node.module(&http_guest("another")).await;
+    let address = server.local_addr();
+    let error = node.runtime.serve(&module, spec.clone(), address).await.unwrap_err();
+    assert_eq!((error.reason(), error.is_permanent()), ("PortInUse", false));
+    assert!(error.to_string().contains(&address.to_string()), "{error}");
+    assert_eq!(get(address, "/version").await.body, "version");
+    server.drain(Duration::from_secs(1)).await;
+    let next = node.runtime.serve(&module, spec, address).await.unwrap();
+    assert_eq!(get(next.local_addr(), "/version").await.body, "another");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn endless_loops_in_one_container_hardly_delay_another() {
+    let node = Node::trusting_anyone().await;
+    let (looping, _) = served(&node, |_| {}).await;
+    let (server, _) = served(&node, |_| {}).await;
+    let address = looping.local_addr();
+    let loops: Vec<_> =
+        (0..100).map(|_| tokio::spawn(async move { Client::connect(address).await.get("/spin").await })).collect();
+    until("all of them loop", || looping.stats().in_flight == 100).await;
+    let mut client = Client::connect(server.local_addr()).await;
+    let mut times = Vec::new();
+    for _ in 0..100 {
+        let began = Instant::now();
+        assert_eq!(client.get("/version").await.unwrap().status, 200);
+        times.push(began.elapsed());
+    }
+    times.sort();
+    println!("with 100 endless loops beside it: median {:?}, p90 {:?}, worst {:?}", times[50], times[90], times[99]);
+    // A hundred loops that took turns of one millisecond with it would make it wait for 50 ms and more on two cores.
+    assert!(times[50] < Duration::from_millis(25), "median {:?}", times[50]);
+    for looping in loops {
+        looping.abort();
+    }
+    until("the loops are gone", || looping.stats().in_flight == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cpu_limit_holds_a_container_to_its_part_of_a_core() {
+    let node = Node::trusting_anyone().await;
+    let limit = 0.2;
+    let (server, _) = served(&node, |spec| {
+        spec.cpu_limit = Some(limit);
+        spec.request_timeout = Duration::from_secs(2);
+    })
+    .await;
+    let began = Instant::now();
+    let address = server.local_addr();
+    let replies = join_all((0..4).map(|_| get(address, "/spin"))).await;
+    assert!(replies.iter().all(|reply| reply.status == 504));
+    let part = server.stats().cpu_time.as_secs_f64() / began.elapsed().as_secs_f64();
+    assert!((limit / 2.0..limit * 1.75).contains(&part), "{part} of a core");
+}
+
+// Commands
+
+const PRINT: &str = r#"(module
+  (import "wasi_snapshot_preview1" "args_sizes_get" (func $sizes (param i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "args_get" (func $args (param i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "environ_sizes_get" (func $environ_sizes (param i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "environ_get" (func $environ (param i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
+  (memory (export "memory") 1)
+  (func $print (param $fd i32) (param $text i32) (param $length i32)
+    (i32.store (i32.const 16) (local.get $text))
+    (i32.store (i32.const 20) (local.get $length))
+    (drop (call $write (local.get $fd) (i32.const 16) (i32.const 1) (i32.const 24))))
+  (func (export "_start")
+    (drop (call $sizes (i32.const 0) (i32.const 4)))
+    (drop (call $args (i32.const 1024) (i32.const 2048)))
+    (call $print (i32.const 1) (i32.const 2048) (i32.load (i32.const 4)))
+    (drop (call $environ_sizes (i32.const 0) (i32.const 4)))
+    (drop (call $environ (i32.const 1024) (i32.const 2048)))
+    (call $print (i32.const 2) (i32.const 2048) (i32.load (i32.const 4)))))"#;
+
+#[tokio::test]
+async fn a_command_is_given_its_arguments_and_environment_and_nothing_else() {
+    let node = Node::trusting_anyone().await;
+    let (exit, spec) = ran(&node, PRINT, |spec| {
+        spec.args = vec!["one".into(), "two words".into()];
+        spec.env = vec![("KEY".into(), "value".into())];
+    })
+    .await;
+    assert_eq!(exit, Exit { code: 0, reason: ExitReason::Completed, message: String::new() });
+    assert_eq!(logged(&spec), ["stdout F command\0one\0two words\0", "stderr F KEY=value\0"]);
+}
+
+#[tokio::test]
+async fn exit_codes_are_kept() {
+    let node = Node::trusting_anyone().await;
+    let exits = |code| {
+        format!(
+            r#"(module (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+            (memory (export "memory") 1) (func (export "_start") (call $exit (i32.const {code}))))"#
+        )
+    };
+    let component = |result| {
+        format!(
+            r#"(component
+            (core module $code (func (export "run") (result i32) (i32.const {result})))
+            (core instance $code (instantiate $code))
+            (func $run (result (result)) (canon lift (core func $code "run")))
+            (instance $cli (export "run" (func $run)))
+            (export "wasi:cli/run@0.2.0" (instance $cli)))"#
+        )
+    };
+    for (wat, code) in [(exits(0), 0), (exits(42), 42), (component(0), 0), (component(1), 1)] {
+        let (exit, _) = ran(&node, &wat, |_| {}).await;
+        let reason = if code == 0 { ExitReason::Completed } else { ExitReason::Error };
+        assert_eq!((exit.code, exit.reason), (code, reason), "{}", exit.message);
+    }
+}
+
+#[tokio::test]
+async fn a_trap_and_too_much_memory_have_reasons_of_their_own() {
+    let node = Node::trusting_anyone().await;
+    let (exit, _) = ran(&node, r#"(module (func (export "_start") unreachable))"#, |_| {}).await;
+    assert_eq!((exit.code, exit.reason), (134, ExitReason::Error));
+    assert!(exit.message.contains("unreachable"), "{}", exit.message);
+    let grow = r#"(module (memory (export "memory") 1)
+        (func (export "_start") (drop (memory.grow (i32.const 1024)))))"#;
+    let large = r#"(module (memory (export "memory") 1024) (func (export "_start")))"#;
+    let table = r#"(module (table $t 1 funcref)
+        (func (export "_start") (drop (table.grow $t (ref.null func) (i32.const 90000)))))"#;
+    for wat in [grow, large, table] {
+        let (exit, _) = ran(&node, wat, |spec| spec.memory_limit = Some(600_000)).await;
+        assert_eq!((exit.code, exit.reason), (137, ExitReason::OutOfMemory), "{}", exit.message);
+    }
+    assert_eq!(ran(&node, grow, |_| {}).await.0.code, 0);
+}
+
+#[tokio::test]
+async fn an_endless_loop_can_be_killed() {
+    let node = Node::trusting_anyone().await;
+    let module = node.wat(r#"(module (func (export "_start") (loop $forever (br $forever))))"#).await;
+    assert_eq!(module.kind(), Kind::CoreModule);
+    let execution = node.runtime.run(&module, node.spec("command")).await.unwrap();
+    until("it has run for a while", || execution.stats().cpu_time > Duration::from_millis(10)).await;
+    execution.kill();
+    let exit = execution.wait().await;
+    assert_eq!((exit.code, exit.reason), (137, ExitReason::Error));
+    assert_eq!(execution.wait().await, exit);
+    let dropped = node.runtime.run(&module, node.spec("command")).await.unwrap();
+    until("it runs", || node.metric("krustlet_wasm_instances") == 1).await;
+    drop(dropped);
+    until("it is gone", || node.metric("krustlet_wasm_instances") == 0).await;
+}
+
+#[tokio::test]
+async fn a_directory_is_mounted_with_the_rights_that_it_should_have() {
+    let node = Node::trusting_anyone().await;
+    // Creates "made" in the first directory that it was given, and exits with the error number.
+    let create = r#"(module
+      (import "wasi_snapshot_preview1" "path_open"
+        (func $open (param i32 i32 i32 i32 i32 i64 i64 i32 i32) (result i32)))
+      (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+      (memory (export "memory") 1) (data (i32.const 64) "made")
+      (func (export "_start")
+        (call $exit (call $open (i32.const 3) (i32.const 0) (i32.const 64) (i32.const 4) (i32.const 1)
+          (i64.const 64) (i64.const 0) (i32.const 0) (i32.const 0)))))"#;
+    let host = node.directory.path().join("volume");
+    std::fs::create_dir(&host).unwrap();
+    let mount = |read_only| Mount { host: host.clone(), guest: "/data".into(), read_only };
+    assert_ne!(ran(&node, create, |_| {}).await.0.code, 0, "nothing is open that was not given");
+    assert_ne!(ran(&node, create, |spec| spec.mounts = vec![mount(true)]).await.0.code, 0);
+    assert!(!host.join("made").exists());
+    assert_eq!(ran(&node, create, |spec| spec.mounts = vec![mount(false)]).await.0.code, 0);
+    assert!(host.join("made").exists());
+}
+
+#[tokio::test]
+async fn stdin_is_closed() {
+    let node = Node::trusting_anyone().await;
+    // Exits with the number of bytes read.
+    let read = r#"(module
+      (import "wasi_snapshot_preview1" "fd_read" (func $read (param i32 i32 i32 i32) (result i32)))
+      (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+      (memory (export "memory") 1)
+      (func (export "_start")
+        (i32.store (i32.const 0) (i32.const 64))
+        (i32.store (i32.const 4) (i32.const 64))
+        (i32.store (i32.const 8) (i32.const 99))
+        (drop (call $read (i32.const 0) (i32.const 0) (i32.const 1) (i32.const 8)))
+        (call $exit (i32.load (i32.const 8)))))"#;
+    assert_eq!(ran(&node, read, |_| {}).await.0.code, 0);
+}
+
+#[tokio::test]
+async fn a_module_is_not_run_as_what_it_is_not() {
+    let node = Node::trusting_anyone().await;
+    let command = node.wat(r#"(module (func (export "_start")))"#).await;
+    let error = node.runtime.serve(&command, node.spec("app"), any_port()).await.unwrap_err();
+    assert!(error.is_permanent());
+    let proxy = node.module(&http_guest("version")).await;
+    assert!(node.runtime.run(&proxy, node.spec("app")).await.unwrap_err().is_permanent());
+}
