@@ -9,14 +9,54 @@ use hyper::{HeaderMap, Response, header};
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::Instant;
+use tokio::task::AbortHandle;
+use wasmtime_wasi_http::p2::bindings::http::types::ErrorCode;
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
+
+/// What a guest and the task that answers for it tell each other. A failure is told before the guest's streams are
+/// closed, so that a body which ends without one is whole.
+#[derive(Default)]
+pub struct Exchange {
+    answer: Mutex<Option<Answered>>,
+    failure: Mutex<Option<Failure>>,
+}
+
+pub type Answered = Result<Response<HyperOutgoingBody>, ErrorCode>;
+
+impl Exchange {
+    pub fn answer(&self, answer: Answered) {
+        *lock(&self.answer) = Some(answer);
+    }
+
+    pub fn take_answer(&self) -> Option<Answered> {
+        lock(&self.answer).take()
+    }
+
+    fn is_answered(&self) -> bool {
+        lock(&self.answer).is_some()
+    }
+
+    pub fn fail(&self, failure: Failure) {
+        lock(&self.failure).get_or_insert(failure);
+    }
+
+    fn failure(&self) -> Option<Failure> {
+        lock(&self.failure).clone()
+    }
+}
+
+/// A poisoned lock only means that another thread panicked between two assignments.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A guest that has not returned yet, its time limit, and its place among the requests in flight.
 pub struct Running {
-    pub guest: Sliced<wasmtime::Result<()>>,
+    pub guest: Sliced<()>,
+    pub exchange: Arc<Exchange>,
     pub container: Arc<Container>,
     pub deadline: Instant,
     /// Made when the guest first waits; most never do.
@@ -24,35 +64,50 @@ pub struct Running {
     pub in_flight: InFlight,
 }
 
+/// Why a guest is not to be waited for any longer.
+pub enum Progress {
+    Answered,
+    Ended,
+    Failed(Failure),
+}
+
 impl Running {
-    pub fn poll(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Failure>> {
-        if let Poll::Ready(result) = Pin::new(&mut self.guest).poll(context) {
-            return Poll::Ready(match result.map_err(|error| Failure::of(&error)) {
-                // Exiting is a way of returning.
-                Err(Failure::Exit(0)) => Ok(()),
-                other => other,
-            });
+    /// Waits until the guest has answered, ended or failed.
+    pub async fn progress(&mut self) -> Progress {
+        poll_fn(|context| match self.poll(context) {
+            Poll::Ready(Ok(())) => Poll::Ready(Progress::Ended),
+            Poll::Ready(Err(failure)) => Poll::Ready(Progress::Failed(failure)),
+            Poll::Pending if self.exchange.is_answered() => Poll::Ready(Progress::Answered),
+            Poll::Pending => Poll::Pending,
+        })
+        .await
+    }
+
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Failure>> {
+        if Pin::new(&mut self.guest).poll(context).is_ready() {
+            return Poll::Ready(self.exchange.failure().map_or(Ok(()), Err));
         }
         let deadline = self.deadline;
         let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline.into())));
         timer.as_mut().poll(context).map(|()| Err(Failure::TimedOut))
     }
 
-    /// Lets the guest finish what it does after its answer is complete.
-    fn detach(mut self) {
+    /// Runs the guest on in a task of its own, while hyper sends what it writes.
+    fn go_on(mut self) -> AbortHandle {
         let server = self.in_flight.server().clone();
         let aborted = server.aborted().clone();
-        server.executor().handle().spawn(async move {
-            tokio::select! {
+        let task = server.executor().handle().spawn(async move {
+            let result = tokio::select! {
                 biased;
-                () = aborted.cancelled() => {}
-                result = poll_fn(|context| self.poll(context)) => {
-                    if let Err(failure) = result {
-                        report(&self.container, &failure);
-                    }
-                }
+                () = aborted.cancelled() => return,
+                result = poll_fn(|context| self.poll(context)) => result,
+            };
+            if let Err(failure) = result {
+                report(&self.container, &failure);
+                self.exchange.fail(failure);
             }
         });
+        task.abort_handle()
     }
 }
 
@@ -70,10 +125,12 @@ pub struct Whole {
     trailers: Option<HeaderMap>,
 }
 
-/// A body that its guest still writes; reading it is what lets the guest go on.
+/// A body that its guest still writes.
 pub struct Streaming {
     body: HyperOutgoingBody,
-    running: Option<Running>,
+    exchange: Arc<Exchange>,
+    /// The guest, until all of the body was passed on: a client that goes away before takes it along.
+    guest: Option<AbortHandle>,
     /// What the guest's content-length says, less what was passed on.
     missing: Option<u64>,
 }
@@ -102,7 +159,9 @@ impl GuestResponse for Response<HyperOutgoingBody> {
             .get(header::CONTENT_LENGTH)
             .and_then(|length| length.to_str().ok())
             .and_then(|length| length.parse().ok());
-        self.map(|body| Answer::Streaming(Box::new(Streaming { body, running: Some(running), missing })))
+        let exchange = running.exchange.clone();
+        let guest = Some(running.go_on());
+        self.map(|body| Answer::Streaming(Box::new(Streaming { body, exchange, guest, missing })))
     }
 
     async fn map_into_whole(self) -> Result<Response<Answer>, String> {
@@ -160,42 +219,31 @@ impl Body for Answer {
 
 impl Streaming {
     fn poll_frame(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
-        if let Some(running) = &mut self.running {
-            match running.poll(context) {
-                Poll::Ready(Ok(())) => self.running = None,
-                Poll::Ready(Err(failure)) => {
-                    // What was sent cannot be taken back; breaking off tells the client that it is not all.
-                    report(&running.container, &failure);
-                    self.running = None;
-                    return Poll::Ready(Some(Err(Cut(failure.to_string()))));
-                }
-                Poll::Pending => {}
-            }
-        }
-        match Pin::new(&mut self.body).poll_frame(context) {
-            Poll::Ready(Some(Ok(frame))) => {
+        match ready!(Pin::new(&mut self.body).poll_frame(context)) {
+            Some(Ok(frame)) => {
                 if let (Some(missing), Some(data)) = (&mut self.missing, frame.data_ref()) {
                     *missing = missing.saturating_sub(data.len() as u64);
+                    if *missing == 0 {
+                        // A body of known length is dropped after its last byte, not read to its end.
+                        self.guest = None;
+                    }
                 }
                 Poll::Ready(Some(Ok(frame)))
             }
-            Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(Cut(error.to_string())))),
-            Poll::Ready(None) => {
-                if let Some(running) = self.running.take() {
-                    running.detach();
-                }
-                Poll::Ready(None)
+            Some(Err(error)) => Poll::Ready(Some(Err(Cut(error.to_string())))),
+            None => {
+                self.guest = None;
+                // What was sent cannot be taken back; breaking off tells the client that it is not all.
+                Poll::Ready(self.exchange.failure().map(|failure| Err(Cut(failure.to_string()))))
             }
-            Poll::Pending => Poll::Pending,
         }
     }
 }
 
 impl Drop for Streaming {
     fn drop(&mut self) {
-        // A body of known length is dropped after its last byte, not read to its end. Otherwise the client went away.
-        if let (Some(0), Some(running)) = (self.missing, self.running.take()) {
-            running.detach();
+        if let Some(guest) = self.guest.take() {
+            guest.abort();
         }
     }
 }

@@ -1,9 +1,10 @@
 //! Serves wasi:http/proxy components: one listener a container, a fresh instance a request.
 //!
-//! A guest is executed by its connection's own task, between two reads of the socket, so that an ordinary request costs
-//! no task, no channel and no timer; when the client goes away, the guest goes with it.
+//! A guest that answers in one go is executed by its connection's own task, so that an ordinary request costs no task, no
+//! channel and no timer. One that writes on after its answer has begun gets a task then. When the client goes away, the
+//! guest goes with it.
 
-use crate::answer::{Answer, GuestResponse as _, Running};
+use crate::answer::{Answer, Exchange, GuestResponse as _, Progress, Running};
 use crate::cpu::{CpuShare, Sliced};
 use crate::engine::Executor;
 use crate::error::StartError;
@@ -21,20 +22,18 @@ use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
 use std::convert::Infallible;
 use std::fmt;
-use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::task::Poll;
 use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
+use wasmtime::Store;
 use wasmtime_wasi_http::WasiHttpView as _;
 use wasmtime_wasi_http::p2::bindings::ProxyPre;
-use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
-use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
+use wasmtime_wasi_http::p2::bindings::http::types::Scheme;
 
 const BACKLOG: u32 = 1024;
 /// Of one container. More wait in the backlog.
@@ -47,7 +46,6 @@ const MAX_STREAMS: u32 = 128;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 type Guest = crate::guest::ComponentState;
-type Answered = Result<Response<HyperOutgoingBody>, ErrorCode>;
 
 /// A container that answers HTTP. Dropping it stops it at once; `drain` stops it gracefully.
 pub struct HttpServer {
@@ -334,35 +332,26 @@ async fn answer(server: &Arc<Server>, request: Request<Incoming>, began: Instant
     if !named {
         return refusal(StatusCode::BAD_REQUEST, "the request names no host\n");
     }
-    let answered: Arc<Mutex<Option<Answered>>> = Arc::default();
+    let exchange = Arc::<Exchange>::default();
     let mut running = Running {
-        guest: Sliced::new(container.cpu.clone(), execute(server.clone(), serving.clone(), request, answered.clone())),
+        guest: Sliced::new(container.cpu.clone(), execute(server.clone(), serving.clone(), request, exchange.clone())),
+        exchange: exchange.clone(),
         container: container.clone(),
         deadline: began + container.spec.request_timeout,
         timer: None,
         in_flight,
     };
-    // Some(result): the guest ended; None: it answered and goes on.
-    let ended = poll_fn(|context| match running.poll(context) {
-        Poll::Ready(result) => Poll::Ready(Some(result)),
-        Poll::Pending if lock(&answered).is_some() => Poll::Ready(None),
-        Poll::Pending => Poll::Pending,
-    })
-    .await;
-    let answered = lock(&answered).take();
-    let failure = match (ended, answered) {
-        (None, Some(Ok(response))) => {
-            return response.map_into_streaming(running);
-        }
-        (Some(Ok(())), Some(Ok(response))) => {
+    let failure = match (running.progress().await, exchange.take_answer()) {
+        (Progress::Answered, Some(Ok(response))) => return response.map_into_streaming(running),
+        (Progress::Ended, Some(Ok(response))) => {
             drop(running);
             match response.map_into_whole().await {
                 Ok(response) => return response,
                 Err(error) => Failure::Trap(error),
             }
         }
+        (Progress::Failed(failure), _) => failure,
         (_, Some(Err(code))) => Failure::Trap(format!("it answered with error code {code:?}")),
-        (Some(Err(failure)), _) => failure,
         (_, None) => Failure::Trap("it ended without an answer".into()),
     };
     failed(container, &failure)
@@ -393,19 +382,38 @@ fn refusal(status: StatusCode, text: &'static str) -> Response<Answer> {
 }
 
 /// One instance's life.
-async fn execute(
-    server: Arc<Server>,
-    serving: Arc<Serving>,
+async fn execute(server: Arc<Server>, serving: Arc<Serving>, request: Request<Incoming>, exchange: Arc<Exchange>) {
+    match serving.container.component_store(&server.executor.engine, server.metrics.instance()) {
+        Ok(mut store) => {
+            if let Err(error) = call(&serving, &mut store, request, &exchange).await {
+                tell(&exchange, &error);
+            }
+            // Only now are the guest's streams closed.
+            drop(store);
+        }
+        Err(error) => tell(&exchange, &error),
+    }
+}
+
+fn tell(exchange: &Exchange, error: &wasmtime::Error) {
+    match Failure::of(error) {
+        // Exiting is a way of returning.
+        Failure::Exit(0) => {}
+        failure => exchange.fail(failure),
+    }
+}
+
+async fn call(
+    serving: &Serving,
+    store: &mut Store<Guest>,
     request: Request<Incoming>,
-    answered: Arc<Mutex<Option<Answered>>>,
+    exchange: &Arc<Exchange>,
 ) -> wasmtime::Result<()> {
-    let mut store = serving.container.component_store(&server.executor.engine, server.metrics.instance())?;
     let request = store.data_mut().http().new_incoming_request(Scheme::Http, request)?;
-    let answer = store.data_mut().http().new_response_outparam_from_callback(move |answer| {
-        *lock(&answered) = Some(answer);
-    })?;
-    let guest = serving.guest.instantiate_async(&mut store).await?;
-    guest.wasi_http_incoming_handler().call_handle(&mut store, request, answer).await
+    let exchange = exchange.clone();
+    let answer = store.data_mut().http().new_response_outparam_from_callback(move |answer| exchange.answer(answer))?;
+    let guest = serving.guest.instantiate_async(&mut *store).await?;
+    guest.wasi_http_incoming_handler().call_handle(store, request, answer).await
 }
 
 /// A poisoned lock only means that another thread panicked between two assignments.
