@@ -120,8 +120,9 @@ impl Wanted {
 pub struct Credential {
     /// Certificate chain, then private key.
     pub pem: String,
-    pub not_before: Timestamp,
     pub not_after: Timestamp,
+    /// Since when this node has it. Signers date certificates back, some by more than their whole life.
+    since: Timestamp,
     common_name: String,
     dns_names: Vec<String>,
     addresses: Vec<IpAddr>,
@@ -158,7 +159,7 @@ impl Credential {
         let validity = certificate.validity();
         Ok(Self {
             pem: pem.to_owned(),
-            not_before: Timestamp::from_second(validity.not_before.timestamp())?,
+            since: Timestamp::from_second(validity.not_before.timestamp())?,
             not_after: Timestamp::from_second(validity.not_after.timestamp())?,
             common_name,
             dns_names,
@@ -174,11 +175,16 @@ impl Credential {
             && wanted.addresses.iter().all(|address| self.addresses.contains(address))
     }
 
+    /// The same, had since `since`.
+    fn had_since(mut self, since: Timestamp) -> Self {
+        self.since = self.since.max(since.min(self.not_after));
+        self
+    }
+
     /// When to ask for the next one.
     pub fn renewal(&self) -> Timestamp {
-        let life = (self.not_after.as_second() - self.not_before.as_second()).max(0);
-        let wait = jitter(Duration::from_secs(life.unsigned_abs()).mul_f64(RENEW_AFTER), RENEW_JITTER);
-        self.not_before.checked_add(wait).unwrap_or(self.not_after)
+        let life = Duration::try_from(self.not_after.duration_since(self.since)).unwrap_or_default();
+        self.since.checked_add(jitter(life.mul_f64(RENEW_AFTER), RENEW_JITTER)).unwrap_or(self.not_after)
     }
 
     /// As rustls serves it.
@@ -212,7 +218,15 @@ impl Store {
     pub fn load(&self) -> Option<Credential> {
         let pem = std::fs::read_to_string(&self.path).ok()?;
         match Credential::parse(&pem) {
-            Ok(credential) => Some(credential),
+            Ok(credential) => {
+                let written = std::fs::metadata(&self.path).and_then(|file| file.modified()).ok();
+                let written =
+                    written.and_then(|time| Timestamp::try_from(time).ok()).map(|time| time.min(Timestamp::now()));
+                Some(match written {
+                    Some(time) => credential.had_since(time),
+                    None => credential,
+                })
+            }
             Err(error) => {
                 warn!(path = %self.path.display(), "ignoring a damaged certificate: {error:#}");
                 None
@@ -238,7 +252,7 @@ impl Store {
         };
         // Signed or denied: that request is over, and the next one is made with a new key.
         let credential = match credential {
-            Ok(credential) if credential.satisfies(wanted, Timestamp::now()) => credential,
+            Ok(credential) if credential.satisfies(wanted, Timestamp::now()) => credential.had_since(Timestamp::now()),
             Ok(_) => {
                 discard(&pending);
                 bail!("the cluster signed a {} certificate for other names than were asked for", wanted.purpose.name());
@@ -503,8 +517,18 @@ mod tests {
         let moved = Wanted::serving("wasm-1", "wasm-1.c.project.internal", &["10.0.0.3".parse().unwrap()]);
         assert!(!credential.satisfies(&moved, Timestamp::now()));
         assert!(!credential.satisfies(&wanted(), credential.not_after));
-        let renewal = credential.renewal();
-        assert!(credential.not_before < renewal && renewal < credential.not_after);
+    }
+
+    #[test]
+    fn a_certificate_is_renewed_late_in_the_life_that_it_has_here_however_far_it_is_dated_back() {
+        let key = KeyPair::generate().unwrap();
+        let pem = format!("{}\n{}", self_signed(&wanted(), &key), key.serialize_pem());
+        let mut credential = Credential::parse(&pem).unwrap();
+        let now: Timestamp = "2026-01-01T00:05:00Z".parse().unwrap();
+        credential.since = "2026-01-01T00:00:00Z".parse().unwrap();
+        credential.not_after = "2026-01-01T00:06:00Z".parse().unwrap();
+        let left = credential.had_since(now).renewal().duration_since(now).as_secs_f64();
+        assert!((45.0..=51.0).contains(&left), "{left}");
     }
 
     #[test]
