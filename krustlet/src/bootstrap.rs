@@ -184,9 +184,11 @@ pub async fn keep_serving_certificate(
         return keep_given_certificate(certificate, key, &serving).await;
     }
     let store = Store::new(data_dir.join("pki").join("serving.pem"));
-    let mut current = store
-        .load()
-        .filter(|credential| credential.satisfies(&wanted, Timestamp::now()) && serving.set(credential).is_ok());
+    // One that lacks a new name serves the old ones until its successor is signed.
+    let mut current = store.load().filter(|credential| {
+        let usable = credential.satisfies(&wanted.without_names(), Timestamp::now()) && serving.set(credential).is_ok();
+        usable && credential.satisfies(&wanted, Timestamp::now())
+    });
     let mut backoff = Backoff::api();
     loop {
         if let Some(credential) = &current {
