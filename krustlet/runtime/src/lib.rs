@@ -9,6 +9,8 @@ mod command;
 mod cpu;
 mod engine;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod guest;
 mod http;
 mod limits;

@@ -103,6 +103,8 @@ impl Loader {
         let compilers = rayon::ThreadPoolBuilder::new()
             .thread_name(|number| format!("compile-{number}"))
             .start_handler(|_| lower_priority())
+            // A panic in the compiler costs its module, not the node.
+            .panic_handler(|_| tracing::error!("the compiler panicked"))
             .build()?;
         Ok(Self {
             executor,
@@ -189,8 +191,7 @@ fn compile(
         internal(digest, "it is gone from the image store; it is pulled again at the next start".into())
     })?;
     let started = Instant::now();
-    let code = VerifiedCode::compile(&executor.engine, &wasm, is_component(&wasm))
-        .map_err(|error| invalid(digest, format!("{error:#}")))?;
+    let code = compile_bytes(executor, digest, &wasm)?;
     metrics.compiled(started.elapsed());
     metrics.loaded("compiled");
     let module = trusted_module(executor, digest, &code)?;
@@ -198,6 +199,18 @@ fn compile(
         tracing::warn!(%digest, %error, "failed to store compiled code; it is compiled again after a restart");
     }
     Ok(module)
+}
+
+fn compile_bytes(executor: &Executor, digest: &Digest, wasm: &[u8]) -> Result<VerifiedCode, LoadError> {
+    VerifiedCode::compile(&executor.engine, wasm, is_component(wasm))
+        .map_err(|error| invalid(digest, format!("{error:#}")))
+}
+
+/// All that happens to a module before it can be started.
+#[cfg(any(test, feature = "fuzzing"))]
+pub fn compile_and_link(executor: &Executor, wasm: &[u8]) -> Result<Module, LoadError> {
+    let digest = Digest::of(wasm);
+    trusted_module(executor, &digest, &compile_bytes(executor, &digest, wasm)?)
 }
 
 /// The layer field of the header: 0 is a core module, 1 a component.

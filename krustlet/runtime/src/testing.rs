@@ -5,6 +5,19 @@ use crate::signature::{PublicKey, SignedPayload};
 use base64::Engine as _;
 use p256::ecdsa::signature::Signer as _;
 use p256::ecdsa::{Signature, SigningKey, VerifyingKey};
+use std::time::{Duration, Instant};
+
+/// Runs a fuzzed case so many times, or for as many seconds as KRUSTLET_FUZZ_SECONDS says.
+pub fn cases(count: usize, mut case: impl FnMut()) {
+    let seconds = std::env::var("KRUSTLET_FUZZ_SECONDS").ok().and_then(|seconds| seconds.parse().ok());
+    let began = Instant::now();
+    let mut done = 0;
+    while seconds.map_or(done < count, |seconds| began.elapsed() < Duration::from_secs(seconds)) {
+        case();
+        done += 1;
+    }
+    println!("{done} cases");
+}
 
 /// xorshift64*: the same seed gives the same cases on every machine.
 pub struct Random(u64);

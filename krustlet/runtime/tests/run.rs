@@ -95,36 +95,6 @@ async fn what_is_no_module_or_has_nothing_to_run_is_an_invalid_image() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn modules_of_random_bytes_never_panic_the_loader() {
-    let node = Node::trusting_anyone().await;
-    let valid = http_guest("version");
-    let mut seed = 7_u64;
-    let mut random = move |limit: usize| {
-        seed ^= seed << 13;
-        seed ^= seed >> 7;
-        seed ^= seed << 17;
-        usize::try_from(seed >> 16).unwrap() % limit
-    };
-    for _ in 0..150 {
-        let mut module = valid.clone();
-        for _ in 0..=random(3) {
-            let at = random(module.len());
-            module[at] = u8::try_from(random(256)).unwrap();
-        }
-        if random(4) == 0 {
-            module.truncate(random(module.len()));
-        }
-        if module.is_empty() {
-            continue;
-        }
-        let image = node.image(&module).await;
-        if let Err(error) = node.runtime.load(&image).await {
-            assert!(!error.to_string().contains("panicked"), "{error}");
-        }
-    }
-}
-
 // Serving
 
 #[tokio::test]

@@ -1,0 +1,4 @@
+//! Manifests and configs of artifacts, as a registry may send them.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| krustlet_runtime::fuzzing::artifact(data));

@@ -1,0 +1,87 @@
+//! Ways in for the fuzzers, in this crate's tests and in `fuzz/`: each takes any bytes, and must neither panic nor accept
+//! what it should not.
+
+use crate::artifact::{Artifact, Digest};
+use crate::engine::Executor;
+use crate::module::compile_and_link;
+use crate::registry::{ImageName, RegistrySecret};
+use crate::signature::{self, PublicKey, SignedPayload};
+use std::sync::LazyLock;
+
+/// A key whose private half nobody has.
+const KEY: &str = "-----BEGIN PUBLIC KEY-----
+MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEaxfR8uEsQkf4vOblY6RA8ncDfYEt
+6zOg9KE5RdiYwpZP40Li/hp/m47n60p8D54WK84zV2sxXs7LtkBoN79R9Q==
+-----END PUBLIC KEY-----
+";
+
+static EXECUTOR: LazyLock<Option<Executor>> = LazyLock::new(|| Executor::new().ok());
+
+/// A manifest, or a manifest and a config with a zero byte between them.
+pub fn artifact(data: &[u8]) {
+    let mut parts = data.splitn(2, |byte| *byte == 0);
+    let manifest = parts.next().unwrap_or_default();
+    if let Ok(artifact) = Artifact::parse(manifest) {
+        let _ = artifact.check_config(parts.next().unwrap_or_default());
+    }
+    if let Ok(text) = std::str::from_utf8(data) {
+        let _ = ImageName::parse(text);
+        let _ = Digest::parse(text);
+    }
+    let _ = RegistrySecret::from_docker_config(data);
+}
+
+/// A signature manifest, or a payload and its signature with a zero byte between them.
+pub fn signature(data: &[u8]) {
+    let mut parts = data.splitn(2, |byte| *byte == 0);
+    let payload = parts.next().unwrap_or_default();
+    let _ = signature::layers(payload);
+    let text = String::from_utf8_lossy(parts.next().unwrap_or_default()).into_owned();
+    let _ = PublicKey::from_pem(&text);
+    let Ok(key) = PublicKey::from_pem(KEY) else { return };
+    let verified = signature::verify(&Digest::of(payload), &[SignedPayload::new(payload, text)], &[key]);
+    assert!(verified.is_err(), "nobody has the private key");
+}
+
+/// A module of either kind.
+pub fn module(data: &[u8]) {
+    if let Some(executor) = EXECUTOR.as_ref() {
+        let _ = compile_and_link(executor, data);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::artifact::tests::{config_of, manifest_of};
+    use crate::testing::{Random, Signer, cases};
+
+    #[test]
+    fn manifests_and_configs_of_any_bytes_are_read_without_a_panic() {
+        let config = config_of(b"module");
+        let manifest = manifest_of(&config, b"module").to_string().into_bytes();
+        let whole = [manifest.as_slice(), &config].join(&0);
+        let mut random = Random::new(1);
+        cases(20_000, || super::artifact(&random.mutate(&whole)));
+    }
+
+    #[test]
+    fn signatures_of_any_bytes_are_refused_without_a_panic() {
+        let signer = Signer::new(1);
+        let payload = signer.payload(&crate::artifact::Digest::of(b"manifest"));
+        let whole = [payload.as_slice(), signer.signature(&payload).as_bytes()].join(&0);
+        let mut random = Random::new(2);
+        cases(3_000, || super::signature(&random.mutate(&whole)));
+    }
+
+    #[test]
+    fn modules_of_any_bytes_are_loaded_or_refused_without_a_panic() {
+        let guest = wat::parse_str(include_str!("../tests/guest.wat")).unwrap();
+        let command = wat::parse_str(r#"(module (memory 1) (func (export "_start") (loop (br 0))))"#).unwrap();
+        let mut random = Random::new(3);
+        let mut turn = 0_usize;
+        cases(200, || {
+            turn += 1;
+            super::module(&random.mutate(if turn.is_multiple_of(3) { &guest } else { &command }));
+        });
+    }
+}
