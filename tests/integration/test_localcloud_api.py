@@ -342,7 +342,8 @@ def test_python_client_manages_repositories_and_accounts(localcloud: Localcloud)
     policy["bindings"] = [{"role": "roles/artifactregistry.reader", "members": [member]}]
     kept = repositories.setIamPolicy(resource=name, body={"policy": policy}).execute()
     assert kept["bindings"] == policy["bindings"]
-    assert repositories.list(parent=parent).execute()["repositories"][0]["name"] == name
+    listed = repositories.list(parent=parent).execute()["repositories"]
+    assert name in [repository["name"] for repository in listed]
     repositories.delete(name=name).execute()
     assert accounts.delete(name=account["name"]).execute() == {}
 
@@ -482,7 +483,8 @@ def test_gcloud_manages_repositories_and_service_accounts(gcloud: Gcloud) -> Non
 def test_gcloud_manages_clusters(gcloud: Gcloud) -> None:
     location = f"--location={ZONE}"
     gcloud("container", "clusters", "create", "g-c", location, "--num-nodes=1")
-    assert [item["status"] for item in gcloud("container", "clusters", "list")] == ["RUNNING"]
+    listed = {item["name"]: item["status"] for item in gcloud("container", "clusters", "list")}
+    assert listed["g-c"] == "RUNNING"
     gcloud("container", "clusters", "update", "g-c", location, "--update-labels=a=b")
     body = gcloud("container", "clusters", "describe", "g-c", location)
     assert body["resourceLabels"] == {"a": "b"}
