@@ -10,6 +10,7 @@ import pytest
 
 from components.providers import cargo
 from tests.integration.agent.harness import Agent, Cluster, Registry, Workspace, make_namespace
+from tests.integration.agent.link import Link
 from tests.integration.conftest import REPOSITORY, Localcloud
 
 AgentFactory = Callable[..., Agent]
@@ -68,6 +69,14 @@ def make_agent(
     yield make
     for agent in made:
         agent.remove()
+
+
+@pytest.fixture
+def link(cluster: Cluster) -> Iterator[Link]:
+    """A way to the API server that the test may cut."""
+    made = Link(cluster.server)
+    yield made
+    made.close()
 
 
 @pytest.fixture

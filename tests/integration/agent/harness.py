@@ -171,6 +171,30 @@ class Cluster:
         """An ApiClient for the bearer of a token."""
         return kubernetes.config.new_client_from_config_dict(self.kubeconfig_of(token), persist_config=False)
 
+    @property
+    def pki(self) -> Path:
+        """The cluster's keys and certificates."""
+        return self.cloud.home / "clusters" / self.name / "pki"
+
+    def kubectl(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run kubectl as cluster-admin."""
+        kubeconfig = self.cloud.home / f"{self.name}.kubeconfig"
+        kubeconfig.write_text(json.dumps(self.kubeconfig))
+        command = ["kubectl", f"--kubeconfig={kubeconfig}", *arguments]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        if check:
+            assert answer.returncode == 0, f"{command}\n{answer.stdout}\n{answer.stderr}"
+        return answer
+
+    def moment(self) -> str:
+        """A resource version: now, for `changes`."""
+        return str(self.core.list_node(limit=1).metadata.resource_version)
+
+    def changes(self, since: str, listing: Any, *scope: str, **selector: str) -> list[Manifest]:
+        """Every change after a moment to what a call lists: `type` and `object`, none left out, in order."""
+        watch = kubernetes.watch.Watch()
+        return list(watch.stream(listing, *scope, resource_version=since, timeout_seconds=1, **selector))
+
     def _allow_bootstrap(self) -> None:
         """As the program does it for its node."""
         group = "rbac.authorization.k8s.io"
@@ -336,15 +360,19 @@ class Agent:
         assert self.process is not None
         assert self.process.poll() is None, f"the agent exited with {self.process.returncode}\n{self.log}"
 
-    def api(self, path: str, token: str | None = "", **options: Any) -> requests.Response:
-        """A GET to the agent's HTTPS API: as the cluster's administrator, the bearer of a token, or nobody.
+    def api(
+        self, path: str, token: str | None = "", *, verb: str = "GET", **options: Any
+    ) -> requests.Response:
+        """A request to the agent's HTTPS API: as the cluster's administrator, a token's bearer, or nobody.
 
         Directly: the API server's proxy refuses nodes on loopback addresses.
         """
         bearer = self.cluster.cloud.token if token == "" else token
         headers = {} if bearer is None else {"Authorization": f"Bearer {bearer}"}
         authority = str(self.directory / "ca.crt")
-        return requests.get(f"{self.url}{path}", headers=headers, verify=authority, timeout=20, **options)
+        return requests.request(
+            verb, f"{self.url}{path}", headers=headers, verify=authority, timeout=20, **options
+        )
 
     def answers(self) -> bool:
         """Whether the agent's HTTPS API has its certificate and answers."""
