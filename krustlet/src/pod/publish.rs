@@ -9,8 +9,10 @@ use serde_json::{Value, json};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// A status that only says that the pod is on its way waits this long for something better to say.
+/// A status that only says that the pod is on its way waits this long for something better to say, and the next such one
+/// twice as long, up to the most.
 const PATIENCE: Duration = Duration::from_millis(300);
+const MAX_PATIENCE: Duration = Duration::from_secs(5);
 /// How long after another hand changed our status it is written again, at the soonest.
 const AFTER_OVERWRITE: Duration = Duration::from_secs(1);
 /// How long the watch may take to say that a pod is gone whose status could not be written for that reason.
@@ -24,13 +26,22 @@ pub struct Publisher {
     version: u64,
     writing: bool,
     not_before: Option<Instant>,
+    patience: Duration,
     patience_ends: Option<Instant>,
     backoff: Backoff,
 }
 
 impl Default for Publisher {
     fn default() -> Self {
-        Self { told: None, version: 0, writing: false, not_before: None, patience_ends: None, backoff: Backoff::api() }
+        Self {
+            told: None,
+            version: 0,
+            writing: false,
+            not_before: None,
+            patience: PATIENCE,
+            patience_ends: None,
+            backoff: Backoff::api(),
+        }
     }
 }
 
@@ -60,9 +71,10 @@ impl Publisher {
             self.patience_ends = None;
             return false;
         }
-        if may_wait && now < *self.patience_ends.get_or_insert(now + PATIENCE) {
+        if may_wait && now < *self.patience_ends.get_or_insert(now + self.patience) {
             return false;
         }
+        self.patience = if may_wait { (self.patience * 2).min(MAX_PATIENCE) } else { PATIENCE };
         self.patience_ends = None;
         self.writing = true;
         true
@@ -165,6 +177,22 @@ mod tests {
         assert!(!quick.begin(&status("Pending"), true, now));
         assert!(quick.begin(&status("Running"), false, now + PATIENCE / 2));
         assert!(publisher.begin(&status("Pending"), true, now + PATIENCE));
+    }
+
+    #[test]
+    fn a_pod_that_takes_long_is_told_of_less_and_less_often() {
+        let mut now = Instant::now();
+        let mut publisher = Publisher::default();
+        let mut waits = Vec::new();
+        for step in 0..7 {
+            let begun = now;
+            while !publisher.begin(&status(&step.to_string()), true, now) {
+                now = publisher.deadline().unwrap();
+            }
+            waits.push((now - begun).as_millis());
+            publisher.on_written(status(&step.to_string()), Ok(step), now);
+        }
+        assert_eq!(waits, [300, 600, 1200, 2400, 4800, 5000, 5000]);
     }
 
     #[test]

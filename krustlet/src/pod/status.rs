@@ -295,16 +295,23 @@ fn current<'a>(pod: &'a Pod, type_: &str) -> Option<&'a PodCondition> {
     pod.status.as_ref()?.conditions.as_ref()?.iter().find(|condition| condition.type_ == type_)
 }
 
-/// Whether the status says no more than that the pod is on its way: then it may wait a little for something better.
+/// Whether the status says no more than that a new pod is on its way to being ready, and nothing has gone wrong: then it
+/// may wait a little for something better.
 pub fn is_progress(status: &PodStatus) -> bool {
-    let on_the_way = |container: &ContainerStatus| {
-        container.last_state.as_ref().is_none_or(|last| last.terminated.is_none())
-            && container.state.as_ref().and_then(|state| state.waiting.as_ref()).is_some_and(|w| {
-                matches!(w.reason.as_deref(), Some(waiting::CONTAINER_CREATING | waiting::POD_INITIALIZING))
-            })
+    let well = |container: &ContainerStatus| {
+        let state = container.state.as_ref();
+        let creating = state.and_then(|state| state.waiting.as_ref()).is_some_and(|waiting| {
+            matches!(waiting.reason.as_deref(), Some(waiting::CONTAINER_CREATING | waiting::POD_INITIALIZING))
+        });
+        let running = state.is_some_and(|state| state.running.is_some());
+        let succeeded = state.and_then(|state| state.terminated.as_ref()).is_some_and(|end| end.exit_code == 0);
+        let first_run = container.last_state.as_ref().is_none_or(|last| last.terminated.is_none());
+        first_run && (creating || running || succeeded)
     };
-    status.phase.as_deref() == Some("Pending")
-        && status.init_container_statuses.iter().chain(&status.container_statuses).flatten().all(on_the_way)
+    let ready = status.conditions.iter().flatten().any(|c| c.type_ == condition::READY && c.status == "True");
+    !ready
+        && matches!(status.phase.as_deref(), Some("Pending" | "Running"))
+        && status.init_container_statuses.iter().chain(&status.container_statuses).flatten().all(well)
 }
 
 /// Whether two statuses differ for a reader; times of transition alone do not count.
@@ -519,10 +526,18 @@ mod tests {
     }
 
     #[test]
-    fn being_created_is_progress_and_an_error_is_news() {
-        let status = |state| built(&Pod::default(), &[view(Role::Main, "a", state)], false, None);
-        assert!(is_progress(&status(creating())));
-        assert!(!is_progress(&status(running())));
-        assert!(!is_progress(&status(State::waiting("ErrImagePull", "m"))));
+    fn being_on_the_way_is_progress_and_an_error_or_readiness_is_news() {
+        let status = |containers: &[ContainerView]| built(&Pod::default(), containers, false, None);
+        let main = |state| view(Role::Main, "a", state);
+        assert!(is_progress(&status(&[main(creating())])));
+        assert!(is_progress(&status(&[view(Role::Init, "i", ended(0)), main(creating())])));
+        let mut unready = main(running());
+        unready.ready = false;
+        assert!(is_progress(&status(std::slice::from_ref(&unready))));
+        assert!(!is_progress(&status(&[main(running())])));
+        assert!(!is_progress(&status(&[main(State::waiting("ErrImagePull", "m"))])));
+        assert!(!is_progress(&status(&[view(Role::Init, "i", ended(1)), main(creating())])));
+        unready.last = Some(Termination::from_api(&ContainerStateTerminated::default()));
+        assert!(!is_progress(&status(&[unready])));
     }
 }

@@ -86,7 +86,7 @@ pub struct Worker {
     publisher: Publisher,
     /// The phase in the API is final; nothing is written any more.
     frozen: bool,
-    adopted: bool,
+    /// It was ready once, or another agent had it before: what changes now is news.
     was_ready: bool,
     deleting: bool,
     delete_after: Option<Instant>,
@@ -110,9 +110,9 @@ impl Worker {
                 .collect(),
             _ => Vec::new(),
         };
+        let adopted = slots.iter().any(|slot| slot.has_run);
         let mut worker = Self {
             start_time: shown.start_time.as_ref().map_or_else(status::now, |time| time.0),
-            adopted: slots.iter().any(|slot| slot.has_run),
             node,
             pod: pod.clone(),
             updates,
@@ -131,14 +131,13 @@ impl Worker {
             finished: frozen,
             publisher: Publisher::default(),
             frozen,
-            was_ready: false,
+            was_ready: adopted,
             deleting: false,
             delete_after: None,
         };
-        if worker.adopted {
+        if adopted {
             info!(pod = full_name(&pod), uid = uid(&pod), "taking the pod back");
         }
-        worker.was_ready = worker.adopted;
         worker.take(pod);
         worker
     }
@@ -793,7 +792,7 @@ impl Worker {
         }
         let status = self.status();
         // Something better is about to be said: that it runs, or that it has ended.
-        let progress = status::is_progress(&status) && !self.adopted;
+        let progress = status::is_progress(&status) && !self.was_ready;
         let ending = self.is_ending() && !self.finished;
         if !self.publisher.begin(&status, (progress || ending) && !self.shutdown, Instant::now()) {
             return;
