@@ -11,15 +11,16 @@ use wasmtime::component::Linker;
 use wasmtime::error::Context as _;
 use wasmtime::{Config, Enabled, Engine, InstanceAllocationStrategy, OptLevel, PoolingAllocationConfig};
 
-/// Instances that may be alive at once on a node. Each reserves address space, none costs memory before it is used.
-const MAX_INSTANCES: u32 = 2000;
+/// Instances that may be alive at once on a node. Each reserves 4 GiB of address space, none costs memory before it is used.
+/// The smaller numbers are for machines whose kernel or limits give less address space.
+const MAX_INSTANCES: [u32; 3] = [2000, 400, 50];
 /// A component is several core instances (its modules and the adapters between them).
 const CORE_INSTANCES: u32 = 8;
 const TABLES: u32 = 4;
 /// Large enough for the function tables of language runtimes compiled to wasm.
 const TABLE_ELEMENTS: usize = 100_000;
-/// Only guests in garbage-collected languages have a heap of this kind.
-const MAX_GC_HEAPS: u32 = 200;
+/// Only guests in garbage-collected languages have a heap of this kind: one instance in so many.
+const INSTANCES_PER_GC_HEAP: u32 = 10;
 /// Slots that stay warm for another instance of the same module.
 const WARM_SLOTS: u32 = 64;
 /// Memory that a warm slot keeps; clearing it is cheaper than having the kernel map it again at the next request.
@@ -46,7 +47,7 @@ pub struct Executor {
 
 impl Executor {
     pub fn new() -> wasmtime::Result<Self> {
-        let engine = Engine::new(&config()).context("failed to make the wasm engine")?;
+        let engine = engine().context("failed to make the wasm engine")?;
         let ticker = Ticker::start(engine.weak()).context("failed to start the epoch thread")?;
         let workers = std::thread::available_parallelism().map_or(1, usize::from);
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -86,14 +87,25 @@ impl Drop for Executor {
     }
 }
 
-fn config() -> Config {
+fn engine() -> wasmtime::Result<Engine> {
+    let mut result = Engine::new(&config(MAX_INSTANCES[0]));
+    for instances in &MAX_INSTANCES[1..] {
+        if let Err(error) = &result {
+            tracing::warn!(%error, instances, "this machine gives little address space; it holds fewer instances at once");
+            result = Engine::new(&config(*instances));
+        }
+    }
+    result
+}
+
+fn config(instances: u32) -> Config {
     let mut pool = PoolingAllocationConfig::new();
-    pool.total_component_instances(MAX_INSTANCES)
-        .total_core_instances(MAX_INSTANCES * CORE_INSTANCES)
-        .total_memories(MAX_INSTANCES)
-        .total_tables(MAX_INSTANCES * TABLES)
-        .total_stacks(MAX_INSTANCES)
-        .total_gc_heaps(MAX_GC_HEAPS)
+    pool.total_component_instances(instances)
+        .total_core_instances(instances * CORE_INSTANCES)
+        .total_memories(instances)
+        .total_tables(instances * TABLES)
+        .total_stacks(instances)
+        .total_gc_heaps(instances.div_ceil(INSTANCES_PER_GC_HEAP))
         .max_memories_per_module(4)
         .max_tables_per_module(8)
         .table_elements(TABLE_ELEMENTS)
@@ -127,4 +139,20 @@ fn kernel_scans_pages() -> bool {
 #[cfg(not(target_os = "linux"))]
 fn kernel_scans_pages() -> bool {
     false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn code_does_not_depend_on_how_many_instances_a_machine_can_hold() {
+        use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+        let hash = |instances| {
+            let mut hasher = DefaultHasher::new();
+            Engine::new(&config(instances)).unwrap().precompile_compatibility_hash().hash(&mut hasher);
+            hasher.finish()
+        };
+        assert_eq!(hash(MAX_INSTANCES[0]), hash(MAX_INSTANCES[2]));
+    }
 }

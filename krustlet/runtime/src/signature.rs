@@ -163,6 +163,27 @@ mod tests {
         verify(&manifest(), &[signer.sign(&manifest())], &[signer.public_key()]).unwrap();
     }
 
+    /// Key, payload and signature are as cosign 2.6.5 made them (`generate-key-pair`, `sign --key`).
+    #[test]
+    fn what_cosign_itself_signed_is_accepted() {
+        let key = PublicKey::from_pem(
+            "-----BEGIN PUBLIC KEY-----\n\
+             MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAECMo3P0dpD4T93QRp4cNe7U6bYcGU\n\
+             IQBDBpI6sVrfrVMXjYDwU95rMKpQ0uf78xLLk3HXQZ5whP0LsDxOD/+Vig==\n\
+             -----END PUBLIC KEY-----\n",
+        )
+        .unwrap();
+        let manifest =
+            Digest::parse("sha256:821e9b9c22aca642a51e95755f7a1631c27b7eb990addb101c89e70e2f15e7a0").unwrap();
+        let payload = format!(
+            r#"{{"critical":{{"identity":{{"docker-reference":"127.0.0.1:18555/app"}},"image":{{"docker-manifest-digest":"{manifest}"}},"type":"cosign container image signature"}},"optional":null}}"#
+        );
+        let signature =
+            "MEUCIQDVId/wY+6871mhzYX5ZeFdF5zXdgnIx/Ys/xWcTfPQPQIgIpNgPK7U6NWH1EQ1fmXmV6tC8GYu9fJ1xY3beZB/qEg=";
+        let signed = SignedPayload::new(payload.as_bytes(), signature.into());
+        verify(&manifest, &[signed], &[key]).unwrap();
+    }
+
     #[test]
     fn one_trusted_signature_among_several_and_several_keys_is_enough() {
         let (ours, theirs) = (Signer::new(1), Signer::new(2));
