@@ -33,6 +33,9 @@ const MIN_GRACE: Duration = Duration::from_secs(2);
 const DEFAULT_GRACE: Duration = Duration::from_secs(30);
 /// The longest that the end of the agent waits for a pod.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(20);
+/// At the end of the agent, the API server has this long to hear that a deleted pod has ended and to let its object go. The
+/// next agent makes up for what it did not hear.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 /// How often changed ConfigMaps, Secrets and tokens reach the pod's files, more or less by the share.
 const REFRESH: Duration = Duration::from_secs(60);
 const REFRESH_JITTER: f64 = 0.2;
@@ -81,6 +84,8 @@ pub struct Worker {
     shutdown: bool,
     /// All of its containers have ended for good.
     finished: bool,
+    /// Until when an agent that stops waits for the object of a finished pod to go.
+    last_words: Option<Instant>,
 
     // What the API was told.
     publisher: Publisher,
@@ -129,6 +134,7 @@ impl Worker {
             completed: false,
             shutdown: false,
             finished: frozen,
+            last_words: None,
             publisher: Publisher::default(),
             frozen,
             was_ready: adopted,
@@ -147,6 +153,9 @@ impl Worker {
         loop {
             self.advance();
             self.publish();
+            if self.shutdown && self.finished {
+                self.last_words.get_or_insert_with(|| Instant::now() + LAST_WORDS);
+            }
             if self.gone && self.finished || self.is_shut_down() {
                 break;
             }
@@ -164,6 +173,10 @@ impl Worker {
     }
 
     fn is_shut_down(&self) -> bool {
+        // The API server may be away, or a finalizer may keep the object: neither keeps the agent.
+        if self.last_words.is_some_and(|until| Instant::now() >= until) {
+            return true;
+        }
         let waits = self.deleted.is_some() || self.gone || (self.failure.is_some() && !self.finished);
         self.shutdown && !waits && !self.publisher.is_writing() && self.slots.iter().all(|slot| !slot.is_active())
     }
@@ -909,6 +922,7 @@ impl Worker {
         }
         let mut deadlines: Vec<Instant> = Vec::new();
         deadlines.extend(self.refresh_at);
+        deadlines.extend(self.last_words);
         if !self.frozen && !self.gone {
             deadlines.extend(self.publisher.deadline());
         }

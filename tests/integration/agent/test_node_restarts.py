@@ -81,7 +81,11 @@ def test_ready_goes_false_before_the_pods_are_taken_up_and_restart_count_rises(
 def test_sigterm_finishes_requests_in_flight_and_keeps_the_pods(
     own: Agent, place: Workspace, cluster: Cluster
 ) -> None:
-    pod = place.serve().wait_ready()
+    pod = place.serve(
+        volumeMounts=[{"name": "scratch", "mountPath": "/scratch"}],
+        pod={"volumes": [{"name": "scratch", "emptyDir": {}}]},
+    ).wait_ready()
+    assert pod.get("/write", path="/scratch/mark", text="kept").ok
     answers: list[str] = []
     request = threading.Thread(target=lambda: answers.append(pod.get("/sleep", ms=2000).text))
     request.start()
@@ -99,6 +103,7 @@ def test_sigterm_finishes_requests_in_flight_and_keeps_the_pods(
     assert "Killing" not in reasons
     own.start()
     _restarted(pod, 1)
+    assert pod.get("/read", path="/scratch/mark").text == "kept"
     assert "panicked" not in own.log
 
 
@@ -126,6 +131,20 @@ def test_a_pod_that_is_deleted_while_the_agent_drains_ends_as_deleted(own: Agent
     assert errors == []
     assert other.exists()
     assert other.read().metadata.deletion_timestamp is None
+
+
+def test_an_ended_pod_that_a_finalizer_keeps_does_not_keep_the_agent(own: Agent, place: Workspace) -> None:
+    pod = place.serve().wait_ready()
+    pod.patch({"metadata": {"finalizers": ["example.com/hold"]}})
+    try:
+        pod.delete(grace=5)
+        pod.wait(lambda seen: seen.status.container_statuses[0].state.terminated, "the pod to end")
+        assert own.stop() == 0
+        own.start()
+        assert pod.status().restart_count == 0
+    finally:
+        pod.patch({"metadata": {"finalizers": None}})
+    pod.wait_gone(timeout=10)
 
 
 @pytest.mark.parametrize("kill", [False, True], ids=["SIGTERM", "SIGKILL"])
