@@ -313,6 +313,27 @@ def test_a_pod_is_ready_after_at_most_four_changes_of_its_status(space: Workspac
         pod.wait_gone()
 
 
+def test_a_status_that_another_hand_changed_is_put_right(space: Workspace, cluster: Cluster) -> None:
+    pod = space.serve().wait_ready()
+    unready = [{"type": "Ready", "status": "False"}, {"type": "ContainersReady", "status": "False"}]
+    cluster.core.patch_namespaced_pod_status(pod.name, space.namespace, {"status": {"conditions": unready}})
+    pod.wait_ready(timeout=10)
+    assert (pod.status().restart_count, pod.get("/version").ok) == (0, True)
+
+
+def test_a_pod_that_another_hand_declared_failed_stops_and_stays_failed(
+    space: Workspace, cluster: Cluster
+) -> None:
+    # As the garbage collector of pods does it.
+    pod = space.serve().wait_ready()
+    failed = {"phase": "Failed", "reason": "NodeLost"}
+    cluster.core.patch_namespaced_pod_status(pod.name, space.namespace, {"status": failed})
+    pod.wait(lambda seen: seen.status.container_statuses[0].state.terminated, "the container to end", 10)
+    with pytest.raises(OSError, match="refused"):
+        pod.get("/version")
+    assert pod.read().status.phase == "Failed"
+
+
 def test_no_change_of_a_pod_shows_it_succeeded_or_failed_while_a_container_runs(
     space: Workspace, cluster: Cluster
 ) -> None:

@@ -128,6 +128,9 @@ def test_certificates_are_renewed_before_they_end_without_a_restart(
     assert datetime.now(UTC) < held.not_valid_after_utc
     ends = max(served.not_valid_after_utc, held.not_valid_after_utc)
     until(lambda: datetime.now(UTC) > ends, "the first certificates to end", timeout=LIFE.total_seconds())
+    assert {request.username for request in signer.of(registration.SERVING_SIGNER)[:2]} == {
+        f"system:node:{own.name}"
+    }
     assert len(signer.of(registration.SERVING_SIGNER)) >= 2
     # Both ways still work: the API server reaches the agent, and the agent the API server.
     assert own.answers()
@@ -141,7 +144,6 @@ def test_only_the_first_request_comes_with_the_token_and_each_has_a_key_of_its_o
     own: Agent, signer: Signer
 ) -> None:
     own.start()
-    until(lambda: len(signer.of(registration.SERVING_SIGNER)) >= 2, "the renewal of the serving certificate")
     client, *renewals = signer.of(registration.CLIENT_SIGNER)
     assert client.username.startswith("system:bootstrap:")
     assert client.usages == {"digital signature", "client auth"}

@@ -174,6 +174,13 @@ def test_a_deleted_node_is_back_ready_with_its_lease_and_its_pods_never_stopped(
     assert (pod.status().restart_count, condition(pod.read(), "Ready")) == (0, "True")
 
 
+def test_a_node_that_was_given_up_says_at_once_that_it_is_ready(agent: Agent, cluster: Cluster) -> None:
+    # As the node controller does it when the lease has not been renewed for long.
+    lost = {"type": "Ready", "status": "Unknown", "reason": "NodeStatusUnknown", "message": "lost"}
+    cluster.core.patch_node_status(agent.name, {"status": {"conditions": [lost]}})
+    until(lambda: agent.condition("Ready") == "True", "the node to be ready again", timeout=5)
+
+
 def test_the_node_follows_its_flags_at_a_restart_and_keeps_what_others_set(
     make_agent: AgentFactory, cluster: Cluster
 ) -> None:

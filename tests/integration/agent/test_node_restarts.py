@@ -208,6 +208,44 @@ def test_a_command_that_may_be_restarted_is_after_a_crash(own: Agent, place: Wor
     assert pod.logs(previous=True) == "begun\n"
 
 
+def test_restart_count_and_last_state_outlive_the_agent_in_a_crash_loop(
+    own: Agent, place: Workspace, cluster: Cluster
+) -> None:
+    moment = cluster.moment()
+    pod = place.run("exit", "9", pod={"restart": "Always"})
+    pod.wait_waiting("CrashLoopBackOff")
+    before = pod.status().restart_count
+    own.kill()
+    own.start()
+    pod.wait(lambda seen: seen.status.container_statuses[0].restart_count > before, "one more restart", 30)
+    assert pod.status().last_state.terminated.exit_code == 9
+    seen = cluster.changes(
+        moment,
+        cluster.core.list_namespaced_pod,
+        place.namespace,
+        field_selector=f"metadata.name={pod.name}",
+    )
+    statuses = [event["object"].status.container_statuses for event in seen]
+    counts = [status[0].restart_count for status in statuses if status]
+    assert counts == sorted(counts)
+
+
+def test_a_pod_has_its_port_again_after_a_restart_though_an_older_one_waits_for_it(
+    own: Agent, place: Workspace
+) -> None:
+    port = place.port()
+    older = place.serve(port=port, image=f"{place.registry.uri}/not-there:latest")
+    older.wait_waiting("ErrImagePull")
+    pod = place.serve(port=port).wait_ready()
+    older.set_image(place.http_image)
+    assert pod.name in older.wait_waiting("PortInUse")
+    own.restart()
+    _restarted(pod, 1)
+    assert pod.name in older.wait_waiting("PortInUse")
+    pod.delete(grace=0)
+    older.wait_ready()
+
+
 def test_pods_that_went_while_no_agent_ran_leave_nothing_behind(own: Agent, place: Workspace) -> None:
     volume = {"name": "scratch", "emptyDir": {}}
     mount = [{"name": "scratch", "mountPath": "/scratch"}]
@@ -256,12 +294,14 @@ def test_the_second_agent_in_a_data_directory_refuses_to_start_and_says_why(own:
     assert own.answers()
 
 
-def test_garbage_in_the_data_directory_does_not_stop_the_agent(own: Agent, place: Workspace) -> None:
+@pytest.mark.parametrize("garbage", [b"\x00\xff garbage {", b""], ids=["garbage", "empty"])
+def test_garbage_in_the_data_directory_does_not_stop_the_agent(
+    own: Agent, place: Workspace, garbage: bytes
+) -> None:
     pod = place.serve().wait_ready()
     ended = place.run("print", "done")
     ended.wait_phase("Succeeded")
     own.kill()
-    garbage = b"\x00\xff garbage {"
     spoilt = 0
     for path in sorted(own.data_dir.rglob("*")):
         if path.is_file() and path.name != "lock" and "volumes" not in path.parts:
@@ -274,7 +314,7 @@ def test_garbage_in_the_data_directory_does_not_stop_the_agent(own: Agent, place
     own.start()
     _restarted(pod, 1)
     assert pod.get("/version").ok
-    assert ended.read().status.phase == "Succeeded"
+    assert (ended.read().status.phase, ended.logs()) == ("Succeeded", "")
     assert "panicked" not in own.log
 
 
