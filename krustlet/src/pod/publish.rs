@@ -80,6 +80,11 @@ impl Publisher {
         true
     }
 
+    /// Ends the wait for something better to say, from the moment that there is something to say.
+    pub fn hurry(&mut self, now: Instant) {
+        self.patience_ends = Some(now);
+    }
+
     /// A write has ended: with the pod's new resource version, or an HTTP status if the API server gave one.
     pub fn on_written(&mut self, status: PodStatus, result: Result<u64, Option<u16>>, now: Instant) {
         self.writing = false;
@@ -177,6 +182,17 @@ mod tests {
         assert!(!quick.begin(&status("Pending"), true, now));
         assert!(quick.begin(&status("Running"), false, now + PATIENCE / 2));
         assert!(publisher.begin(&status("Pending"), true, now + PATIENCE));
+    }
+
+    #[test]
+    fn in_a_hurry_nothing_waits() {
+        let now = Instant::now();
+        let mut publisher = Publisher::default();
+        assert!(!publisher.begin(&status("Pending"), true, now));
+        publisher.hurry(now);
+        assert!(publisher.begin(&status("Pending"), true, now));
+        publisher.on_written(status("Pending"), Ok(1), now);
+        assert!(!publisher.begin(&status("Running"), true, now), "and the hurry is over");
     }
 
     #[test]

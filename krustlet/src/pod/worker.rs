@@ -473,6 +473,8 @@ impl Worker {
             ProbeEvent::Ready(ready) => slot.view.ready = ready && slot.view.started,
             ProbeEvent::Unhealthy { message, .. } => {
                 self.tell(Some(&container.name), Severity::Warning, event::UNHEALTHY, message);
+                // Nothing better is likely to be said soon.
+                self.publisher.hurry(Instant::now());
             }
             ProbeEvent::Failed { kind, message } => {
                 self.tell(Some(&container.name), Severity::Normal, event::KILLING, message.clone());

@@ -527,6 +527,14 @@ class Pod:
         self.wait(lambda pod: condition(pod, "Ready") == "True", f"{self.name} to be ready", timeout)
         return self
 
+    def wait_unready(self, timeout: float = 60) -> Any:
+        """Wait until the pod runs and is not ready; give the pod."""
+        return self.wait(
+            lambda pod: pod if (pod.status.phase, condition(pod, "Ready")) == ("Running", "False") else None,
+            f"{self.name} to run and not to be ready",
+            timeout,
+        )
+
     def wait_phase(self, phase: str, timeout: float = 60) -> Any:
         """Wait for a phase; give the pod's status."""
         return self.wait(

@@ -18,14 +18,13 @@ def test_readiness_drives_the_ready_condition_both_ways_and_never_restarts(space
     probe = http_probe(port, MARK)
     pod = space.serve(port=port, readinessProbe=probe, pod=VOLUMES, **SCRATCH)
     pod.wait_event("Unhealthy", "Readiness probe failed")
-    seen = pod.read()
-    assert (seen.status.phase, condition(seen, "Ready")) == ("Running", "False")
+    seen = pod.wait_unready()
     assert condition(seen, "ContainersReady") == "False"
     assert status_of(seen).started is True
     assert pod.get("/write", path="/scratch/ok", text="x").ok
     pod.wait_ready(timeout=10)
     assert pod.get("/remove", path="/scratch/ok").ok
-    pod.wait(lambda seen: condition(seen, "Ready") == "False", "the pod to be unready again", 10)
+    pod.wait_unready(timeout=10)
     assert pod.status().restart_count == 0
 
 
@@ -78,7 +77,7 @@ def test_a_tcp_probe_to_a_port_where_nobody_listens_fails(space: Workspace) -> N
     probe = {"tcpSocket": {"port": space.port()}, "periodSeconds": 1, "failureThreshold": 1}
     pod = space.serve(readinessProbe=probe)
     pod.wait_event("Unhealthy", "Readiness probe failed")
-    assert condition(pod.read(), "Ready") == "False"
+    pod.wait_unready()
 
 
 def test_a_startup_probe_holds_the_others_back_until_it_succeeds(space: Workspace) -> None:
@@ -92,7 +91,7 @@ def test_a_startup_probe_holds_the_others_back_until_it_succeeds(space: Workspac
         **SCRATCH,
     )
     pod.wait_event("Unhealthy", "Startup probe failed")
-    status = pod.status()
+    status = status_of(pod.wait_unready())
     assert (status.started, status.ready, status.restart_count) == (False, False, 0)
     assert pod.get("/write", path="/scratch/alive", text="x").ok
     assert pod.get("/write", path="/scratch/ok", text="x").ok
@@ -117,7 +116,7 @@ def test_a_probe_that_takes_longer_than_its_timeout_fails(space: Workspace) -> N
     port = space.port()
     pod = space.serve(port=port, readinessProbe=http_probe(port, "/sleep?ms=2500", timeoutSeconds=1))
     pod.wait_event("Unhealthy", "Readiness probe failed")
-    assert condition(pod.read(), "Ready") == "False"
+    pod.wait_unready()
 
 
 def test_as_many_successes_as_the_threshold_says_make_a_pod_ready(space: Workspace) -> None:
