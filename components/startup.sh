@@ -107,30 +107,38 @@ install_agent() {
 }
 
 # Port 10250 is the kubelet's, where the API server looks for logs.
+# Everything is asked for before the first file is written: a failure inside a here-document would go unnoticed, and the
+# agent would be configured with nothing where its name or its address belongs.
 write_configuration() {
-    mkdir -p "$CONFIG"
-    # Readable by the service's own user, as is the metadata server that it comes from. The token in it ends within
-    # minutes and is deleted once the node has joined.
-    metadata instance/attributes/krustlet-bootstrap-kubeconfig >"$CONFIG/bootstrap.kubeconfig"
-    metadata instance/attributes/krustlet-verification-key >"$CONFIG/verification.pem"
+    bootstrap=$(metadata instance/attributes/krustlet-bootstrap-kubeconfig)
+    key=$(metadata instance/attributes/krustlet-verification-key)
+    labels=$(metadata instance/attributes/krustlet-node-labels)
+    max_pods=$(metadata instance/attributes/krustlet-max-pods)
     name=$(metadata instance/name)
+    hostname=$(metadata instance/hostname)
     zone=$(metadata instance/zone)
     project=$(metadata project/project-id)
     address=$(metadata instance/network-interfaces/0/ip)
+    external=$(metadata instance/network-interfaces/0/access-configs/0/external-ip)
+    mkdir -p "$CONFIG"
+    # Readable by the service's own user, as is the metadata server that it comes from. The token in it ends within
+    # minutes and is deleted once the node has joined.
+    printf '%s\n' "$bootstrap" >"$CONFIG/bootstrap.kubeconfig"
+    printf '%s\n' "$key" >"$CONFIG/verification.pem"
     cat >"$CONFIG/krustlet.env" <<EOF
 GCE_METADATA_HOST=${GCE_METADATA_HOST:-metadata.google.internal}
 KRUSTLET_ADDRESS=$address
 KRUSTLET_PORT=10250
 KRUSTLET_NODE_IP=$address
-KRUSTLET_EXTERNAL_IP=$(metadata instance/network-interfaces/0/access-configs/0/external-ip)
+KRUSTLET_EXTERNAL_IP=$external
 KRUSTLET_NODE_NAME=$name
-KRUSTLET_HOSTNAME=$(metadata instance/hostname)
+KRUSTLET_HOSTNAME=$hostname
 KRUSTLET_PROVIDER_ID=gce://$project/${zone##*/}/$name
 KRUSTLET_BOOTSTRAP_FILE=$CONFIG/bootstrap.kubeconfig
 KRUSTLET_VERIFICATION_KEYS=$CONFIG/verification.pem
 KRUSTLET_REGISTRY_CREDENTIALS=gce
-NODE_LABELS=$(metadata instance/attributes/krustlet-node-labels)
-MAX_PODS=$(metadata instance/attributes/krustlet-max-pods)
+NODE_LABELS=$labels
+MAX_PODS=$max_pods
 RUST_LOG=info
 EOF
 }
@@ -138,8 +146,9 @@ EOF
 # MemoryDenyWriteExecute stays off: the agent compiles WebAssembly to machine code, which is memory that was written and
 # is then executed.
 write_unit() {
+    port=$(metadata instance/attributes/krustlet-app-port)
     capabilities=
-    if [ "$(metadata instance/attributes/krustlet-app-port)" -lt 1024 ]; then
+    if [ "$port" -lt 1024 ]; then
         capabilities=CAP_NET_BIND_SERVICE
     fi
     mkdir -p "$SYSTEMD_UNIT_PATH"
