@@ -19,6 +19,8 @@ from components.registry import ContainerRegistry
 STARTUP_SCRIPT = Path(__file__).with_name("startup.sh")
 # What the registry and the metadata server ask for; what the account may do is the IAM policy's affair.
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+# Below it the service needs a capability, which the startup script gives to its unit.
+FIRST_UNPRIVILEGED_PORT = 1024
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class KrustletNode(pulumi.ComponentResource):
             f"{name}-address",
             project=args.project,
             region=args.region,
-            name=f"{args.node.name}-address",
+            name=f"{args.node.name[:55]}-address",
             opts=child,
         )
         token = BootstrapToken(f"{name}-token", args.node.name, args.cluster.kubeconfig, opts=child)
@@ -186,10 +188,16 @@ class KrustletNode(pulumi.ComponentResource):
             opts=pulumi.ResourceOptions(
                 parent=self,
                 depends_on=needs,
-                # Name and address can be one VM's at a time. Another agent is a fresh VM, as another script
-                # is.
+                # Name and address can be one VM's at a time.
                 delete_before_replace=True,
-                replacement_trigger=args.agent.image,
+                # What the startup script reads once, at boot: in a running VM a change of it would reach the
+                # metadata and not the agent, which would refuse what another key signed.
+                replacement_trigger=[
+                    args.agent.image,
+                    args.verification_key,
+                    args.node.max_pods,
+                    args.app_port < FIRST_UNPRIVILEGED_PORT,
+                ],
             ),
         )
 

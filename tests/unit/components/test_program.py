@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from collections.abc import Callable
 from typing import Any
 
 import pulumi
@@ -13,16 +14,29 @@ from tests.unit.conftest import REPOSITORY, Monitor, Run
 KEYS = {"private_key", "token", "kubeconfig", "given", "password"}
 
 
+Program = Callable[..., Monitor]
+
+
 @pytest.fixture
-def program(run: Run, defaults: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Monitor:
-    """Run __main__.py once with the default configuration."""
+def program_with(run: Run, defaults: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Program:
+    """Run __main__.py with the default configuration and what is given instead."""
     monkeypatch.chdir(REPOSITORY)
 
-    def main() -> None:
-        pulumi.runtime.set_all_config(defaults)
-        runpy.run_path(str(REPOSITORY / "__main__.py"), run_name="__main__")
+    def runner(**given: str) -> Monitor:
+        def main() -> None:
+            settings = {f"awesome-wasm:{key}": value for key, value in given.items()}
+            pulumi.runtime.set_all_config(defaults | settings)
+            runpy.run_path(str(REPOSITORY / "__main__.py"), run_name="__main__")
 
-    return run(main)
+        return run(main)
+
+    return runner
+
+
+@pytest.fixture
+def program(program_with: Program) -> Monitor:
+    """Run __main__.py once with the default configuration."""
+    return program_with()
 
 
 def test_every_component_is_a_child_of_the_stack_and_every_resource_of_a_component(program: Monitor) -> None:
@@ -125,6 +139,35 @@ def test_the_pod_names_its_image_by_digest_and_waits_for_the_signature(program: 
 def test_the_vm_starts_after_it_may_pull_and_ask_for_certificates(program: Monitor) -> None:
     needs = program.registered["node-vm"].dependencies
     assert {"registry-node-reader", "node-bootstrap", "agent-push", "node-token"} <= set(needs)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_another"),
+    [
+        ("maxPods", "7", True),
+        ("appPort", "80", True),
+        ("appPort", "8081", False),
+        ("sourceRanges", '["10.0.0.0/8"]', False),
+    ],
+)
+def test_a_vm_is_made_anew_for_what_its_agent_reads_at_boot_and_for_nothing_else(
+    program: Monitor, program_with: Program, key: str, value: str, is_another: bool
+) -> None:
+    trigger = program.registered["node-vm"].replacement_trigger
+    changed = program_with(**{key: value}).registered["node-vm"].replacement_trigger
+    assert (changed != trigger) is is_another
+
+
+def test_a_vm_is_made_anew_for_another_agent_and_for_another_key(program: Monitor) -> None:
+    image = "europe-west1-docker.pkg.dev/p/awesome-wasm/krustlet@sha256:" + "12" * 32
+    assert program.registered["node-vm"].replacement_trigger[:2] == [image, "PUBLIC"]
+
+
+def test_the_longest_name_of_a_node_leaves_room_for_the_names_made_of_it(program_with: Program) -> None:
+    monitor = program_with(nodeName="n" * 63)
+    for name in ("node-address", "node-app-firewall", "node-agent-firewall"):
+        assert len(monitor.registered[name].plain("name")) <= 63
+    assert len(monitor.registered["node-account"].plain("accountId")) <= 30
 
 
 def test_only_the_control_plane_reaches_the_agent_s_port(program: Monitor) -> None:
