@@ -11,7 +11,6 @@ from typing import Any
 import pulumi
 import pytest
 import yaml
-from google.protobuf.json_format import MessageToDict
 from pulumi.runtime import mocks, rpc, test
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -29,7 +28,7 @@ class Registered:
     secret_outputs: list[str] = field(default_factory=list)
     delete_before_replace: bool = False
     replace_with: list[str] = field(default_factory=list)
-    replacement_trigger: Any = None
+    replacement_trigger: list[Any] = field(default_factory=list)
 
     def is_secret(self, key: str) -> bool:
         """Say whether an input was sent as a secret."""
@@ -106,7 +105,7 @@ class Monitor(mocks.MockMonitor):
             list(request.additionalSecretOutputs),
             request.deleteBeforeReplace,
             [urn.rsplit("::", 1)[-1] for urn in request.replace_with],
-            MessageToDict(request.replacement_trigger) if request.HasField("replacement_trigger") else None,
+            rpc.deserialize_property(request.replacement_trigger.list_value),
         )
         return super().RegisterResource(request)  # type: ignore[no-untyped-call]
 
