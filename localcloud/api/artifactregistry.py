@@ -15,6 +15,7 @@ from localcloud.api.iam import find_account
 from localcloud.api.listing import matching, page
 from localcloud.api.policy import REPOSITORY_ROLES, get_policy, set_policy, test_permissions
 from localcloud.api.service import TABLE, Call, Services
+from localcloud.specs import BackendError
 from localcloud.store import Json, Record, Store
 
 REPOSITORY = "artifactregistry.repositories"
@@ -139,8 +140,11 @@ def _patch(call: Call) -> Json:
         field, _, inner = path.partition(".")
         if field not in _CHANGEABLE:
             raise ApiError(400, f'field "{field}" cannot be updated')
-        if inner and isinstance(record.body.get(field, {}), dict):
-            _assign(record.body.setdefault(field, {}), inner, call.body.get(field, {}).get(inner))
+        if inner:
+            given = call.body.get(field, {})
+            if not isinstance(given, dict) or not isinstance(record.body.get(field, {}), dict):
+                raise ApiError(400, f'field "{field}" has no part "{inner}"')
+            _assign(record.body.setdefault(field, {}), inner, given.get(inner))
         else:
             _assign(record.body, field, call.body.get(field))
     record.body["updateTime"] = _time()
@@ -171,7 +175,13 @@ def _delete(call: Call) -> Json:
 def _do_delete(services: Services, arguments: Json) -> Json | None:
     record = services.store.get(arguments["key"])
     if record is not None:
-        services.backends.delete_repository(_prefix(record))
+        try:
+            services.backends.delete_repository(_prefix(record))
+        except BackendError:
+            # It is there, then, and can be used or deleted again.
+            del record.private["deleting"]
+            services.store.put(record)
+            raise
         services.store.delete(record.key)
     return {"@type": "type.googleapis.com/google.protobuf.Empty"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from functools import partial
 
 from localcloud.api.compute.common import key_of
@@ -34,11 +35,23 @@ def instance_spec(record: Record) -> InstanceSpec:
     )
 
 
+def _boot(services: Services, record: Record) -> None:
+    """Start a machine. Of one that cannot be started nothing goes on running, and it is shown as stopped."""
+    try:
+        services.backends.start_instance(instance_spec(record))
+    except BackendError as error:
+        with suppress(BackendError):
+            services.backends.stop_instance(instance_spec(record))
+        _change(services, record.key, status="TERMINATED", statusMessage=str(error))
+        raise
+
+
 def _change(services: Services, key: str, **fields: str) -> Record | None:
     """Set fields of an instance's body, if it is still there."""
     with services.store.transaction():
         record = services.store.get(key)
         if record is not None:
+            record.body.pop("statusMessage", None)
             record.body |= fields
             services.store.put(record)
     return record
@@ -63,7 +76,7 @@ def _start(services: Services, arguments: Json) -> None:
     if record is None or record.body["status"] == "RUNNING":
         return
     record = _change(services, record.key, status="STAGING") or record
-    services.backends.start_instance(instance_spec(record))
+    _boot(services, record)
     _change(services, record.key, status="RUNNING", lastStartTimestamp=now())
 
 
@@ -81,7 +94,7 @@ def _reset(services: Services, arguments: Json) -> None:
     record = services.store.get(arguments["key"])
     if record is not None:
         services.backends.stop_instance(instance_spec(record))
-        services.backends.start_instance(instance_spec(record))
+        _boot(services, record)
         _change(services, record.key, lastStartTimestamp=now())
 
 
@@ -91,7 +104,14 @@ def _delete(services: Services, arguments: Json) -> None:
     record = services.store.get(arguments["key"])
     if record is None:
         return
-    services.backends.delete_instance(instance_spec(record))
+    try:
+        services.backends.delete_instance(instance_spec(record))
+    except BackendError as error:
+        # It is there, then, and can be deleted again.
+        record.private["deleting"] = False
+        services.store.put(record)
+        _change(services, record.key, status="TERMINATED", statusMessage=str(error))
+        raise
     with services.store.transaction():
         for disk in record.body["disks"]:
             _release_disk(services, disk)
@@ -124,7 +144,6 @@ def _restore(services: Services, key: str) -> None:
     if record is None or record.body["status"] != "RUNNING":
         return
     try:
-        services.backends.start_instance(instance_spec(record))
-    except BackendError as error:
+        _boot(services, record)
+    except BackendError:
         logger.exception("instance %s could not be started again", record.name)
-        _change(services, key, status="TERMINATED", statusMessage=str(error))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from localcloud.api.artifactregistry import repository_of
 from localcloud.api.server import Api
 from localcloud.home import Home
 from localcloud.store import Record, Store
@@ -89,6 +90,46 @@ def test_operations_on_one_target_run_in_the_order_of_their_requests(client: Cli
     client.done(deleted)
     client.error(404, "GET", f"{ZONE}/instances/vm")
     assert client.backends.calls[-1] == ("delete_instance", "vm")
+
+
+@pytest.mark.parametrize("verb", ["start", "reset"])
+def test_an_instance_that_cannot_be_started_is_shown_as_stopped_and_can_be_started_again(
+    client: Client, verb: str
+) -> None:
+    client.create(f"{ZONE}/instances", instance())
+    if verb == "start":
+        client.create(f"{ZONE}/instances/vm/stop", None)
+    client.backends.fail.add("start_instance")
+    operation = client.done(client.ok("POST", f"{ZONE}/instances/vm/{verb}"))
+    assert operation["httpErrorStatusCode"] == 503
+    body = client.ok("GET", f"{ZONE}/instances/vm")
+    assert (body["status"], body["statusMessage"]) == ("TERMINATED", "start_instance of vm failed on purpose")
+    assert client.backends.calls[-1] == ("stop_instance", "vm")
+    client.backends.fail.clear()
+    client.create(f"{ZONE}/instances/vm/start", None)
+    body = client.ok("GET", f"{ZONE}/instances/vm")
+    assert body["status"] == "RUNNING"
+    assert "statusMessage" not in body
+
+
+def test_an_instance_whose_deletion_failed_can_be_deleted_again(client: Client) -> None:
+    client.create(f"{ZONE}/instances", instance())
+    client.backends.fail.add("delete_instance")
+    assert "error" in client.done(client.ok("DELETE", f"{ZONE}/instances/vm"))
+    assert client.ok("GET", f"{ZONE}/instances/vm")["status"] == "TERMINATED"
+    client.backends.fail.clear()
+    assert "error" not in client.done(client.ok("DELETE", f"{ZONE}/instances/vm"))
+    client.error(404, "GET", f"{ZONE}/instances/vm")
+
+
+def test_a_repository_whose_deletion_failed_goes_on_serving_and_can_be_deleted_again(client: Client) -> None:
+    client.done_registry(client.ok("POST", REPOSITORIES, {"format": "DOCKER"}, query="repositoryId=app"))
+    client.backends.fail.add("delete_repository")
+    assert "error" in client.done_registry(client.ok("DELETE", f"{REPOSITORIES}/app"))
+    assert repository_of(client.api.services.store, "localcloud-dev/app/image") is not None
+    client.backends.fail.clear()
+    assert "error" not in client.done_registry(client.ok("DELETE", f"{REPOSITORIES}/app"))
+    client.error(404, "GET", f"{REPOSITORIES}/app")
 
 
 def test_refused_change_changes_nothing(client: Client) -> None:
