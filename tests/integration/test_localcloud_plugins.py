@@ -61,7 +61,8 @@ instance = gcp.compute.Instance(
     "instance",
     zone=zone,
     name="it",
-    machine_type="e2-small",
+    machine_type=config.get("machine") or "e2-small",
+    allow_stopping_for_update=True,
     boot_disk={"initialize_params": {"image": "debian-cloud/debian-12"}},
     network_interfaces=[{"subnetwork": subnetwork.id, "access_configs": [{"nat_ip": address.address}]}],
     metadata={"text": config.require("text"), "hidden": pulumi.Output.secret("hush")},
@@ -262,6 +263,11 @@ def test_a_stack_goes_through_its_life(stack: Stack) -> None:
     assert stack.outputs()["instance"] == outputs["instance"]
     assert stack.outputs()["settings"] != outputs["settings"]
     assert stack.outputs()["said"] == "two"
+
+    stack.set(machine="e2-medium")
+    # stopped, changed, started: the same VM
+    assert stack.up() == {"same": 13, "update": 1}
+    assert stack.outputs()["instance"] == outputs["instance"]
 
     stack.set(script="two")
     # another startup script is another VM, which is the command's trigger

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 from localcloud.api.compute.catalog import check_zone, disk_type, find_image, zones
-from localcloud.api.compute.common import aggregated, begin, key_of, link, listed, new_body, require, resolve
+from localcloud.api.compute.common import (
+    NAME,
+    aggregated,
+    begin,
+    key_of,
+    link,
+    listed,
+    new_body,
+    require,
+    resolve,
+)
 from localcloud.api.errors import already_exists, in_use, invalid_value, not_found
 from localcloud.api.service import TABLE, Call, fingerprint, now
 from localcloud.store import Json, Record
@@ -47,6 +59,10 @@ def attach_boot_disk(call: Call, instance: Record) -> None:
             f"Requested disk size cannot be smaller than the image size ({image['diskSizeGb']} GB)",
         )
     name = params.get("diskName", instance.name)
+    if not re.fullmatch(NAME, name):
+        raise invalid_value(
+            "resource.disks[0].initializeParams.diskName", name, f"Must be a match of regex '{NAME}'"
+        )
     key = f"projects/{call.project}/zones/{zone}/disks/{name}"
     if call.store.get(key) is not None:
         raise already_exists(key)

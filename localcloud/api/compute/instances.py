@@ -35,6 +35,7 @@ from localcloud.store import Json, Record, instance_key
 _METADATA_KEY = re.compile(r"[-_a-zA-Z0-9]{1,128}")
 _METADATA_VALUE_CHARACTERS = 262_144
 _METADATA_TOTAL_CHARACTERS = 524_288
+_HOSTNAME = re.compile(r"(?=.{1,253}$)[a-z]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)+")
 _TAG = re.compile(r"[a-z](?:[-a-z0-9]{0,61}[a-z0-9])?")
 
 
@@ -80,21 +81,34 @@ def _insert(call: Call) -> Json:
     return begin(call, "insert", record, "compute.instances.create")
 
 
-def _fill_machine(call: Call, record: Record) -> None:
-    body, zone = record.body, check_zone(call)
+def _machine_type(call: Call) -> str:
+    """The link to the machine type that the body names.
+
+    Raises:
+        ApiError: 400, there is none of that name in the zone.
+    """
+    zone, given = check_zone(call), call.body.get("machineType", "")
     within = f"projects/{call.project}/zones/{zone}/machineTypes"
-    key = resolve(call, body.get("machineType", ""), within)
-    if not body.get("machineType") or not key.startswith(f"{within}/"):
-        raise invalid_value(
-            "resource.machineType", body.get("machineType", ""), "The URL is malformed or of another zone."
-        )
-    if machine_type(call.project, zone, key.rpartition("/")[2]) is None:
+    key = resolve(call, given, within)
+    if not given or not key.startswith(f"{within}/"):
+        raise invalid_value("resource.machineType", given, "The URL is malformed or of another zone.")
+    name = key.rpartition("/")[2]
+    if machine_type(call.project, zone, name) is None:
         raise invalid_value(
             "resource.machineType",
             link(key),
-            f"Machine type with name '{key.rpartition('/')[2]}' does not exist in zone '{zone}'.",
+            f"Machine type with name '{name}' does not exist in zone '{zone}'.",
         )
-    body["machineType"] = link(key)
+    return link(key)
+
+
+def _fill_machine(call: Call, record: Record) -> None:
+    body = record.body
+    body["machineType"] = _machine_type(call)
+    if "hostname" in body and not _HOSTNAME.fullmatch(body["hostname"]):
+        raise invalid_value(
+            "resource.hostname", body["hostname"], "Must be a fully qualified, RFC1035 compliant domain name."
+        )
     defaults: Json = {
         "canIpForward": False,
         "deletionProtection": False,
@@ -311,6 +325,21 @@ def _reset(call: Call) -> Json:
     if record.body["status"] != "RUNNING":
         raise not_ready(record.key)
     return begin(call, "reset", record, "compute.instances.reset")
+
+
+@TABLE.serves("compute.instances.setMachineType")
+def _set_machine_type(call: Call) -> Json:
+    record = _find(call)
+    if record.body["status"] != "TERMINATED":
+        raise ApiError(
+            400,
+            f"Invalid resource usage: 'The machine type of {record.key} can be changed while it is "
+            f"TERMINATED only; it is {record.body['status']}.'.",
+            reason="invalidResourceUsage",
+        )
+    record.body["machineType"] = _machine_type(call)
+    call.store.put(record)
+    return begin(call, "setMachineType", record)
 
 
 @TABLE.serves("compute.instances.setMetadata")

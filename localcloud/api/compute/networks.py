@@ -176,6 +176,16 @@ def _range(text: str, field: str) -> ipaddress.IPv4Network:
         ) from error
 
 
+def _any_range(text: str, field: str) -> None:
+    """A range of IPv4 or IPv6, or one address."""
+    try:
+        ipaddress.ip_network(text)
+    except ValueError as error:
+        raise invalid_value(
+            field, text, "Must be a CIDR address range that is valid and has no host bits set."
+        ) from error
+
+
 def _prepare_firewall(call: Call, record: Record) -> None:
     body = record.body
     body["network"] = find_network(call, body.get("network", "global/networks/default")).body["selfLink"]
@@ -198,7 +208,7 @@ def _check_firewall(body: Json) -> None:
         raise invalid_value("resource.priority", body["priority"], "Must be between 0 and 65535.")
     for field, rule in rules:
         protocol = rule.get("IPProtocol", "")
-        if protocol not in _PROTOCOLS and not (protocol.isdigit() and int(protocol) <= 255):
+        if protocol not in _PROTOCOLS and not (protocol.isdecimal() and int(protocol) <= 255):
             raise invalid_value(
                 f"resource.{field}[0].IPProtocol", protocol, "Invalid IP protocol specification."
             )
@@ -212,7 +222,7 @@ def _check_firewall(body: Json) -> None:
                 raise invalid_value(f"resource.{field}[0].ports[0]", port, "Invalid port or port range.")
     for field in ("sourceRanges", "destinationRanges"):
         for index, cidr in enumerate(body.get(field, [])):
-            _range(cidr if "/" in cidr else f"{cidr}/32", f"resource.{field}[{index}]")
+            _any_range(cidr, f"resource.{field}[{index}]")
 
 
 def _no_users(_store: Store, _record: Record) -> Iterator[str]:
@@ -223,6 +233,13 @@ def taken_addresses(store: Store) -> set[str]:
     """Every address that is reserved, or that an instance has."""
     taken = {record.body["address"] for record in store.list(ADDRESS)}
     return taken | {record.private["ip"] for record in store.list("compute.instances")}
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.IPv4Address(address).is_loopback
+    except ValueError:
+        return False
 
 
 def _prepare_address(call: Call, record: Record) -> None:
@@ -245,7 +262,7 @@ def _prepare_address(call: Call, record: Record) -> None:
         )
     taken = taken_addresses(call.store)
     if body.get("address"):
-        if not ipaddress.ip_address(body["address"]).is_loopback:
+        if not _is_loopback(body["address"]):
             raise invalid_value(
                 "resource.address", body["address"], "localcloud has loopback addresses only."
             )

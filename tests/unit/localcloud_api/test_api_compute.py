@@ -311,3 +311,47 @@ def test_service_account_of_an_instance_is_kept_with_its_scopes(client: Client) 
     }
     client.create(f"{ZONE}/instances", instance(serviceAccounts=[account]))
     assert client.ok("GET", f"{ZONE}/instances/vm")["serviceAccounts"] == [account]
+
+
+def test_machine_type_is_changed_while_the_instance_is_stopped_and_at_no_other_time(client: Client) -> None:
+    client.create(f"{ZONE}/instances", instance())
+    body = {"machineType": "zones/europe-west1-b/machineTypes/e2-medium"}
+    assert "TERMINATED" in client.error(400, "POST", f"{ZONE}/instances/vm/setMachineType", body)
+    client.create(f"{ZONE}/instances/vm/stop", None)
+    unknown = {"machineType": "zones/europe-west1-b/machineTypes/e2-gigantic"}
+    assert "does not exist" in client.error(400, "POST", f"{ZONE}/instances/vm/setMachineType", unknown)
+    client.create(f"{ZONE}/instances/vm/setMachineType", body)
+    client.create(f"{ZONE}/instances/vm/start", None)
+    changed = client.ok("GET", f"{ZONE}/instances/vm")
+    assert changed["machineType"] == f"{URL}/zones/europe-west1-b/machineTypes/e2-medium"
+    assert changed["status"] == "RUNNING"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hostname": "vm"},
+        {"hostname": "vm.example\nKRUSTLET_PORT=1"},
+        {
+            "disks": [
+                {
+                    "boot": True,
+                    "initializeParams": {"sourceImage": "debian-cloud/debian-12", "diskName": "../x"},
+                }
+            ]
+        },
+    ],
+)
+def test_a_name_that_google_would_refuse_is_refused(client: Client, fields: dict[str, Any]) -> None:
+    assert "Invalid value for field" in client.error(400, "POST", f"{ZONE}/instances", instance(**fields))
+
+
+@pytest.mark.parametrize("address", ["garbage", "10.0.0.1", "::1"])
+def test_an_address_that_is_none_of_loopback_is_refused(client: Client, address: str) -> None:
+    client.error(400, "POST", f"{REGION}/addresses", {"name": "ip", "address": address})
+
+
+def test_firewall_takes_sources_of_ipv6(client: Client) -> None:
+    rule = {"name": "six", "allowed": [{"IPProtocol": "tcp"}], "sourceRanges": ["::/0"]}
+    client.create(FIREWALLS, rule)
+    client.error(400, "POST", FIREWALLS, {**rule, "name": "bad", "sourceRanges": ["::1/0"]})
