@@ -17,6 +17,8 @@ _TOKEN = re.compile(
     r"|(?P<word>[^\s()=!<>:\"']+))"
 )
 _WORD_OPERATORS = {"eq", "ne"}
+_MOST_LEVELS = 50
+"""Of a filter or a field mask; what is nested deeper is no question but a load."""
 
 
 def page(
@@ -29,6 +31,8 @@ def page(
     """
     try:
         start = int(base64.urlsafe_b64decode(token)) if token else 0
+        if start < 0:
+            raise ValueError(start)  # noqa: TRY301
     except ValueError as error:
         raise ApiError(
             400, f"Invalid value for field 'pageToken': '{token}'. Invalid page token.", reason="invalid"
@@ -64,6 +68,8 @@ class _Filter:
             kind = "text" if match.lastgroup in ("double", "single") else match.lastgroup
             self._tokens.append((kind, re.sub(r"\\(.)", r"\1", match[match.lastgroup])))
             position = match.end()
+        if sum(token in (("mark", "("), ("word", "NOT")) for token in self._tokens) > _MOST_LEVELS:
+            raise self._invalid()
 
     def parse(self) -> Predicate:
         result = self._any_of()
@@ -102,7 +108,10 @@ class _Filter:
         known = operator_kind == "op" or operator in _WORD_OPERATORS
         if kind not in ("word", "text") or value_kind not in ("word", "text") or not known:
             raise self._invalid()
-        compare = _comparison(operator, value)
+        try:
+            compare = _comparison(operator, value)
+        except re.error as error:
+            raise self._invalid() from error
         if operator in ("!=", "ne"):
             return lambda item: all(compare(found) for found in _values(item, name.split(".")) or [None])
         return lambda item: any(compare(found) for found in _values(item, name.split(".")))
@@ -182,7 +191,7 @@ def partial(body: Json, mask: str) -> Json:
     Raises:
         ApiError: 400, not such an expression.
     """
-    tree, rest = _mask(mask)
+    tree, rest = _mask(mask) if mask.count("(") + mask.count("/") <= _MOST_LEVELS else ({}, mask)
     if rest:
         raise ApiError(400, f"Invalid field selection {mask}", reason="invalidParameter")
     selected: Json = _select(body, tree)

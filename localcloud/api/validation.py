@@ -32,6 +32,7 @@ _PACKAGES = {
 }
 _PARTIAL_SUCCESS = "returnPartialSuccess"
 """gcloud sends it to every list, and Google takes it there, though some lists' documents do not name it."""
+_MOST_LEVELS = 100
 _OUTPUT_ONLY = re.compile(r"\[?output only", re.IGNORECASE)
 _DATETIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)")
 _DURATION = re.compile(r"-?\d+(\.\d{1,9})?s")
@@ -99,16 +100,42 @@ def check_body(method: Method, content: bytes) -> Json:
         if method.service == "compute":
             raise ApiError(400, "Required field 'resource' not specified", reason="required")
         return {}
-    try:
-        body = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ApiError(400, f"Invalid JSON payload received. {error}", reason="parseError") from error
-    if not isinstance(body, dict):
-        raise ApiError(400, "Invalid JSON payload received. Root element must be a message.")
+    body = _parsed(content)
     problems: list[tuple[str, str]] = []
     checked = _Checker(method.document, problems).message(method.request, body, _root(method))
     _raise(problems)
     return checked
+
+
+def _parsed(content: bytes) -> Json:
+    """
+    Raises:
+        ApiError: 400, not a JSON object, or one that Google's front end takes for none: a number that JSON
+            does not have, text that is no Unicode, more levels than any message has.
+    """
+    try:
+        if content.count(b"{") + content.count(b"[") > _MOST_LEVELS:
+            _check_levels(content)
+        body = json.loads(content, parse_constant=_no_constant)
+        # Half of a surrogate pair passes the parser; stored, it would spoil every list that it is in.
+        json.dumps(body, ensure_ascii=False).encode()
+    except ValueError as error:
+        raise ApiError(400, f"Invalid JSON payload received. {error}", reason="parseError") from error
+    if not isinstance(body, dict):
+        raise ApiError(400, "Invalid JSON payload received. Root element must be a message.")
+    return body
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"Unexpected token: {name}")
+
+
+def _check_levels(content: bytes) -> None:
+    level = 0
+    for character in re.sub(rb'"(?:[^"\\]|\\.)*"', b"", content):
+        level += (character in b"{[") - (character in b"}]")
+        if level > _MOST_LEVELS:
+            raise ValueError(f"Message too deep. Max recursion depth reached: {_MOST_LEVELS}")
 
 
 def _root(method: Method) -> str:
@@ -213,16 +240,17 @@ class _Checker:
         low, high = _RANGES[form]
         try:
             number = int(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return self._wrong(where, f"TYPE_{form.upper()}", value)
-        if isinstance(value, bool) or number != float(value) or not low <= number <= high:
+        is_whole = not isinstance(value, float) or value == number
+        if isinstance(value, bool) or not is_whole or not low <= number <= high:
             return self._wrong(where, f"TYPE_{form.upper()}", value)
         return str(number) if as_string else number
 
     def _number(self, value: Any, where: str) -> Any:
         try:
             return float(value) if not isinstance(value, bool) else self._wrong(where, "TYPE_DOUBLE", value)
-        except ValueError:
+        except (ValueError, OverflowError):
             return self._wrong(where, "TYPE_DOUBLE", value)
 
     def _string(self, schema: Json, value: Any, where: str) -> Any:

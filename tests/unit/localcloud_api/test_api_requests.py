@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -47,11 +48,50 @@ def test_wrong_type_or_enum_is_refused(client: Client, fields: dict[str, Any], m
     assert message in client.error(400, "POST", f"{ZONE}/instances", instance(**fields))
 
 
-@pytest.mark.parametrize("content", [b'{"name": ', b"[1]", b'"x"', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"name": ',
+        b"[1]",
+        b'"x"',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"labels":' * 500 + b"{}" + b"}" * 500,
+        b'{"canIpForward": NaN}',
+        # Stored, half of a surrogate pair would make every later list a 500.
+        b'{"description": "\\ud800"}',
+    ],
+)
 def test_what_is_no_json_object_is_refused(client: Client, content: bytes) -> None:
     assert client.error(400, "POST", f"{ZONE}/instances", content).startswith(
         "Invalid JSON payload received."
     )
+
+
+def test_brackets_in_a_text_are_no_levels(client: Client) -> None:
+    client.create(f"{ZONE}/instances", instance(description='"[{\\' * 200))
+
+
+@pytest.mark.parametrize("number", [b"1e400", b"9" * 400, b"9" * 5000, b"1.5", b'"x"', b"true"])
+def test_what_is_no_whole_number_is_refused(client: Client, number: bytes) -> None:
+    body = b'{"name": "f", "allowed": [{"IPProtocol": "tcp"}], "priority": ' + number + b"}"
+    client.error(400, "POST", f"{COMPUTE}/global/firewalls", body)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "filter=name eq (",
+        "filter=name eq *",
+        "filter=" + "(" * 5000,
+        "filter=" + "NOT " * 5000 + "a=b",
+        "fields=" + "a(" * 5000,
+        "pageToken=LTU=",  # -5
+        "pageToken=é",
+    ],
+)
+def test_a_question_that_cannot_be_understood_is_refused(client: Client, query: str) -> None:
+    client.error(400, "GET", f"{ZONE}/instances", query=quote(query, safe="="))
 
 
 def test_missing_body_is_refused(client: Client) -> None:
