@@ -86,12 +86,16 @@ def stop(home: Home) -> int:
     if config is None:
         sys.stdout.write(f"nothing was started in {home.root}\n")
         return 0
-    with home.lock("start"):
-        Supervisor(home).stop()
-        if _health(home, config) is not None:
-            raise BackendError(f"something still answers for {home.root} at {config.url}")
+    _end_everything(home, config)
     sys.stdout.write("localcloud is stopped\n")
     return 0
+
+
+def _end_everything(home: Home, config: Config | None) -> None:
+    with home.lock("start"):
+        Supervisor(home).stop()
+        if config is not None and _health(home, config) is not None:
+            raise BackendError(f"something still answers for {home.root} at {config.url}")
 
 
 def reset(home: Home) -> int:
@@ -99,13 +103,25 @@ def reset(home: Home) -> int:
     if not home.root.exists():
         sys.stdout.write(f"there is nothing in {home.root}\n")
         return 0
-    ours = home.config_path.exists() or home.store_path.exists() or not any(home.root.glob("*[!.lock]"))
-    if not ours:
+    try:
+        config = home.config()
+    except HomeError:
+        config = None  # a damaged one is a reason to come here
+    if config is None and not _is_ours(home):
         raise HomeError(f"{home.root} does not look like localcloud's; delete it yourself if it is")
-    stop(home)
-    shutil.rmtree(home.root)
+    _end_everything(home, config)
+    try:
+        shutil.rmtree(home.root)
+    except OSError as error:
+        raise HomeError(f"cannot delete {error.filename}: {error.strerror}") from error
     sys.stdout.write(f"{home.root} is deleted\n")
     return 0
+
+
+def _is_ours(home: Home) -> bool:
+    """Whether a directory without a good configuration holds what only localcloud makes, or nothing."""
+    made = (home.store_path, home.root / "supervisor" / "supervisord.conf")
+    return any(path.exists() for path in made) or all(path.suffix == ".lock" for path in home.root.iterdir())
 
 
 def serve(home: Home) -> int:
