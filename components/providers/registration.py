@@ -26,6 +26,7 @@ import kubernetes
 import pulumi
 import urllib3.exceptions
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 from kubernetes.client.exceptions import ApiException
@@ -44,6 +45,16 @@ CLIENT_USAGES = (
 SERVING_USAGES = (
     {"digital signature", "server auth"},
     {"digital signature", "key encipherment", "server auth"},
+)
+# What the parser raises for a request that is damaged or has what it does not know. The API server takes
+# requests from many, and parses them more loosely.
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
 )
 # The VM has to boot, fetch the agent and start it within this time; the token ends on its own a little later.
 TIMEOUT = timedelta(minutes=10)
@@ -114,12 +125,15 @@ def judge(request: Request, vm: Machine, token_id: str) -> Verdict | None:
     bootstrap, node = f"system:bootstrap:{token_id}", f"system:node:{vm.name}"
     try:
         csr = x509.load_pem_x509_csr(request.pem)
-    except ValueError:
+        names = [str(item.value) for item in csr.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    except UNREADABLE:
         return Verdict(False, "it is no PKCS#10 request") if request.username in (bootstrap, node) else None
-    names = [str(item.value) for item in csr.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     if request.username not in (bootstrap, node) and node not in names:
         return None
-    lie = _lie(request, csr, vm, token_id)
+    try:
+        lie = _lie(request, csr, vm, token_id)
+    except UNREADABLE as error:
+        lie = f"it cannot be read: {error}"
     return Verdict(False, lie) if lie else Verdict(True, f"it is {vm.name}'s, as created")
 
 

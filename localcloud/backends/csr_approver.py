@@ -11,7 +11,6 @@ the instance of that name in localcloud's store. Any other request is left as it
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import sys
 import time
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.x509.oid import NameOID
 
 from localcloud.backends import pki
@@ -31,6 +31,16 @@ _USAGES = frozenset({"digital signature", "key encipherment", "server auth"})
 _CSRS = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 _SELECTOR = f"spec.signerName={SIGNER}"
 _WATCH_SECONDS = 60
+# What is damaged, or has what the parser does not know: any node may send it, and none may stop us with it.
+_UNREADABLE = (
+    KeyError,
+    TypeError,
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 @dataclass(frozen=True)
@@ -63,9 +73,9 @@ def objection(spec: dict[str, Any], machine: Machine) -> str:
         return f"it asks for the usages {sorted(usages)}"
     try:
         request = x509.load_pem_x509_csr(base64.b64decode(spec["request"], validate=True))
-    except (KeyError, ValueError, binascii.Error):
+        return _subject_objection(request, user) or _names_objection(request, machine)
+    except _UNREADABLE:
         return "the request cannot be read"
-    return _subject_objection(request, user) or _names_objection(request, machine)
 
 
 def _subject_objection(request: x509.CertificateSigningRequest, user: str) -> str:

@@ -34,6 +34,18 @@ def request(
     return base64.b64encode(pem).decode()
 
 
+P256 = bytes.fromhex("2a8648ce3d030107")
+
+
+def damaged(old: bytes, new: bytes) -> str:
+    """A request with some bytes of its DER changed, in base64 as above."""
+    der = base64.b64decode(b"".join(base64.b64decode(request()).splitlines()[1:-1]))
+    assert old in der
+    body = base64.encodebytes(der.replace(old, new, 1))
+    pem = b"-----BEGIN CERTIFICATE REQUEST-----\n" + body + b"-----END CERTIFICATE REQUEST-----\n"
+    return base64.b64encode(pem).decode()
+
+
 def spec(**changes: Any) -> dict[str, Any]:
     return {
         "signerName": SIGNER,
@@ -60,6 +72,7 @@ def test_a_renewal_for_the_instances_own_names_is_approved() -> None:
         ({"usages": ["digital signature"]}, "usages"),
         ({"request": "nonsense!"}, "cannot be read"),
         ({"request": base64.b64encode(b"no pem").decode()}, "cannot be read"),
+        ({"request": damaged(P256, P256[:-1] + b"\x7f")}, "cannot be read"),
         ({"request": request(common_name="system:node:vm-2")}, "subject"),
         ({"request": request(organization="system:masters")}, "subject"),
         ({"request": request(organization="")}, "subject"),

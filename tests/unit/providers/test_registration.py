@@ -59,6 +59,17 @@ def _name(text: str) -> x509.GeneralName:
     return x509.DNSName(value) if kind == "DNS" else x509.RFC822Name(value)
 
 
+def _damaged(pem: bytes, old: bytes, new: bytes) -> bytes:
+    """A request with some bytes of its DER changed."""
+    der = base64.b64decode(b"".join(pem.splitlines()[1:-1]))
+    assert old in der
+    body = base64.encodebytes(der.replace(old, new, 1))
+    return b"-----BEGIN CERTIFICATE REQUEST-----\n" + body + b"-----END CERTIFICATE REQUEST-----\n"
+
+
+NAMES_OID = x509.SubjectAlternativeName.oid
+P256 = bytes.fromhex("2a8648ce3d030107")
+
 CLIENT = Request(
     CLIENT_SIGNER,
     frozenset({"digital signature", "client auth"}),
@@ -109,6 +120,11 @@ def test_true_requests_are_approved() -> None:
         (replace(CLIENT, pem=b"rubbish"), "no PKCS#10"),
         (replace(CLIENT, pem=pem(extra=x509.BasicConstraints(ca=True, path_length=None))), "extension"),
         (replace(CLIENT, pem=pem(key=ed25519.Ed25519PrivateKey.generate())), "key"),
+        (replace(CLIENT, pem=_damaged(pem(), P256, P256[:-1] + b"\x7f")), "cannot be read"),
+        (
+            replace(SERVING, pem=pem(extra=x509.UnrecognizedExtension(NAMES_OID, b"\x30\x03"))),
+            "cannot be read",
+        ),
         (replace(SERVING, pem=pem(names=(*NAMES, "DNS:kubernetes.default"))), "kubernetes.default"),
         (replace(SERVING, pem=pem(names=("IP:10.10.0.3",))), "10.10.0.3"),
         (replace(SERVING, pem=pem(names=(*NAMES, "MAIL:a@b.example"))), "a@b.example"),
