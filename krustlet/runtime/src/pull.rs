@@ -49,7 +49,10 @@ impl Puller {
     pub async fn pull(&self, image: &str, policy: PullPolicy, secrets: &[RegistrySecret]) -> Result<Image, PullError> {
         let started = Instant::now();
         let result = self.pull_any(image, policy, secrets).await;
-        self.metrics.pulled(&result, started.elapsed());
+        // A look at what is on the node is no pull that failed.
+        if policy != PullPolicy::Never || result.is_ok() {
+            self.metrics.pulled(&result, started.elapsed());
+        }
         result
     }
 
