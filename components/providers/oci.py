@@ -6,6 +6,7 @@ same. Credentials are looked up when a request is made and are in no input, outp
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import ipaddress
 import json
@@ -42,6 +43,10 @@ SIGNATURE_ANNOTATION = "dev.cosignproject.cosign/signature"
 
 REPOSITORY = re.compile(r"[^/\s]+(/[a-z0-9]+([._-]+[a-z0-9]+)*)+")
 ATTEMPTS = 4
+# Seconds to connect, and between two pieces of an answer: a registry takes a while to store a big blob.
+TIMEOUT = (10.0, 120.0)
+# What may differ between two tokens.
+ACTIONS = {"GET": "pull", "HEAD": "pull", "POST": "push", "PUT": "push", "DELETE": "delete"}
 
 Kind = Literal["wasm", "agent"]
 
@@ -200,22 +205,27 @@ class Client(oras.provider.Registry):  # type: ignore[misc]
         self.container = oras.container.Container(repository)
         super().__init__(insecure=is_loopback(self.container.registry))
         self.auth.set_basic_auth("oauth2accesstoken", access_token())
+        # oras waits for ever.
+        self.session.request = functools.partial(self.session.request, timeout=TIMEOUT)
+        self._tokens: dict[str, str | None] = {}
 
     def do_request(self, url: str, method: str = "GET", **kwargs: Any) -> requests.Response:
         """Make a request, again after a while when the registry is away or overloaded. Raises OciError.
 
         oras keeps one token for every later request, whatever its scope, and waits for two minutes on wrong
-        credentials; so each request gets its own token and a refusal is final.
+        credentials; so each kind of request has its own token and a refusal is final.
         """
-        once = oras.provider.Registry.do_request.__wrapped__
         failure = ""
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(0.5 * 2**attempt)
-            self.auth.token = None
             try:
-                response: requests.Response = once(self, url, method, **kwargs)
-            except requests.ConnectionError as error:
+                response = self._request_with_token(url, method, **kwargs)
+            except (
+                requests.ConnectionError,
+                requests.Timeout,
+                requests.exceptions.ChunkedEncodingError,
+            ) as error:
                 failure = f"cannot be reached: {_reason(error)}"
                 continue
             except ValueError:
@@ -230,6 +240,27 @@ class Client(oras.provider.Registry):  # type: ignore[misc]
                 continue
             return response
         raise OciError(f"the registry {self.container.registry} {failure}")
+
+    def _request_with_token(self, url: str, method: str, **kwargs: Any) -> requests.Response:
+        """Make one request with the token of an earlier one of its kind.
+
+        Without one a blob would be sent twice, the first time to a registry that need not listen.
+        """
+        once = oras.provider.Registry.do_request.__wrapped__
+        action = ACTIONS[method]
+        kept = self.auth.token = self._tokens.pop(action, None)
+        response: requests.Response = once(self, url, method, **kwargs)
+        if kept and response.status_code in (401, 403):
+            # It may have ended meanwhile.
+            self.auth.token = None
+            response = once(self, url, method, **kwargs)
+        self._tokens[action] = self.auth.token
+        return response
+
+    def _get_location(self, r: requests.Response, container: oras.container.Container) -> str:
+        """Give where to upload to; what the registry says instead is the error."""
+        _expect(r, 202)
+        return str(super()._get_location(r, container))
 
     def manifest_digest(self, reference: str) -> str | None:
         """Give the digest of a tag's or digest's manifest, None when there is none."""
@@ -273,7 +304,7 @@ class Client(oras.provider.Registry):  # type: ignore[misc]
         return self.do_request(url, method, data=content, headers=headers)
 
 
-def _reason(error: requests.ConnectionError) -> str:
+def _reason(error: requests.RequestException) -> str:
     cause = error.args[0] if error.args else error
     return str(getattr(cause, "reason", cause)).rsplit(": ", 1)[-1]
 

@@ -1,0 +1,155 @@
+"""How the OCI client talks to a registry: tokens, retries and refusals, against one in this process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from components.providers import oci
+
+ACTIONS = {"GET": "pull", "HEAD": "pull", "POST": "push", "PUT": "push", "DELETE": "delete"}
+
+
+@dataclass
+class Registry:
+    """Keeps what is pushed; a token is good for one kind of action, until `expire` is called."""
+
+    name: str = ""
+    stored: dict[str, bytes] = field(default_factory=dict)
+    asked: Counter[str] = field(default_factory=Counter)
+    failures: list[int] = field(default_factory=list)
+    no_uploads: bool = False
+    generation: int = 0
+
+    def expire(self) -> None:
+        """Make every token that was given useless."""
+        self.generation += 1
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> tuple[int, dict[str, str], bytes]:
+        """Answer one request; the body is read for nobody without a token, as Go's servers have it."""
+        path, _, query = handler.path.partition("?")
+        verb, length = handler.command, int(handler.headers.get("Content-Length") or 0)
+        host = handler.headers["Host"]
+        if path == "/token":
+            self.asked["token"] += 1
+            return 200, {}, json.dumps({"token": f"{query[-4:]}-{self.generation}"}).encode()
+        wanted = ACTIONS[verb][-4:].rjust(4, "=")
+        if handler.headers.get("Authorization") != f"Bearer {wanted}-{self.generation}":
+            handler.close_connection = True
+            challenge = f'Bearer realm="http://{host}/token",service="s",scope="{ACTIONS[verb]}"'
+            return 401, {"WWW-Authenticate": challenge}, b""
+        self.asked[verb] += 1
+        body = handler.rfile.read(length)
+        if self.failures:
+            return self.failures.pop(0), {}, b""
+        if verb == "POST" and self.no_uploads:
+            error = {"errors": [{"code": "NAME_UNKNOWN", "message": "Repository not found"}]}
+            return 404, {}, json.dumps(error).encode()
+        if verb == "POST":
+            return 202, {"Location": f"http://{host}/v2/p/app/blobs/uploads/1"}, b""
+        return self.store(path, query, body if verb == "PUT" else None)
+
+    def store(self, path: str, query: str, body: bytes | None) -> tuple[int, dict[str, str], bytes]:
+        """Keep a blob or a manifest, or say whether it is there."""
+        key = query.partition("digest=")[2].replace("%3A", ":") or path.rpartition("/")[2]
+        if body is not None:
+            self.stored[key] = body
+            return 201, {}, b""
+        return (200 if key in self.stored else 404), {}, b""
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
+    """An empty registry."""
+    monkeypatch.setenv("GOOGLE_OAUTH_ACCESS_TOKEN", "any")
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)
+    found = Registry()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            """Answer."""
+            status, headers, body = found.answer(self)
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815 - the names are http.server's
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - http.server's name
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    found.name = f"127.0.0.1:{server.server_port}/p/app"
+    yield found
+    server.shutdown()
+    server.server_close()
+
+
+# More than the buffers between client and server hold.
+BINARY = b"krustlet" * 2**20
+
+
+def push(registry: Registry) -> str:
+    """Push a big artifact."""
+    return oci.Client(registry.name).push_artifact(oci.agent_artifact(BINARY), "tag")
+
+
+def test_a_big_blob_is_sent_once_and_with_a_token(registry: Registry) -> None:
+    push(registry)
+    assert registry.stored[f"sha256:{hashlib.sha256(BINARY).hexdigest()}"] == BINARY
+    assert registry.asked["PUT"] == 3  # the binary, the config and the manifest
+    assert registry.asked["token"] == 2  # one to look, one to push
+
+
+def test_a_token_that_ended_is_replaced_by_a_new_one(registry: Registry) -> None:
+    client = oci.Client(registry.name)
+    first = client.push_artifact(oci.agent_artifact(b"1"), "1")
+    registry.expire()
+    assert client.push_artifact(oci.agent_artifact(b"2"), "2") != first
+    assert {"1", "2"} <= registry.stored.keys()
+
+
+def test_a_registry_that_is_overloaded_for_a_while_is_asked_again(registry: Registry) -> None:
+    registry.failures = [503, 429]
+    push(registry)
+    assert registry.stored[f"sha256:{hashlib.sha256(BINARY).hexdigest()}"] == BINARY
+
+
+def test_what_the_registry_says_to_an_upload_is_the_error(registry: Registry) -> None:
+    registry.no_uploads = True
+    with pytest.raises(oci.OciError, match="404: NAME_UNKNOWN Repository not found"):
+        push(registry)
+
+
+def test_a_registry_that_does_not_answer_is_given_up_in_the_end(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hung = threading.Event()
+
+    def answer(_handler: object) -> tuple[int, dict[str, str], bytes]:
+        hung.wait(30)
+        return 503, {}, b""
+
+    monkeypatch.setattr(registry, "answer", answer)
+    monkeypatch.setattr(oci, "TIMEOUT", (1, 0.05))
+    try:
+        with pytest.raises(oci.OciError, match=r"registry 127.0.0.1:.* cannot be reached: .*timed out"):
+            push(registry)
+    finally:
+        hung.set()
