@@ -1,5 +1,7 @@
-//! Container logs: picks the run, then reads its CRI log files, rotated ones first, and follows them while it runs.
+//! Container logs on disk: where they are, which ones are kept, and how they are read: rotated files first, followed while
+//! the container runs.
 
+use crate::pod::{name, namespace, uid};
 use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
@@ -20,12 +22,52 @@ const MAX_LINE: usize = 256 * 1024;
 const POLL: (Duration, Duration) = (Duration::from_millis(25), Duration::from_millis(200));
 /// More rotated files than are ever kept.
 const MAX_ROTATED: u32 = 99;
+/// How much of a log's end becomes a termination message, by terminationMessagePolicy FallbackToLogsOnError.
+const LAST_WORDS_LINES: u64 = 80;
+const LAST_WORDS_BYTES: usize = 2048;
 
 /// `<data-dir>/logs/NAMESPACE_NAME_UID`, where each container has a directory with one `RESTART.log` a run.
 pub fn pod_directory(data_dir: &Path, pod: &Pod) -> PathBuf {
-    let part = |value: &Option<String>| value.clone().unwrap_or_default();
-    let meta = &pod.metadata;
-    data_dir.join("logs").join(format!("{}_{}_{}", part(&meta.namespace), part(&meta.name), part(&meta.uid)))
+    data_dir.join("logs").join(format!("{}_{}_{}", namespace(pod), name(pod), uid(pod)))
+}
+
+/// The log of one run of a container: 0 is the first run.
+pub fn file(data_dir: &Path, pod: &Pod, container: &str, run: i32) -> PathBuf {
+    pod_directory(data_dir, pod).join(container).join(format!("{run}.log"))
+}
+
+/// Removes the logs of the runs before the one before this one: nobody can ask for them any more.
+pub fn remove_old(file: &Path, run: i32) -> std::io::Result<()> {
+    let Some(directory) = file.parent() else { return Ok(()) };
+    let entries = match std::fs::read_dir(directory) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        let of_run = entry.file_name().to_str().and_then(|name| name.split('.').next()?.parse::<i32>().ok());
+        if of_run.is_some_and(|number| number < run - 1) {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// The end of a log, as a termination message may hold it; empty when it cannot be read.
+pub async fn last_words(file: &Path) -> String {
+    let options = Options { tail_lines: Some(LAST_WORDS_LINES), ..Options::default() };
+    let (sender, mut receiver) = mpsc::channel::<std::io::Result<Bytes>>(1);
+    let mut end: Vec<u8> = Vec::new();
+    let collecting = async {
+        while let Some(Ok(part)) = receiver.recv().await {
+            end.extend_from_slice(&part);
+            end.drain(..end.len().saturating_sub(LAST_WORDS_BYTES));
+        }
+    };
+    tokio::join!(send(file.to_owned(), options, || false, sender), collecting);
+    // Where it was cut, there may be the rest of a character.
+    let begin = (0..end.len().min(4)).find(|at| end.get(*at).is_some_and(|byte| byte & 0xc0 != 0x80)).unwrap_or(0);
+    String::from_utf8_lossy(end.get(begin..).unwrap_or_default()).into_owned()
 }
 
 /// What a client asks for, as in `PodLogOptions`.
@@ -571,6 +613,29 @@ mod tests {
         assert_eq!(read(&path, "tailLines=1&timestamps=true").await, "2026-01-01T00:00:29Z line 29\n");
         std::fs::remove_file(&path).unwrap();
         assert_eq!(read(&path, "tailLines=1").await, shown(19..20), "between two files");
+    }
+
+    #[tokio::test]
+    async fn last_words_are_the_last_lines_and_not_more_than_a_message_may_hold() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("0.log");
+        assert_eq!(last_words(&path).await, "", "no log");
+        std::fs::write(&path, lines(0..100)).unwrap();
+        assert_eq!(last_words(&path).await, shown(20..100));
+        std::fs::write(&path, format!("T stdout F {}\n", "é".repeat(2000))).unwrap();
+        assert_eq!(last_words(&path).await, format!("{}\n", "é".repeat(1023)));
+    }
+
+    #[test]
+    fn of_all_runs_the_logs_of_the_last_one_and_the_one_before_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        for file in ["0.log", "0.log.1", "1.log", "9.log", "9.log.1", "10.log"] {
+            std::fs::write(dir.path().join(file), "").unwrap();
+        }
+        remove_old(&dir.path().join("11.log"), 11).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        assert!(dir.path().join("10.log").exists());
+        remove_old(&dir.path().join("none/0.log"), 0).unwrap();
     }
 
     #[tokio::test]

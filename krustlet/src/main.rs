@@ -9,6 +9,7 @@ mod cli;
 mod client;
 mod events;
 mod google;
+mod logs;
 mod node;
 mod pod;
 mod pods;

@@ -52,10 +52,8 @@ impl Exit {
     }
 
     fn code(code: i32) -> Self {
-        match code {
-            0 => Self { code, reason: ExitReason::Completed, message: String::new() },
-            _ => Self { code, reason: ExitReason::Error, message: format!("exit code {code}") },
-        }
+        let reason = if code == 0 { ExitReason::Completed } else { ExitReason::Error };
+        Self { code, reason, message: String::new() }
     }
 
     fn killed() -> Self {

@@ -3,9 +3,9 @@
 //! Every request, whatever its path, passes [`auth`] first.
 
 mod auth;
-mod logs;
 mod stats;
 
+use crate::logs;
 use crate::telemetry::{ApiLabels, metrics};
 use auth::{ClusterReviewer, Gate, Reviewer, User};
 use axum::body::Body;
@@ -414,7 +414,7 @@ async fn container_logs(
         Ok(run) => run,
         Err(message) => return bad(StatusCode::BAD_REQUEST, message),
     };
-    let path = logs::pod_directory(&api.data_dir, &pod).join(&container).join(format!("{run}.log"));
+    let path = logs::file(&api.data_dir, &pod, &container, run);
     if !logs::exists(&path) {
         let message = format!("the log of container {container:?} in pod {pod_name:?} is not on this node any more\n");
         return bad(StatusCode::BAD_REQUEST, message);

@@ -1,6 +1,7 @@
 //! What the node and its containers use: `/stats/summary` as JSON, `/metrics/resource` for the metrics server.
 
-use super::{ContainerUsage, logs};
+use super::ContainerUsage;
+use crate::logs;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod};
 use serde_json::{Map, Value, json};

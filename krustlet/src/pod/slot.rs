@@ -24,6 +24,8 @@ pub struct End {
     pub exit_code: i32,
     pub reason: &'static str,
     pub message: String,
+    /// The end of its log, if the container asks for it in place of a message.
+    pub last_words: String,
 }
 
 /// Why a running container is stopped.
@@ -188,7 +190,8 @@ impl Slot {
 
 /// What an end means, given why the container was stopped, if it was.
 pub fn judge(end: End, why: Option<&Why>, command: bool) -> End {
-    let killed = |reason, message: String| End { exit_code: KILLED, reason, message };
+    let last_words = end.last_words.clone();
+    let killed = |reason, message: String| End { exit_code: KILLED, reason, message, last_words };
     match why {
         // By itself, or at the very moment when it was to be stopped.
         _ if command && (why.is_none() || end.exit_code != KILLED) => end,
@@ -224,7 +227,7 @@ mod tests {
     use super::*;
 
     fn end(exit_code: i32) -> End {
-        End { exit_code, reason: terminated::COMPLETED, message: String::new() }
+        End { exit_code, reason: terminated::COMPLETED, message: String::new(), last_words: String::new() }
     }
 
     #[test]

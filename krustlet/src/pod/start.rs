@@ -5,8 +5,9 @@ use super::probes;
 use super::restart::Policy;
 use super::roster::Roster;
 use super::volumes::PodVolumes;
-use super::{Role, annotation, full_name, hooks, images, name, namespace, port, uid};
+use super::{Role, annotation, full_name, hooks, images, port, uid};
 use crate::events::{Recorder, Severity};
+use crate::logs;
 use crate::ports::{Holder, Ports};
 use crate::reasons::{event, waiting};
 use k8s_openapi::api::core::v1::{Container, Pod};
@@ -40,11 +41,6 @@ impl NodeContext {
     /// Where a pod's volumes and memory are kept.
     pub fn pod_dir(&self, pod: &Pod) -> PathBuf {
         self.data_dir.join("pods").join(uid(pod))
-    }
-
-    /// Where a pod's logs are kept.
-    pub fn log_dir(&self, pod: &Pod) -> PathBuf {
-        self.data_dir.join("logs").join(format!("{}_{}_{}", namespace(pod), name(pod), uid(pod)))
     }
 }
 
@@ -215,8 +211,9 @@ impl Start {
         let log = match log {
             Some(log) => log,
             None => {
-                let file = node.log_dir(&self.pod).join(&self.container.name).join(format!("{}.log", self.attempt));
-                LogFile::create(file, LogLimits::default())
+                let file = logs::file(&node.data_dir, &self.pod, &self.container.name, self.attempt);
+                logs::remove_old(&file, self.attempt)
+                    .and_then(|()| LogFile::create(file, LogLimits::default()))
                     .map_err(|error| Failure::container(format!("failed to open the container's log: {error}")))?
             }
         };

@@ -15,6 +15,7 @@ use super::{Role, containers, full_name, hooks, is_finished, name, namespace, ui
 use crate::backoff::{Backoff, jitter};
 use crate::client::{describe, status_code};
 use crate::events::Severity;
+use crate::logs;
 use crate::reasons::{event, pod as pod_reason, terminated, waiting};
 use crate::telemetry::metrics;
 use jiff::Timestamp;
@@ -183,12 +184,13 @@ impl Worker {
 
     async fn remove_files(&self) {
         let directory = self.node.pod_dir(&self.pod);
+        let logs = logs::pod_directory(&self.node.data_dir, &self.pod);
         // Volumes first, by their own rules: what they link to on the host stays.
         let volumes = PodVolumes::remove(&directory.join("volumes")).await;
         for (path, result) in [
             (directory.join("volumes"), volumes),
             (directory.clone(), remove_dir(&directory).await),
-            (self.node.log_dir(&self.pod), remove_dir(&self.node.log_dir(&self.pod)).await),
+            (logs.clone(), remove_dir(&logs).await),
         ] {
             if let Err(error) = result {
                 warn!(path = %path.display(), "failed to remove a pod's files: {error}");
@@ -312,7 +314,8 @@ impl Worker {
         let watch = match &started.guest {
             Guest::Server(_) => None,
             Guest::Command(execution) => {
-                let execution = execution.clone();
+                let (execution, log) = (execution.clone(), started.log.clone());
+                let tells = tells_last_words(&container);
                 Some(self.spawn(async move {
                     let exit = execution.wait().await;
                     let reason = match exit.reason {
@@ -320,7 +323,8 @@ impl Worker {
                         ExitReason::Error => terminated::ERROR,
                         ExitReason::OutOfMemory => terminated::OOM_KILLED,
                     };
-                    let end = Box::new(End { exit_code: exit.code, reason, message: exit.message });
+                    let last_words = if tells { logs::last_words(log.path()).await } else { String::new() };
+                    let end = Box::new(End { exit_code: exit.code, reason, message: exit.message, last_words });
                     Message::Ended { slot: index, generation, end }
                 }))
             }
@@ -409,7 +413,12 @@ impl Worker {
             slot.activity = Activity::Over;
             return;
         }
-        let end = judge(end, why.as_ref(), matches!(run.guest, Guest::Command(_)));
+        let mut end = judge(end, why.as_ref(), matches!(run.guest, Guest::Command(_)));
+        if end.exit_code != 0 && !end.last_words.is_empty() {
+            // As the kubelet joins what it has to say itself with what the container says.
+            let separator = if end.message.is_empty() { "" } else { ": " };
+            end.message = end.message + separator + &end.last_words;
+        }
         let termination = Termination {
             exit_code: end.exit_code,
             reason: end.reason.to_owned(),
@@ -765,7 +774,7 @@ impl Worker {
         slot.update = None;
         slot.view.ready = false;
         let generation = slot.generation;
-        let guest = run.guest.clone();
+        let (guest, log) = (run.guest.clone(), run.log.clone());
         let until = Instant::now() + grace;
         let (node, pod) = (self.node.clone(), self.pod.clone());
         let outbox = self.outbox.clone();
@@ -788,8 +797,10 @@ impl Worker {
                     let finished = server.drain(left).await;
                     let message =
                         if finished { "" } else { "requests in flight were cut off at the end of the grace period" };
-                    let end =
-                        Box::new(End { exit_code: 0, reason: terminated::COMPLETED, message: message.to_owned() });
+                    let last_words =
+                        if tells_last_words(&container) { logs::last_words(log.path()).await } else { String::new() };
+                    let (reason, message) = (terminated::COMPLETED, message.to_owned());
+                    let end = Box::new(End { exit_code: 0, reason, message, last_words });
                     let _ = outbox.send(Message::Ended { slot: index, generation, end });
                 }
                 // Its watch reports the end.
@@ -967,6 +978,11 @@ impl Worker {
 
 fn has_probes(container: &Container) -> bool {
     container.startup_probe.is_some() || container.readiness_probe.is_some() || container.liveness_probe.is_some()
+}
+
+/// Whether the end of the container's log is its message when it fails.
+fn tells_last_words(container: &Container) -> bool {
+    container.termination_message_policy.as_deref() == Some("FallbackToLogsOnError")
 }
 
 async fn sleep_until(deadline: Option<Instant>) {

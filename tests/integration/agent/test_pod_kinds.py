@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
 from tests.integration.agent.harness import Manifest, Workspace, command, condition, served
 from tests.waiting import until
 
@@ -53,7 +51,6 @@ def test_a_command_that_returns_an_error_exits_with_one(space: Workspace) -> Non
     assert space.run("fail").wait_terminated().exit_code == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the agent does not look at terminationMessagePolicy")
 def test_the_end_of_the_log_is_the_message_of_a_failed_command_that_asks_for_it(space: Workspace) -> None:
     policy: Manifest = {"terminationMessagePolicy": "FallbackToLogsOnError"}
     failed = space.run("print", "why it failed", "then", "exit", "1", **policy)
