@@ -4,6 +4,7 @@
 
 mod auth;
 mod stats;
+mod strangers;
 
 use crate::logs;
 use crate::telemetry::{ApiLabels, metrics};
@@ -32,13 +33,14 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use strangers::{Stranger, Strangers};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-/// Connections at once; more wait to be accepted. An API server keeps a handful.
+/// Connections at once. Where one more comes, the oldest goes that has not shown who it is. An API server keeps a handful.
 const MAX_CONNECTIONS: usize = 256;
 /// Requests at once on one connection.
 const MAX_STREAMS: u32 = 128;
@@ -115,23 +117,22 @@ async fn serve_reviewed(
 ) {
     let app = TowerToHyperService::new(router(context, reviewer, shutdown.clone()));
     let acceptor = TlsAcceptor::from(tls);
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let strangers = Strangers::default();
     let mut connections = JoinSet::new();
     loop {
-        let next = async {
-            let slot = slots.clone().acquire_owned().await.ok();
-            (slot, listener.accept().await)
-        };
+        // One place is kept free for who comes next.
+        let full = connections.len() >= MAX_CONNECTIONS && !strangers.turn_out_oldest();
         let accepted = tokio::select! {
             () = shutdown.cancelled() => break,
             Some(_) = connections.join_next(), if !connections.is_empty() => continue,
-            accepted = next => accepted,
+            accepted = listener.accept(), if !full => accepted,
         };
         match accepted {
-            (slot, Ok((stream, _))) => {
-                connections.spawn(connection(app.clone(), acceptor.clone(), stream, slot, shutdown.clone()));
+            Ok((stream, _)) => {
+                let stranger = strangers.enter();
+                connections.spawn(connection(app.clone(), acceptor.clone(), stream, stranger, shutdown.clone()));
             }
-            (_, Err(error)) => {
+            Err(error) => {
                 // Such as too many open files: it passes, and asking again at once would only burn CPU.
                 tracing::warn!(%error, "connection to the node's API not accepted");
                 tokio::time::sleep(Duration::from_millis(500)).await;
@@ -149,22 +150,31 @@ async fn connection(
     app: App,
     acceptor: TlsAcceptor,
     stream: TcpStream,
-    _slot: Option<OwnedSemaphorePermit>,
+    stranger: Stranger,
     shutdown: CancellationToken,
 ) {
-    let stream = match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
+    let handshake = tokio::select! {
+        handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)) => handshake,
+        () = stranger.turned_out() => return,
+    };
+    let stream = match handshake {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => return tracing::debug!(%error, "TLS handshake failed"),
         Err(_) => return tracing::debug!("TLS handshake took too long"),
     };
+    let stranger = Arc::new(stranger);
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
     let caller = Caller(certificate.and_then(|certificate| User::of_certificate(certificate)));
+    if caller.0.is_some() {
+        stranger.introduce();
+    }
     let activity = Arc::new(Activity::default());
     let service = {
-        let activity = activity.clone();
+        let (activity, stranger) = (activity.clone(), stranger.clone());
         hyper::service::service_fn(move |mut request: hyper::Request<Incoming>| {
             let busy = Busy::new(activity.clone());
             request.extensions_mut().insert(caller.clone());
+            request.extensions_mut().insert(stranger.clone());
             let answer = app.call(request);
             async move {
                 let answer: Response = answer.await?;
@@ -197,6 +207,7 @@ async fn connection(
                 }
                 return;
             }
+            () = stranger.turned_out() => return tracing::debug!("connection closed: there are too many, and it is nobody's"),
             () = shutdown.cancelled(), if !ending => {
                 ending = true;
                 connection.as_mut().graceful_shutdown();
@@ -305,7 +316,12 @@ async fn admit(State(api): State<Arc<Api>>, request: Request, next: Next) -> Res
     let caller = request.extensions().get::<Caller>().cloned().unwrap_or_default();
     let (method, path, headers) = (request.method(), request.uri().path(), request.headers());
     let answer = match api.gate.check(caller.0.as_ref(), method, path, headers).await {
-        Ok(()) => next.run(request).await,
+        Ok(()) => {
+            if let Some(stranger) = request.extensions().get::<Arc<Stranger>>() {
+                stranger.introduce();
+            }
+            next.run(request).await
+        }
         Err(refusal) => refusal,
     };
     metrics().api_requests.get_or_create(&ApiLabels { endpoint, code: answer.status().as_u16() }).inc();
@@ -837,6 +853,34 @@ mod tests {
         let request = format!("GET /pods HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(2 * MAX_HEADERS as usize));
         let answer = served.raw(&request, None).await;
         assert!(answer.is_err() || answer.unwrap().starts_with("HTTP/1.1 431"));
+    }
+
+    #[tokio::test]
+    async fn connections_held_open_by_strangers_keep_nobody_out() {
+        let served = Served::new().await;
+        let follow =
+            "GET /containerLogs/shop/web/app?follow=true HTTP/1.1\r\nHost: node\r\nAuthorization: Bearer admin\r\n\r\n";
+        let mut known = served.connect(None).await.unwrap();
+        known.write_all(follow.as_bytes()).await.unwrap();
+        known.read_exact(&mut [0; 1]).await.unwrap();
+        let mut held = Vec::new();
+        for number in 0..MAX_CONNECTIONS + 50 {
+            // Some have not even begun their handshake.
+            held.push(if number % 8 == 0 {
+                Ok(served.connect(None).await.unwrap())
+            } else {
+                Err(TcpStream::connect(served.address).await.unwrap())
+            });
+        }
+        assert_eq!(served.get("/pods", Some("admin"), None).await, 200);
+        assert_eq!(served.get("/pods", None, Some("admin")).await, 200);
+        // The oldest went, and who is known stayed.
+        let Ok(oldest) = &mut held[0] else { panic!() };
+        assert_eq!(oldest.read(&mut [0; 1]).await.ok().unwrap_or_default(), 0);
+        served.shutdown.cancel();
+        let mut rest = String::new();
+        known.read_to_string(&mut rest).await.unwrap();
+        assert!(rest.ends_with("0\r\n\r\n"), "{rest}");
     }
 
     #[tokio::test]
