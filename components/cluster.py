@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import pulumi
 import pulumi_gcp as gcp
@@ -12,6 +13,16 @@ import pulumi_kubernetes as kubernetes
 from components.config import ClusterConfig, NetworkConfig
 
 AUTH_PLUGIN = "gke-gcloud-auth-plugin"
+# Google's plugin gives a token of whoever calls it: nothing secret is in the kubeconfig itself.
+EXEC_CREDENTIALS = {
+    "exec": {
+        "apiVersion": "client.authentication.k8s.io/v1beta1",
+        "command": AUTH_PLUGIN,
+        "installHint": f"gcloud components install {AUTH_PLUGIN}",
+        "interactiveMode": "Never",
+        "provideClusterInfo": True,
+    }
+}
 PODS_RANGE = "pods"
 SERVICES_RANGE = "services"
 
@@ -27,10 +38,11 @@ class KubernetesClusterArgs:
     network: NetworkConfig
 
 
-def kubeconfig(name: str, endpoint: str, certificate: str) -> str:
-    """Give a kubeconfig (JSON, which is YAML too); its credentials come from Google's exec plugin.
+def kubeconfig(name: str, endpoint: str, certificate: str, credentials: dict[str, Any]) -> str:
+    """Give a kubeconfig (JSON, which is YAML too) for one cluster and one user.
 
-    `endpoint` is HOST or HOST:PORT, `certificate` the cluster's CA, PEM in base64.
+    `endpoint` is HOST or HOST:PORT, `certificate` the cluster's CA, PEM in base64, `credentials` what stands
+    under `user`.
     """
     return json.dumps(
         {
@@ -47,20 +59,7 @@ def kubeconfig(name: str, endpoint: str, certificate: str) -> str:
             ],
             "contexts": [{"name": name, "context": {"cluster": name, "user": name}}],
             "current-context": name,
-            "users": [
-                {
-                    "name": name,
-                    "user": {
-                        "exec": {
-                            "apiVersion": "client.authentication.k8s.io/v1beta1",
-                            "command": AUTH_PLUGIN,
-                            "installHint": f"gcloud components install {AUTH_PLUGIN}",
-                            "interactiveMode": "Never",
-                            "provideClusterInfo": True,
-                        }
-                    },
-                }
-            ],
+            "users": [{"name": name, "user": credentials}],
         }
     )
 
@@ -132,7 +131,7 @@ class KubernetesCluster(pulumi.ComponentResource):
         self.certificate = cluster.master_auth.cluster_ca_certificate
         self.kubeconfig = pulumi.Output.secret(
             pulumi.Output.all(cluster.name, self.endpoint, self.certificate).apply(
-                lambda parts: kubeconfig(*parts)
+                lambda parts: kubeconfig(*parts, credentials=EXEC_CREDENTIALS)
             )
         )
         self.network = network.id

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pulumi_gcp as gcp
 import pulumi_kubernetes as kubernetes
 
 from components.artifact import AgentArtifact
-from components.cluster import KubernetesCluster
+from components.cluster import KubernetesCluster, kubeconfig
 from components.config import AGENT_PORT, NodeConfig
 from components.providers.registration import BOOTSTRAP_GROUP, BootstrapToken, NodeRegistration
 from components.registry import ContainerRegistry
@@ -40,29 +39,8 @@ class KrustletNodeArgs:
 
 
 def bootstrap_kubeconfig(endpoint: str, certificate: str, token: str) -> str:
-    """Give the kubeconfig (JSON) with which an agent asks for its certificates.
-
-    `certificate` is the cluster's CA, PEM in base64.
-    """
-    name = "bootstrap"
-    return json.dumps(
-        {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "clusters": [
-                {
-                    "name": name,
-                    "cluster": {
-                        "server": f"https://{endpoint}",
-                        "certificate-authority-data": certificate,
-                    },
-                }
-            ],
-            "contexts": [{"name": name, "context": {"cluster": name, "user": name}}],
-            "current-context": name,
-            "users": [{"name": name, "user": {"token": token}}],
-        }
-    )
+    """Give the kubeconfig with which an agent asks for its certificates."""
+    return kubeconfig("bootstrap", endpoint, certificate, {"token": token})
 
 
 def hostnames(name: str, project: str, zone: str) -> list[str]:
