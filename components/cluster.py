@@ -131,7 +131,7 @@ class KubernetesCluster(pulumi.ComponentResource):
         self.certificate = cluster.master_auth.cluster_ca_certificate
         self.kubeconfig = pulumi.Output.secret(
             pulumi.Output.all(cluster.name, self.endpoint, self.certificate).apply(
-                lambda parts: kubeconfig(*parts, credentials=EXEC_CREDENTIALS)
+                lambda parts: kubeconfig(parts[0], parts[1], parts[2], EXEC_CREDENTIALS)
             )
         )
         self.network = network.id
