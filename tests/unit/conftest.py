@@ -119,7 +119,7 @@ class Monitor(mocks.MockMonitor):
 Run = Callable[[Callable[[], Any]], Monitor]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
     """Run a piece of a program to its end and give what it registered."""
 
@@ -133,7 +133,7 @@ def run() -> Iterator[Run]:
     pulumi.runtime.set_all_config({})
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def defaults() -> dict[str, str]:
     """Give the configuration of Pulumi.yaml and Pulumi.local.yaml, as the engine hands it to a program."""
     project = yaml.safe_load((REPOSITORY / "Pulumi.yaml").read_text())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pulumi
@@ -17,10 +18,9 @@ KEYS = {"private_key", "token", "kubeconfig", "given", "password"}
 Program = Callable[..., Monitor]
 
 
-@pytest.fixture
-def program_with(run: Run, defaults: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Program:
+@pytest.fixture(scope="module")
+def program_with(run: Run, defaults: dict[str, str]) -> Iterator[Program]:
     """Run __main__.py with the default configuration and what is given instead."""
-    monkeypatch.chdir(REPOSITORY)
 
     def runner(**given: str) -> Monitor:
         def main() -> None:
@@ -30,10 +30,12 @@ def program_with(run: Run, defaults: dict[str, str], monkeypatch: pytest.MonkeyP
 
         return run(main)
 
-    return runner
+    with contextlib.chdir(REPOSITORY):
+        yield runner
 
 
-@pytest.fixture
+# A run takes a third of a second, and the tests only look at what it registered.
+@pytest.fixture(scope="module")
 def program(program_with: Program) -> Monitor:
     """Run __main__.py once with the default configuration."""
     return program_with()
