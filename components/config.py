@@ -174,15 +174,20 @@ class _Reader:
         return value
 
     def networks(self, key: str) -> tuple[str, ...]:
-        allowed = "a list of networks in CIDR form, at least one"
+        # A firewall rule of Google's takes the one or the other.
+        allowed = "a list of networks in CIDR form, at least one, all of IPv4 or all of IPv6"
         values = self._given(key, self._config.get_object, allowed)
         if not isinstance(values, list) or not values:
             raise self.error(key, values, allowed)
+        versions = set()
         for value in values:
             try:
-                ipaddress.ip_network(value)
+                # A number would be taken for an address.
+                versions.add(ipaddress.ip_network(str(value)).version)
             except ValueError:
                 raise self.error(key, value, allowed) from None
+        if len(versions) > 1:
+            raise self.error(key, values, allowed)
         return tuple(values)
 
     def crate(self, key: str) -> str:

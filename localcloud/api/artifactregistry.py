@@ -179,7 +179,7 @@ def _do_delete(services: Services, arguments: Json) -> Json | None:
             services.backends.delete_repository(_prefix(record))
         except BackendError:
             # It is there, then, and can be used or deleted again.
-            del record.private["deleting"]
+            record.private.pop("deleting", None)
             services.store.put(record)
             raise
         services.store.delete(record.key)
