@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from localcloud.plugins.gcp import tables
 from localcloud.plugins.gcp.fields import Field, Json, Type, Update, from_rest, to_rest
-from localcloud.plugins.gcp.rest import Google, GoogleError
+from localcloud.plugins.gcp.rest import FailedOperationError, Google, GoogleError
 from localcloud.plugins.gcp.tables import ResourceType
 from localcloud.plugins.protocol import Failure, ProviderError
 from localcloud.plugins.values import UNKNOWN, Properties, Value
@@ -457,8 +458,14 @@ class Cluster(Resource):
     def create(self, inputs: Properties, known: Properties, deadline: float) -> str:
         path = self.spec.collection.format_map(known)
         body = {"parent": path.removesuffix("/clusters"), "cluster": self.body(inputs, known)}
-        self._operate("POST", path, deadline, body)
         item = self.item(known)
+        try:
+            self._operate("POST", path, deadline, body)
+        except FailedOperationError:
+            # What Google could not finish stays in the state ERROR and in the way of the next try.
+            with suppress(ProviderError):
+                self._operate("DELETE", item, deadline)
+            raise
         if inputs.get("removeDefaultNodePool"):
             self._operate("DELETE", f"{item}/nodePools/default-pool", deadline)
         return item

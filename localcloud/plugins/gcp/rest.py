@@ -18,6 +18,7 @@ from localcloud.plugins.protocol import ProviderError
 
 Json = dict[str, Any]
 _TIMEOUT_SECONDS = 60
+_TRANSIENT = (429, 500, 502, 503, 504)
 _FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.05, 1.0
 
 # service: (its configuration key, its environment variable, where it is on Google)
@@ -48,6 +49,10 @@ class GoogleError(ProviderError):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"googleapi: Error {status}: {message}")
         self.status = status
+
+
+class FailedOperationError(GoogleError):
+    """An operation that Google took and that ended with an error: what it began may be there."""
 
 
 class StillRunningError(ProviderError):
@@ -112,22 +117,34 @@ class Google:
     ) -> Json:
         """A request whose answer is an operation; waits for its end.
 
-        Raises `GoogleError` when it failed, `StillRunningError` when it was not waited for to the end.
+        Raises `GoogleError` when it is refused, `FailedOperationError` when it failed, `StillRunningError`
+        when it was not waited for to the end.
         """
         operation = self.call(service, method, path, body, query)
-        pause = _FIRST_POLL_SECONDS
+        pause, trouble = _FIRST_POLL_SECONDS, ""
         while not (operation.get("done") or operation.get("status") == "DONE"):
             if self.cancelled.wait(pause):
                 raise StillRunningError(f"the wait for {operation.get('name')} was interrupted; it goes on")
             if time.monotonic() > deadline:
-                raise StillRunningError(f"{operation.get('name')} did not end in the time allowed for it")
+                raise StillRunningError(
+                    f"{operation.get('name')} did not end in the time allowed for it{trouble}"
+                )
             pause = min(pause * 1.5, _LAST_POLL_SECONDS)
-            operation = self.call(service, "GET", _operation_path(operation, path))
+            try:
+                operation = self.call(service, "GET", _operation_path(operation, path))
+                trouble = ""
+            except ProviderError as unanswered:
+                # The operation goes on, whatever became of a question about it.
+                trouble = f"; {unanswered}"
+                if isinstance(unanswered, GoogleError) and unanswered.status not in _TRANSIENT:
+                    name = operation.get("name")
+                    raise StillRunningError(f"{name} cannot be followed{trouble}") from unanswered
         error = operation.get("error")
         if error:
             errors = error.get("errors") or [error]
             text = "; ".join(str(e.get("message") or e.get("code")) for e in errors)
-            raise GoogleError(operation.get("httpErrorStatusCode") or error.get("code") or 500, text)
+            status = operation.get("httpErrorStatusCode") or error.get("code") or 500
+            raise FailedOperationError(status, text)
         return operation
 
 

@@ -12,7 +12,8 @@ import pytest
 from localcloud.plugins.gcp import tables
 from localcloud.plugins.gcp.fields import Field
 from localcloud.plugins.gcp.provider import GcpProvider
-from localcloud.plugins.gcp.rest import GoogleError
+from localcloud.plugins.gcp.resources import deadline_in
+from localcloud.plugins.gcp.rest import Google, GoogleError, StillRunningError
 from localcloud.plugins.gcp.tables import ResourceType
 from localcloud.plugins.protocol import ProviderError, Resource
 from localcloud.plugins.values import UNKNOWN, Properties, Secret
@@ -353,3 +354,57 @@ def test_the_client_configuration_has_a_secret_token(monkeypatch: pytest.MonkeyP
     assert (result["project"], result["accessToken"]) == ("p", Secret("t"))
     with pytest.raises(ProviderError, match="getProject is not served"):
         provider().invoke("gcp:organizations/getProject:getProject", {})
+
+
+RUNNING = {"name": "operation-1", "status": "RUNNING"}
+
+
+class Answers(Google):
+    """Google with prepared answers, one a request."""
+
+    def __init__(self, *answers: Any) -> None:
+        super().__init__({})
+        self.answers = list(answers)
+        self.calls: list[tuple[str, str]] = []
+
+    def call(self, service: str, method: str, path: str, body: Any = None, query: Any = None) -> Any:  # noqa: ARG002
+        self.calls.append((method, path))
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_an_operation_is_waited_for_though_nobody_answers_for_a_while() -> None:
+    away = ProviderError("cannot be reached")
+    google = Answers(RUNNING, away, GoogleError(503, "overloaded"), RUNNING, {**RUNNING, "status": "DONE"})
+    operation = google.operate("compute", "POST", "projects/p/zones/z/instances", deadline_in(30))
+    assert operation["status"] == "DONE"
+    assert google.calls[-1] == ("GET", "projects/p/zones/z/operations/operation-1")
+
+
+def test_an_operation_that_cannot_be_asked_about_may_still_come_to_its_end() -> None:
+    google = Answers(RUNNING, GoogleError(403, "no"))
+    with pytest.raises(StillRunningError, match="cannot be followed; googleapi: Error 403: no"):
+        google.operate("compute", "POST", "projects/p/zones/z/instances", deadline_in(30))
+
+
+def test_a_cluster_that_could_not_be_made_is_not_left_in_the_way_of_the_next_one() -> None:
+    failed = {"name": "operation-1", "status": "DONE", "error": {"code": 13, "message": "no etcd"}}
+    google = Answers(failed, {"name": "operation-2", "status": "DONE"})
+    made = provider()
+    made._google = google
+    inputs: Properties = {"name": "c", "location": "europe-west1-b", "initialNodeCount": 1}
+    with pytest.raises(ProviderError, match="creating Cluster c: googleapi: Error 13: no etcd"):
+        made.create(resource(tables.CLUSTER), inputs, preview=False)
+    assert google.calls[-1] == ("DELETE", "projects/p/locations/europe-west1-b/clusters/c")
+
+
+def test_a_cluster_of_that_name_that_was_there_before_is_not_touched() -> None:
+    google = Answers(GoogleError(409, "Already exists"))
+    made = provider()
+    made._google = google
+    inputs: Properties = {"name": "c", "location": "europe-west1-b", "initialNodeCount": 1}
+    with pytest.raises(ProviderError, match="Already exists"):
+        made.create(resource(tables.CLUSTER), inputs, preview=False)
+    assert [method for method, _ in google.calls] == ["POST"]
