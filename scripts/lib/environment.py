@@ -85,7 +85,8 @@ def complete(*, tests: bool = False) -> dict[str, str]:
     """
     start = before_localcloud(tests=tests)
     dump = "import json, os; print(json.dumps(dict(os.environ)))"
-    script = f'eval "$("$0" -m localcloud env)" && exec "$0" -c "{dump}"'
+    # In two steps: the status of a substitution inside eval is lost.
+    script = f'lines=$("$0" -m localcloud env) && eval "$lines" && exec "$0" -c "{dump}"'
     python = str(venv.directory() / "bin" / "python")
     answer = subprocess.run(
         ["sh", "-c", script, python],
@@ -96,7 +97,9 @@ def complete(*, tests: bool = False) -> dict[str, str]:
         check=False,
     )
     if answer.returncode != 0 or not answer.stdout:
-        raise StepError(f"localcloud has no environment to give: {answer.stderr.strip()}")
+        raise StepError(
+            f"localcloud has no environment to give: {answer.stderr.strip()}\n  ./scripts/up starts it"
+        )
     found = json.loads(answer.stdout)
     return {
         str(key): str(value) for key, value in found.items() if key not in ("_", "PWD", "OLDPWD", "SHLVL")
