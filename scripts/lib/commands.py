@@ -1,8 +1,10 @@
 """What each of the commands does, step by step."""
 
+import contextlib
 import functools
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +84,11 @@ def down(*, force: bool) -> None:
 
 
 def env() -> None:
-    """Prints the environment for working by hand."""
+    """Prints the environment for working by hand; what it lacks after a pull is built first."""
+    # Standard output is for the shell's eval, and the steps are for people.
+    with contextlib.redirect_stdout(sys.stderr):
+        toolchain.ensure(tests=False)
+        venv.ensure()
     print(environment.exports())
 
 
