@@ -58,18 +58,22 @@ def up() -> None:
 
 
 def _remove_run() -> None:
-    for path in (paths.STACKS, paths.LOCALCLOUD_HOME, paths.LOGS):
+    for path in (paths.LOCALCLOUD_HOME, paths.LOGS):
         shutil.rmtree(path, ignore_errors=True)
+    others = pulumi.remove_files()
+    if others:
+        print(f"kept: {paths.STACKS}, which has the state of {', '.join(sorted(others))} too")
 
 
 def down(*, force: bool) -> None:
     """Destroys the stack, then stops localcloud and removes every file of the run; caches stay."""
-    if not paths.STACKS.exists() and not paths.LOCALCLOUD_HOME.exists():
+    if not pulumi.is_known() and not paths.LOCALCLOUD_HOME.exists():
+        _remove_run()
         print("nothing is up")
         return
     start = environment.before_localcloud()
     try:
-        if paths.STACKS.exists():
+        if pulumi.is_known():
             step(
                 "start localcloud",
                 functools.partial(_python, env=start, arguments=["-m", "localcloud", "start"]),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 from collections.abc import Mapping
@@ -87,6 +88,34 @@ def destroy(log: Log, env: Mapping[str, str]) -> None:
         log.run(["pulumi", "stack", "rm", "--yes", "--preserve-config", STACK], env=env)
     finally:
         _drop_salt()
+
+
+def _known() -> set[str]:
+    """The stacks that have a state here: the user's own, as `dev`, may be among them."""
+    states = [
+        *paths.STACKS.glob(".pulumi/stacks/**/*.json"),
+        *paths.STACKS.glob(".pulumi/stacks/**/*.json.gz"),
+    ]
+    return {path.name.partition(".json")[0] for path in states}
+
+
+def is_known() -> bool:
+    """Whether there is a stack to destroy."""
+    return STACK in _known()
+
+
+def remove_files() -> set[str]:
+    """Removes every file of the stack, and all of .stacks unless others live there; gives the others."""
+    others = _known() - {STACK}
+    if not others:
+        shutil.rmtree(paths.STACKS, ignore_errors=True)
+        return others
+    for path in sorted(paths.STACKS.glob(".pulumi/**/*")):
+        if path.name == STACK and path.is_dir():
+            shutil.rmtree(path)
+        elif path.name.startswith(f"{STACK}.json"):
+            path.unlink()
+    return others
 
 
 def outputs(env: Mapping[str, str]) -> dict[str, Any]:
