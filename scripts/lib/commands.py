@@ -87,13 +87,13 @@ def down(*, force: bool) -> None:
     _remove_run()
 
 
-def env() -> None:
+def env(*, google: bool) -> None:
     """Prints the environment for working by hand; what it lacks after a pull is built first."""
     # Standard output is for the shell's eval, and the steps are for people.
     with contextlib.redirect_stdout(sys.stderr):
         toolchain.ensure(tests=False)
         venv.ensure()
-    print(environment.exports())
+    print(environment.exports(environment.for_google() if google else environment.complete()))
 
 
 def program(name: str, arguments: list[str]) -> int:

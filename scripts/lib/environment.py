@@ -8,12 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from localcloud import environment as localcloud
+from localcloud.home import Config, Home
 from scripts.lib import paths, rust, toolchain, venv
 from scripts.lib.steps import StepError
 
 KUBECONFIG = paths.LOCALCLOUD_HOME / "kubeconfig"
 # Taken out: pulumi would prefer it to the file, and fail to decrypt the state with it.
 UNSET = ("PULUMI_CONFIG_PASSPHRASE",)
+# What every shell has of its own.
+_SHELL = ("_", "PWD", "OLDPWD", "SHLVL")
 
 
 def passphrase_file() -> Path:
@@ -101,16 +105,34 @@ def complete(*, tests: bool = False) -> dict[str, str]:
             f"localcloud has no environment to give: {answer.stderr.strip()}\n  ./scripts/up starts it"
         )
     found = json.loads(answer.stdout)
-    return {
-        str(key): str(value) for key, value in found.items() if key not in ("_", "PWD", "OLDPWD", "SHLVL")
-    }
+    return {str(key): str(value) for key, value in found.items() if key not in _SHELL}
 
 
-def exports() -> str:
+def for_google() -> dict[str, str]:
+    """A whole process environment for a stack on Google: tools and libraries, and nothing of localcloud.
+
+    What an earlier eval of localcloud's environment set is taken out, so that nothing of that stack ends up
+    on this machine; what the user set for Google stays.
+    """
+    found = before_localcloud()
+    path = [
+        entry
+        for entry in found["PATH"].split(os.pathsep)
+        if not Path(entry).is_relative_to(paths.REPOSITORY / "localcloud")
+    ]
+    names = {*localcloud.variables(Home(paths.LOCALCLOUD_HOME), Config(0, "")), "KUBECONFIG"}
+    users = (
+        {} if "LOCALCLOUD_HOME" in os.environ else {key: os.environ[key] for key in names & os.environ.keys()}
+    )
+    tools = {key: value for key, value in found.items() if key not in names}
+    return {**tools, **users, "PATH": os.pathsep.join(path)}
+
+
+def exports(wanted: dict[str, str]) -> str:
     """Shell lines for eval: what differs from the environment that this runs in."""
-    wanted = complete()
     changed = {key: value for key, value in sorted(wanted.items()) if os.environ.get(key) != value}
-    lines = [f"unset {key}" for key in UNSET]
+    gone = [key for key in os.environ if key not in wanted and key not in _SHELL]
+    lines = [f"unset {key}" for key in sorted({*UNSET, *gone})]
     lines += [f"export {key}={shlex.quote(value)}" for key, value in changed.items()]
     return "\n".join(lines)
 

@@ -25,7 +25,12 @@ def _parser() -> argparse.ArgumentParser:
     down.add_argument(
         "--force", action="store_true", help="remove everything also where `pulumi destroy` fails"
     )
-    names.add_parser("env", prog="./scripts/env", description=commands.env.__doc__)
+    env = names.add_parser("env", prog="./scripts/env", description=commands.env.__doc__)
+    env.add_argument(
+        "--google",
+        action="store_true",
+        help="for a stack on Google Cloud: the tools, and nothing of localcloud",
+    )
     test = names.add_parser("test", prog="./scripts/test", description=commands.test.__doc__)
     test.add_argument(
         "only", nargs="*", choices=[*commands.SUITES, []], help="suites to run; all, unless given"
@@ -47,7 +52,7 @@ def main() -> int:
             case "down":
                 commands.down(force=arguments.force)
             case "env":
-                commands.env()
+                commands.env(google=arguments.google)
             case "test":
                 commands.test(arguments.only or list(commands.SUITES))
             case name:

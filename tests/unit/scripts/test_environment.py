@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from localcloud.home import Config, Home
-from scripts.lib import environment, paths, toolchain
+from scripts.lib import environment, paths, toolchain, venv
 from scripts.lib.steps import StepError
+from tests.unit.conftest import REPOSITORY
 
 
 @pytest.fixture
@@ -33,6 +34,35 @@ def test_where_localcloud_was_never_started_there_is_no_environment_that_would_l
     found = environment.complete()
     assert found["GOOGLE_COMPUTE_CUSTOM_ENDPOINT"] == "http://127.0.0.1:1234/compute/beta/"
     assert found["LOCALCLOUD_HOME"] == str(home.root)
+
+
+def test_the_environment_for_google_takes_out_what_would_lead_to_localcloud(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.save(Config(port=1234, token="t"))
+    local = environment.complete()
+    for key, value in local.items():
+        monkeypatch.setenv(key, value)
+    found = environment.for_google()
+    assert not [key for key, value in found.items() if "1234" in value and key in local]
+    assert not {"GOOGLE_OAUTH_ACCESS_TOKEN", "KUBECONFIG", "LOCALCLOUD_HOME"} & found.keys()
+    assert str(REPOSITORY / "localcloud") not in found["PATH"]
+    assert str(venv.directory() / "bin") in found["PATH"]
+    lines = environment.exports(found).splitlines()
+    assert "unset GOOGLE_COMPUTE_CUSTOM_ENDPOINT" in lines
+    assert "unset PULUMI_DISABLE_AUTOMATIC_PLUGIN_ACQUISITION" in lines
+    assert not {"unset PWD", "unset HOME"} & set(lines)
+
+
+@pytest.mark.usefixtures("home")
+def test_what_the_user_set_for_google_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCALCLOUD_HOME", raising=False)
+    monkeypatch.setenv("GOOGLE_OAUTH_ACCESS_TOKEN", "the user's own")
+    monkeypatch.setenv("KUBECONFIG", "/the/user/s")
+    found = environment.for_google()
+    assert found["GOOGLE_OAUTH_ACCESS_TOKEN"] == "the user's own"
+    assert found["KUBECONFIG"] == "/the/user/s"
+    assert "LOCALCLOUD_HOME" not in found
 
 
 @pytest.mark.usefixtures("home")
