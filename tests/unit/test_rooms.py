@@ -1,0 +1,61 @@
+"""What a part of the program may know of another: the rules that no type checker sees."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.unit.conftest import REPOSITORY
+
+PROGRAM = [REPOSITORY / "__main__.py", *sorted((REPOSITORY / "components").rglob("*"))]
+PROVIDERS = sorted((REPOSITORY / "components" / "providers").glob("*.py"))
+LOCALCLOUD = sorted((REPOSITORY / "localcloud").rglob("*.py"))
+
+
+def name(path: Path) -> str:
+    """Name a file in the report."""
+    return str(path.relative_to(REPOSITORY))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(module: str, package: str) -> bool:
+    """Say whether a module is a package or in it."""
+    return module == package or module.startswith(f"{package}.")
+
+
+@pytest.mark.parametrize("path", [path for path in PROGRAM if path.suffix in (".py", ".sh")], ids=name)
+def test_the_program_knows_google_and_nothing_of_what_stands_in_for_it(path: Path) -> None:
+    assert "localcloud" not in path.read_text().lower()
+
+
+@pytest.mark.parametrize("path", LOCALCLOUD, ids=name)
+def test_localcloud_knows_nothing_of_the_program(path: Path) -> None:
+    assert not [module for module in imported(path) if within(module, "components")]
+
+
+@pytest.mark.parametrize("path", PROVIDERS, ids=name)
+def test_a_dynamic_provider_imports_no_component(path: Path) -> None:
+    ours = [module for module in imported(path) if within(module, "components")]
+    assert [module for module in ours if not within(module, "components.providers")] == []
+
+
+@pytest.mark.parametrize("path", [path for path in PROGRAM if path.suffix == ".py"], ids=name)
+def test_configuration_is_read_in_one_place(path: Path) -> None:
+    reads = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "pulumi.Config"
+    ]
+    assert not reads or path.name == "config.py"
