@@ -445,9 +445,13 @@ class OciSignatureProvider(ResourceProvider):
         )
 
     @operation
-    def update(self, _id: str, _olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
-        """Push the new one."""
+    def update(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
+        """Push the new one, which takes over the tag, and remove the old one."""
         signed = push_signature(news["repository"], news["digest"], news["payload"], news["signature"])
+        if olds["signature_digest"] != signed:
+            Client(news["repository"]).delete_artifact(
+                olds["signature_digest"], signature_tag(news["digest"])
+            )
         return UpdateResult({**news, "signature_digest": signed})
 
     @operation

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -160,6 +161,27 @@ def test_cosign_verifies_what_was_signed_and_refuses_another_key(
     oci.push_signature(repository, digest, signed.payload, signed.signature)
     assert _cosign(tmp_path, pair.public_key, f"{repository}@{digest}").returncode == 0
     assert _cosign(tmp_path, other.public_key, f"{repository}@{digest}").returncode != 0
+
+
+def test_a_new_signature_of_an_image_leaves_nothing_of_the_old_one(repository: str, component: File) -> None:
+    digest = oci.push(repository, "wasm", component.path, component.sha256)
+    provider = oci.OciSignatureProvider()
+    made: list[dict[str, Any]] = []
+    for _ in range(2):
+        signed = signature.sign(signature.generate_key().private_key, repository, digest)
+        props = {
+            "repository": repository,
+            "digest": digest,
+            "payload": signed.payload,
+            "signature": signed.signature,
+        }
+        outs = provider.update("id", made[-1], props).outs if made else provider.create(props).outs
+        assert outs
+        made.append(outs)
+    old, new = (outs["signature_digest"] for outs in made)
+    assert get(repository, f"manifests/{old}").status_code == 404
+    tagged = get(repository, f"manifests/{oci.signature_tag(digest)}")
+    assert tagged.headers["Docker-Content-Digest"] == new
 
 
 def _cosign(directory: Path, public_key: str, image: str) -> subprocess.CompletedProcess[str]:
