@@ -100,13 +100,12 @@ def source_files(crate: Path) -> list[Path]:
 
     Outside of a git checkout (a source archive) every file but cargo's own `target` counts.
     """
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "."],
-        cwd=crate,
-        capture_output=True,
-        check=False,
-    )
-    if listed.returncode == 0:
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "."]
+    try:
+        listed = subprocess.run(command, cwd=crate, capture_output=True, check=False)
+    except FileNotFoundError:
+        listed = None  # a source archive, on a machine without git
+    if listed is not None and listed.returncode == 0:
         files = {crate / os.fsdecode(name) for name in listed.stdout.split(b"\0") if name}
     else:
         files = {path for path in crate.rglob("*") if "target" not in path.relative_to(crate).parts}

@@ -71,7 +71,11 @@ def check() -> None:
             "git", _version("git", "--version"), (2, 20), "brew install git" if MACOS else f"{apt} git"
         ),
         Prerequisite(
-            "curl", _version("curl", "--version"), (7, 50), "brew install curl" if MACOS else f"{apt} curl"
+            # The smoke test retries on every error, which curl can since then.
+            "curl",
+            _version("curl", "--version"),
+            (7, 71),
+            "brew install curl" if MACOS else f"{apt} curl",
         ),
         Prerequisite(
             "a C compiler",
