@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import sqlite3
 import sys
 import time
 import urllib.error
@@ -193,7 +194,14 @@ def _records(home: Home, kind: str) -> list[Record]:
     """The user's resources of a kind; what every project has from the first is left out."""
     if not home.store_path.exists():
         return []
-    return [record for record in Store(home.store_path, read_only=True).list(kind) if not record.is_seed]
+    try:
+        return [record for record in Store(home.store_path, read_only=True).list(kind) if not record.is_seed]
+    except sqlite3.OperationalError:
+        return []  # the server is making it just now
+    except sqlite3.DatabaseError as error:
+        raise HomeError(
+            f"{home.store_path} is damaged ({error}); to give the state up: python -m localcloud reset"
+        ) from error
 
 
 def _table(head: list[str], rows: list[list[str]]) -> None:

@@ -314,7 +314,11 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 3700
 
     def do_GET(self) -> None:
-        url = urlsplit(self.path)
+        try:
+            url = urlsplit(self.path)
+        except ValueError:
+            self._send(_page(400, "Bad Request", "The request's path is no path."))
+            return
         query = parse_qs(url.query, keep_blank_values=True)
         if url.path == "/":
             # How client libraries find out that they run on Google: any answer with the header will do.

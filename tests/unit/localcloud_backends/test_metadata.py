@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -214,3 +215,9 @@ def test_a_wait_ends_at_its_timeout_and_at_once_with_an_old_etag(server: Metadat
 
 def test_other_methods_are_refused(server: MetadataServer) -> None:
     assert fetch(server, f"{V1}/instance/name", GOOGLE, "POST")[0] >= 400
+
+
+def test_a_path_that_is_none_is_refused(server: MetadataServer) -> None:
+    with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=30) as connection:
+        connection.sendall(b"GET http://[ HTTP/1.0\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")

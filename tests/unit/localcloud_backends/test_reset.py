@@ -41,6 +41,16 @@ def test_a_damaged_configuration_is_no_obstacle(
     assert not home.root.exists()
 
 
+def test_a_damaged_store_is_said_and_is_no_obstacle(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    home.save(Config(port=1, token="t"))
+    home.store_path.touch()
+    assert main(["status"]) == 3
+    home.store_path.write_text("no database " * 1000)
+    assert main(["status"]) == 1
+    assert "store.db is damaged" in capsys.readouterr().err
+    assert main(["reset"]) == 0
+
+
 def test_what_an_interrupted_start_left_is_deleted(home: Home) -> None:
     with home.lock("start"):
         pass
