@@ -17,7 +17,7 @@ import secrets
 import string
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -371,33 +371,53 @@ def join(
 ) -> Any:
     """Let the machine in and wait until it is Ready; give its Node.
 
-    Raises RegistrationError after `timeout`, with the last known condition. The token is gone afterwards in
-    any case.
+    Raises RegistrationError after `timeout`, with the last known condition. The token is gone afterwards,
+    unless the API server is away at the end too: then it ends on its own.
     """
-    token_id = token.partition(".")[0]
-    end = time.monotonic() + timeout.total_seconds()
-    denied = ""
-    trouble = "nothing was heard of it"
     with _api_errors("the bootstrap token cannot be made"):
         cluster.put_token(token, f"Lets the VM {vm.name} join")
     try:
-        while time.monotonic() < end:
-            try:
-                with _api_errors(f"{vm.name} is waited for"):
-                    denied = _decide_all(cluster, vm, token_id, log) or denied
-                    node = cluster.node(vm.name)
-                    trouble = not_ready(node, cluster.renewed(vm.name), since)
-            except RegistrationError as error:
-                # An API server that restarts is no reason to give up before the time is over.
-                trouble = str(error)
-            if not trouble:
-                with _api_errors(f"the role of {vm.name} cannot be set"):
+        node = _ready_node(cluster, vm, token.partition(".")[0], since, timeout=timeout, log=log)
+    except BaseException:
+        # Why the node did not join matters more than what becomes of the token.
+        with suppress(RegistrationError):
+            _forget(cluster, token)
+        raise
+    _forget(cluster, token)
+    return node
+
+
+def _forget(cluster: Cluster, token: str) -> None:
+    with _api_errors("the bootstrap token cannot be deleted"):
+        cluster.delete_token(token)
+
+
+def _ready_node(
+    cluster: Cluster,
+    vm: Machine,
+    token_id: str,
+    since: datetime | None,
+    *,
+    timeout: timedelta,
+    log: Callable[[str], None],
+) -> Any:
+    """Decide about the machine's requests until it is Ready; give its Node."""
+    end = time.monotonic() + timeout.total_seconds()
+    denied = ""
+    trouble = "nothing was heard of it"
+    while time.monotonic() < end:
+        try:
+            with _api_errors(f"{vm.name} is waited for"):
+                denied = _decide_all(cluster, vm, token_id, log) or denied
+                node = cluster.node(vm.name)
+                trouble = not_ready(node, cluster.renewed(vm.name), since)
+                if not trouble:
                     cluster.name_role(vm.name)
-                return node
-            time.sleep(POLL_SECONDS)
-    finally:
-        with _api_errors("the bootstrap token cannot be deleted"):
-            cluster.delete_token(token)
+                    return node
+        except RegistrationError as error:
+            # An API server that restarts is no reason to give up before the time is over.
+            trouble = str(error)
+        time.sleep(POLL_SECONDS)
     last = f"{trouble}; {denied}" if denied else trouble
     raise RegistrationError(
         f"{vm.name} is not Ready after {timeout.total_seconds():.0f} s: {last}. "

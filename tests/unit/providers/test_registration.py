@@ -203,6 +203,8 @@ class FakeCluster(registration.Cluster):
         self.decided: dict[str, registration.Verdict] = {}
         self.token = ""
         self.failures: list[Exception] = []
+        self.role_failures: list[Exception] = []
+        self.is_away = False
 
     def put_token(self, token: str, description: str) -> None:
         assert description
@@ -210,6 +212,8 @@ class FakeCluster(registration.Cluster):
 
     def delete_token(self, token: str) -> None:
         assert token
+        if self.is_away:
+            raise ApiException(status=503, reason="Service Unavailable")
         self.token = ""
 
     def requests(self) -> Iterator[tuple[Any, Request]]:
@@ -233,6 +237,8 @@ class FakeCluster(registration.Cluster):
 
     def name_role(self, name: str) -> None:
         assert name == VM.name
+        if self.role_failures:
+            raise self.role_failures.pop()
 
 
 @pytest.fixture(autouse=True)
@@ -262,7 +268,23 @@ def test_a_lie_is_named_in_the_error_and_the_token_is_gone() -> None:
 def test_an_api_server_that_is_away_for_a_moment_is_waited_for() -> None:
     cluster = FakeCluster(CLIENT, SERVING)
     cluster.failures = [ApiException(status=503, reason="Service Unavailable")]
+    cluster.role_failures = [ApiException(status=503, reason="Service Unavailable")]
     assert join(cluster).metadata.uid == "u"
+    assert cluster.role_failures == []
+
+
+def test_why_a_node_did_not_join_is_said_also_when_its_token_cannot_be_deleted() -> None:
+    cluster = FakeCluster(CLIENT)
+    cluster.is_away = True
+    with pytest.raises(registration.RegistrationError, match="is not Ready after 0 s: there is no Node"):
+        join(cluster)
+
+
+def test_a_token_that_outlives_the_join_is_an_error() -> None:
+    cluster = FakeCluster(CLIENT, SERVING)
+    cluster.is_away = True
+    with pytest.raises(registration.RegistrationError, match="the bootstrap token cannot be deleted"):
+        join(cluster)
 
 
 def test_a_bootstrap_token_has_kubernetes_form_and_is_another_each_time() -> None:
