@@ -55,10 +55,11 @@ class Document:
         self.version: str = content["version"]
         self.schemas: dict[str, Json] = content["schemas"]
         self._globals: dict[str, Json] = content["parameters"]
-        prefix = content["servicePath"] or f"{self.name}/"
+        self.prefix: str = content["servicePath"] or f"{self.name}/"
+        self.methods = list(self._methods(content["resources"]))
         self._tree = _Node()
-        for method in self._methods(content["resources"]):
-            self._tree.add(_segments(f"/{prefix}{method.flat_path}"), method)
+        for method in self.methods:
+            self._tree.add(_segments(f"/{self.prefix}{method.flat_path}"), method)
 
     def _methods(self, resources: Json) -> Iterator[Method]:
         for resource in resources.values():

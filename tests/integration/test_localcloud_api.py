@@ -438,6 +438,9 @@ def test_gcloud_manages_networks_firewalls_addresses_and_instances(gcloud: Gclou
         "compute", "networks", "subnets", "create", "g-sub", "--network=g-net", region, "--range=10.4.0.0/24"
     )
     gcloud("compute", "firewall-rules", "create", "g-fw", "--network=g-net", "--allow=tcp:80")
+    gcloud("compute", "firewall-rules", "update", "g-fw", "--allow=tcp:81", "--priority=7")
+    rule = gcloud("compute", "firewall-rules", "describe", "g-fw")
+    assert (rule["priority"], rule["allowed"][0]["ports"]) == (7, ["81"])
     gcloud("compute", "addresses", "create", "g-ip", region)
     gcloud(
         *("compute", "instances", "create", "g-vm", zone, "--machine-type=e2-small", "--network=g-net"),
@@ -455,6 +458,14 @@ def test_gcloud_manages_networks_firewalls_addresses_and_instances(gcloud: Gclou
     machine = gcloud("compute", "instances", "describe", "g-vm", zone)
     assert {item["key"]: item["value"] for item in machine["metadata"]["items"]} == {"k": "v", "a": "b"}
     assert (machine["tags"]["items"], machine["labels"]) == (["web"], {"x": "y"})
+    gcloud("compute", "instances", "stop", "g-vm", zone)
+    gcloud("compute", "instances", "set-machine-type", "g-vm", zone, "--machine-type=e2-medium")
+    gcloud("compute", "instances", "start", "g-vm", zone)
+    gcloud("compute", "instances", "update", "g-vm", zone, "--deletion-protection")
+    machine = gcloud("compute", "instances", "describe", "g-vm", zone)
+    assert machine["machineType"].endswith("/machineTypes/e2-medium")
+    assert "protected against deletion" in gcloud("compute", "instances", "delete", "g-vm", zone, fails=True)
+    gcloud("compute", "instances", "update", "g-vm", zone, "--no-deletion-protection")
     assert "already being used" in gcloud("compute", "networks", "delete", "g-net", fails=True)
     gcloud("compute", "instances", "delete", "g-vm", zone)
     gcloud("compute", "addresses", "delete", "g-ip", region)

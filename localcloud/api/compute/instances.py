@@ -40,7 +40,9 @@ _TAG = re.compile(r"[a-z](?:[-a-z0-9]{0,61}[a-z0-9])?")
 
 
 def _key(call: Call) -> str:
-    return instance_key(call.project, check_zone(call), call.path["instance"])
+    # Google's documents call it `resource` in one place.
+    name = call.path.get("instance") or call.path["resource"]
+    return instance_key(call.project, check_zone(call), name)
 
 
 def _find(call: Call) -> Record:

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 from localcloud.api.compute.catalog import ZONES, check_region
 from localcloud.api.compute.common import (
+    LINK,
     aggregated,
     begin,
     check_labels,
     check_new,
+    key_of,
     listed,
     new_body,
     require,
+    resolve,
     set_labels,
 )
 from localcloud.api.errors import ApiError, in_use, invalid_value
@@ -127,6 +130,13 @@ def serve(collection: Collection) -> None:
             return aggregated(call, items, kind, collection.name, [f"regions/{name}" for name in ZONES])
 
 
+def _is_same(call: Call, given: object, current: object) -> bool:
+    """Whether a value is what there is; a link may be spelled as this server shows it."""
+    if isinstance(given, str) and isinstance(current, str) and current.startswith(LINK):
+        return resolve(call, given, "") == key_of(current)
+    return given == current
+
+
 def _change(call: Call, collection: Collection, record: Record) -> None:
     """Apply a patch, as long as it changes only what may change."""
     supplied = call.body.get("fingerprint")
@@ -135,7 +145,7 @@ def _change(call: Call, collection: Collection, record: Record) -> None:
     for field, value in call.body.items():
         if field in collection.patchable:
             record.body[field] = value
-        elif field != "fingerprint" and value != record.body.get(field):
+        elif field != "fingerprint" and not _is_same(call, value, record.body.get(field)):
             raise invalid_value(f"resource.{field}", value, "Field is immutable.")
     collection.check(record.body)
     if "fingerprint" in record.body:

@@ -355,3 +355,20 @@ def test_firewall_takes_sources_of_ipv6(client: Client) -> None:
     rule = {"name": "six", "allowed": [{"IPProtocol": "tcp"}], "sourceRanges": ["::/0"]}
     client.create(FIREWALLS, rule)
     client.error(400, "POST", FIREWALLS, {**rule, "name": "bad", "sourceRanges": ["::1/0"]})
+
+
+def test_a_protected_instance_is_not_deleted(client: Client) -> None:
+    client.create(f"{ZONE}/instances", instance())
+    client.create(f"{ZONE}/instances/vm/setDeletionProtection", None, query="deletionProtection=true")
+    assert "protected against deletion" in client.error(400, "DELETE", f"{ZONE}/instances/vm")
+    client.create(f"{ZONE}/instances/vm/setDeletionProtection", None, query="deletionProtection=false")
+    assert "error" not in client.done(client.ok("DELETE", f"{ZONE}/instances/vm"))
+
+
+def test_a_patch_may_say_again_what_is_there_with_links_as_they_were_shown(client: Client) -> None:
+    client.create(FIREWALLS, {"name": "fw", "allowed": [{"IPProtocol": "tcp", "ports": ["80"]}]})
+    shown = client.ok("GET", f"{FIREWALLS}/fw")
+    client.done(client.ok("PATCH", f"{FIREWALLS}/fw", {**shown, "priority": 7}))
+    assert client.ok("GET", f"{FIREWALLS}/fw")["priority"] == 7
+    elsewhere = {"network": shown["network"].replace("default", "other")}
+    assert "immutable" in client.error(400, "PATCH", f"{FIREWALLS}/fw", elsewhere)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 
+from localcloud.api.discovery import SERVED, Method, document
+from localcloud.api.service import TABLE
 from tests.unit.localcloud_api.client import CLUSTERS, COMPUTE, REPOSITORIES, ZONE, Client, instance
 
 
@@ -152,3 +156,30 @@ def test_fields_select_a_part_of_the_response(client: Client) -> None:
         "kind": "compute#networkList",
     }
     client.error(400, "GET", f"{COMPUTE}/global/networks", query="fields=items(name")
+
+
+VALUES = {
+    "project": "localcloud-dev",
+    "projectsId": "localcloud-dev",
+    "projectId": "localcloud-dev",
+    "zone": "europe-west1-b",
+    "region": "europe-west1",
+    "locationsId": "europe-west1",
+}
+
+
+def _served() -> Iterator[tuple[Method, str]]:
+    """Every method that has a handler, with the path of something that is not there."""
+    for found in (document(name, version) for name, version in sorted(SERVED)):
+        for method in found.methods:
+            if method.id in TABLE.handlers:
+                flat = re.sub(r"\{\+?(\w+)\}", lambda part: VALUES.get(part[1], "no-one"), method.flat_path)
+                yield method, f"/{found.prefix}{flat}"
+
+
+def test_every_method_that_is_served_has_an_answer_to_an_empty_request(client: Client) -> None:
+    served = list(_served())
+    assert len({method.id for method, _ in served}) == len(TABLE.handlers)
+    for method, path in served:
+        status, answer = client.send(method.http_method, path, b"{}" if method.request else None)
+        assert status in (200, 400, 404, 412), (method.id, answer)
