@@ -21,6 +21,7 @@ from typing import Any
 
 import kubernetes
 import requests
+import urllib3.exceptions
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -176,7 +177,10 @@ class Stack:
         self._image = str(outputs["image"])
         given = outputs["kubeconfig"]
         loaded = json.loads(given) if isinstance(given, str) else given
-        api = kubernetes.config.new_client_from_config_dict(loaded, persist_config=False)
+        try:
+            api = kubernetes.config.new_client_from_config_dict(loaded, persist_config=False)
+        except kubernetes.config.ConfigException as error:
+            raise VerifyError(f"the output kubeconfig: {error}") from None
         self._core = kubernetes.client.CoreV1Api(api)
         self._registry: Registry | None = None
 
@@ -340,6 +344,8 @@ def run(checks: dict[str, Callable[[], str]]) -> list[Check]:
             passed, detail = False, str(error)
         except kubernetes.client.ApiException as error:
             passed, detail = False, f"the API server answers {error.status} {error.reason}"
+        except urllib3.exceptions.HTTPError as error:
+            passed, detail = False, f"the API server cannot be reached: {error}"
         except (requests.RequestException, KeyError, TypeError, ValueError, OSError) as error:
             passed, detail = False, f"{type(error).__name__}: {error}"
         results.append(Check(name, passed, " ".join(detail.split()), round(time.monotonic() - start, 3)))

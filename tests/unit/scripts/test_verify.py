@@ -1,0 +1,55 @@
+"""scripts/verify: what it computes itself, and that one fault hides no other."""
+
+from __future__ import annotations
+
+import json
+from typing import NoReturn
+
+import pytest
+import requests
+import urllib3.exceptions
+from kubernetes.client.exceptions import ApiException
+
+from scripts.lib import verify
+
+
+def test_primorials_and_primes_are_those_of_the_books() -> None:
+    # OEIS A034386 and A000040.
+    assert [verify.primorial(n) for n in (0, 1, 2, 3, 4, 5, 7, 30)] == [1, 1, 2, 6, 6, 30, 210, 6469693230]
+    assert [n for n in range(40) if verify.is_prime(n)] == [2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37]
+    assert verify.is_prime(2**61 - 1)
+    assert verify.is_prime(18446744073709551557)
+    # Strong pseudoprimes to the first bases, and a Carmichael number.
+    assert not any(map(verify.is_prime, (3215031751, 341550071728321, 561, 2**64 - 1)))
+
+
+FAULTS = [
+    verify.VerifyError("Ready is False"),
+    ApiException(status=403, reason="Forbidden"),
+    urllib3.exceptions.MaxRetryError(urllib3.HTTPConnectionPool("h"), "/api", OSError("refused")),
+    requests.ConnectionError("refused"),
+    requests.JSONDecodeError("no JSON", "", 0),
+    KeyError("layers"),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+def test_a_check_that_fails_keeps_no_other_from_being_made(fault: Exception) -> None:
+    def fail() -> NoReturn:
+        raise fault
+
+    first, second = verify.run({"first": fail, "second": lambda: "fine"})
+    assert (first.passed, second.passed, second.detail) == (False, True, "fine")
+    assert first.detail
+    assert "FAIL  first " in verify.table([first, second])
+
+
+def test_a_stack_that_is_not_up_is_said_to_be_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "stack_outputs", lambda _stack: {"url": "http://127.0.0.1:1"})
+    monkeypatch.setattr("sys.argv", ["verify", "--json"])
+    assert verify.main() == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] is False
+    assert "is it up?" in report["checks"][0]["detail"]
