@@ -89,10 +89,10 @@ def down(*, force: bool) -> None:
 
 def env(*, google: bool) -> None:
     """Prints the environment for working by hand; what it lacks after a pull is built first."""
-    # Standard output is for the shell's eval, and the steps are for people.
-    with contextlib.redirect_stdout(sys.stderr):
-        toolchain.ensure(tests=False)
-        venv.ensure()
+    if google or paths.LOCALCLOUD_HOME.exists():
+        # Standard output is for the shell's eval, and the steps are for people.
+        with contextlib.redirect_stdout(sys.stderr):
+            _set_up(tests=False)
     print(environment.exports(environment.for_google() if google else environment.complete()))
 
 
