@@ -6,6 +6,7 @@ use crate::certificates::{ServingCertificate, Wanted};
 use crate::cli::{Names, Options, RegistryCredentials};
 use crate::events::{Recorder, Severity};
 use crate::google::MetadataServer;
+use crate::image_gc::ImageGc;
 use crate::node::{self, Keeper, Machine, NodeConfig, Readiness};
 use crate::pod::environment::PodFacts;
 use crate::pod::roster::Roster;
@@ -156,6 +157,14 @@ async fn serve(
         shutdown: shutdown.clone(),
     });
     let (taken_up, mut all_taken_up) = watch::channel(false);
+    let image_gc = ImageGc {
+        runtime: context.runtime.clone(),
+        pods: context.roster.clone(),
+        data_dir: names.data_dir.clone(),
+        thresholds: names.image_gc,
+        events: events.clone(),
+        node: subject.clone(),
+    };
     let mut pods = tokio::spawn(Pods::new(context, options.max_pods, taken_up).run());
     // What `wait_for` returns holds a lock that the sender needs.
     let taken_up = async move { all_taken_up.wait_for(|taken_up| *taken_up).await.map(|_| ()) };
@@ -163,10 +172,14 @@ async fn serve(
         Ok(()) = taken_up => {
             info!("node is ready");
             readiness.send_replace(Readiness::Ready);
+            // Now it is known which images are in use.
+            tokio::select! {
+                () = image_gc.run() => {}
+                () = stop.cancelled() => {}
+            }
         }
         () = stop.cancelled() => {}
     }
-    stop.cancelled().await;
 
     info!("stopping: the pods are let go, and taken up again by the next start");
     events.record(subject, Severity::Normal, event::NODE_SHUTDOWN, "krustlet stops".to_owned());

@@ -1,5 +1,6 @@
 //! The command line: Krustlet's own flags and environment variables, and those that this agent adds.
 
+use crate::image_gc::Thresholds;
 use anyhow::{Context, bail, ensure};
 use clap::{Parser, ValueEnum};
 use krustlet_runtime::{PublicKey, Verification};
@@ -42,6 +43,14 @@ pub struct Options {
     /// How many pods the node takes
     #[arg(long, env = "MAX_PODS", default_value_t = 500)]
     pub max_pods: u32,
+
+    /// Percent of the disk from which on images that no pod uses are removed
+    #[arg(long, env = "IMAGE_GC_HIGH_THRESHOLD", default_value_t = 85, value_parser = clap::value_parser!(u8).range(..=100))]
+    image_gc_high_threshold: u8,
+
+    /// Percent of the disk down to which they are removed
+    #[arg(long, env = "IMAGE_GC_LOW_THRESHOLD", default_value_t = 80, value_parser = clap::value_parser!(u8).range(..=100))]
+    image_gc_low_threshold: u8,
 
     /// Directory for keys, images, compiled code, volumes and logs [default: ~/.krustlet]
     #[arg(long, env = "KRUSTLET_DATA_DIR")]
@@ -103,12 +112,14 @@ pub struct Names {
     pub node_name: String,
     pub data_dir: PathBuf,
     pub kubeconfig: PathBuf,
+    pub image_gc: Thresholds,
 }
 
 impl Options {
     /// Resolves the names and places that the agent lives under.
     ///
-    /// Fails when a default is needed that the machine does not give, or when the node name is no DNS subdomain.
+    /// Fails when a default is needed that the machine does not give, when the node name is no DNS subdomain, or when the
+    /// thresholds of image collection are the wrong way round.
     pub fn names(&self) -> anyhow::Result<Names> {
         let hostname = match &self.hostname {
             Some(name) => name.clone(),
@@ -135,7 +146,7 @@ impl Options {
             Some(path) => path.clone(),
             None => data_dir.join("config").join("kubeconfig"),
         };
-        Ok(Names { hostname, node_name, data_dir, kubeconfig })
+        Ok(Names { hostname, node_name, data_dir, kubeconfig, image_gc: self.image_gc()? })
     }
 
     /// The address of the HTTPS API.
@@ -146,6 +157,13 @@ impl Options {
     /// The labels given, the last one winning when a key is given twice.
     pub fn node_labels(&self) -> BTreeMap<String, String> {
         self.node_labels.iter().cloned().collect()
+    }
+
+    /// Fails when nothing lies between the thresholds.
+    fn image_gc(&self) -> anyhow::Result<Thresholds> {
+        let (high, low) = (self.image_gc_high_threshold, self.image_gc_low_threshold);
+        ensure!(low < high, "--image-gc-low-threshold {low} is not below --image-gc-high-threshold {high}");
+        Ok(Thresholds { high, low })
     }
 
     /// Reads the public keys. Fails when there is none and unsigned modules were not allowed.
@@ -213,6 +231,15 @@ mod tests {
         assert_eq!(options.listen_address(node_ip).to_string(), "127.0.0.9:10250");
         let options = parse(&["--addr", "127.0.0.1"]);
         assert_eq!(options.listen_address(node_ip).to_string(), "127.0.0.1:3000");
+    }
+
+    #[test]
+    fn the_thresholds_of_image_collection_are_in_order() {
+        let thresholds = parse(&[]).image_gc().unwrap();
+        assert_eq!((thresholds.high, thresholds.low), (85, 80));
+        let error = parse(&["--image-gc-high-threshold=80"]).image_gc().unwrap_err();
+        assert!(error.to_string().contains("--image-gc-low-threshold 80"), "{error}");
+        assert!(Options::try_parse_from(["krustlet", "--image-gc-high-threshold=101"]).is_err());
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod cli;
 mod client;
 mod events;
 mod google;
+mod image_gc;
 mod logs;
 mod node;
 mod pod;

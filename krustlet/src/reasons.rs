@@ -64,6 +64,7 @@ pub mod event {
     pub const DEADLINE_EXCEEDED: &str = "DeadlineExceeded";
     pub const NODE_STARTING: &str = "Starting";
     pub const NODE_SHUTDOWN: &str = "Shutdown";
+    pub const FREE_DISK_SPACE_FAILED: &str = "FreeDiskSpaceFailed";
 }
 
 /// Conditions of the node and their reasons.

@@ -11,6 +11,7 @@ mod engine;
 mod error;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
+mod garbage;
 mod guest;
 mod http;
 mod limits;
@@ -29,6 +30,7 @@ mod trusted;
 
 pub use command::{Execution, Exit, ExitReason};
 pub use error::{LoadError, PullError, StartError};
+pub use garbage::Freed;
 pub use guest::{ContainerSpec, Mount, Stats};
 pub use http::HttpServer;
 pub use logs::{LogFile, LogLimits, LogStream};
@@ -43,12 +45,13 @@ use metrics::Metrics;
 use module::Loader;
 use precompiled::Cache;
 use pull::Puller;
-use registry::RegistryClient;
+use registry::{ImageName, RegistryClient};
 use std::collections::HashMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::SystemTime;
 use store::Store;
 use tokio::sync::{OwnedMutexGuard, Semaphore};
 
@@ -131,6 +134,21 @@ impl Runtime {
     /// Compiles the image's module, once a digest however many ask, or takes it from the cache.
     pub async fn load(&self, image: &Image) -> Result<Module, LoadError> {
         self.0.loader.load(&image.layer).await
+    }
+
+    /// Frees `wanted` bytes of disk, if there are so many: images go that have none of these names, those first that were
+    /// not used for longest. Their compiled code goes with them.
+    pub async fn free_disk(&self, in_use: &[String], wanted: u64) -> Freed {
+        let names: Vec<ImageName> = in_use.iter().filter_map(|name| ImageName::parse(name).ok()).collect();
+        let (store, cache) = (self.0.puller.store.clone(), self.0.loader.cache.clone());
+        let work = move || {
+            let in_use =
+                names.iter().filter_map(|name| name.digest().cloned().or_else(|| store.tagged(name))).collect();
+            garbage::free(&store, &cache, &in_use, wanted, SystemTime::now())
+        };
+        let freed = tokio::task::spawn_blocking(work).await.unwrap_or_default();
+        self.0.metrics.removed(freed.images);
+        freed
     }
 
     /// Serves an `HttpProxy` module on `address`.

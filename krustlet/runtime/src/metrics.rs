@@ -33,6 +33,7 @@ struct Inner {
     instances: Gauge,
     pulls: Family<Outcome, Counter>,
     pull_seconds: Histogram,
+    removed: Counter,
     loads: Family<Source, Counter>,
     compile_seconds: Histogram,
 }
@@ -50,6 +51,7 @@ impl Metrics {
             instances: Gauge::default(),
             pulls: Family::default(),
             pull_seconds: Histogram::new(exponential_buckets(0.005, 2.0, 14)),
+            removed: Counter::default(),
             loads: Family::default(),
             compile_seconds: Histogram::new(exponential_buckets(0.01, 2.0, 14)),
         };
@@ -69,6 +71,7 @@ impl Metrics {
             Unit::Seconds,
             inner.pull_seconds.clone(),
         );
+        registry.register("images_removed", "Images removed to free disk", inner.removed.clone());
         registry.register("module_loads", "Modules loaded, by where they came from", inner.loads.clone());
         registry.register_with_unit(
             "module_compile_duration",
@@ -99,6 +102,10 @@ impl Metrics {
         if outcome == "pulled" {
             self.0.pull_seconds.observe(duration.as_secs_f64());
         }
+    }
+
+    pub fn removed(&self, images: u64) {
+        self.0.removed.inc_by(images);
     }
 
     pub fn loaded(&self, source: &'static str) {

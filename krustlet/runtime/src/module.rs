@@ -161,7 +161,7 @@ impl Loader {
         let cached = tokio::task::spawn_blocking(move || {
             let code = cache.load(&wanted)?;
             // Code that carries our HMAC and yet does not load is compiled again.
-            trusted_module(&executor, &wanted, &code).inspect_err(|_| cache.remove(&wanted)).ok()
+            trusted_module(&executor, &wanted, &code).inspect_err(|_| _ = cache.remove(&wanted)).ok()
         });
         if let Ok(Some(module)) = cached.await {
             self.metrics.loaded("disk");

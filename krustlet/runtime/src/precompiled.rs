@@ -54,7 +54,19 @@ impl Cache {
         crate::WASMTIME_VERSION.hash(&mut hasher);
         engine.precompile_compatibility_hash().hash(&mut hasher);
         let compatibility = Digest::finish(hasher.0).hex().get(..16).unwrap_or_default().to_owned();
-        Ok(Self { root, key, compatibility, counter: AtomicU64::new(0) })
+        let cache = Self { root, key, compatibility, counter: AtomicU64::new(0) };
+        cache.sweep();
+        Ok(cache)
+    }
+
+    /// Removes what an earlier run left half-written, and code that another wasmtime or other settings made.
+    fn sweep(&self) {
+        let usable = format!("-{}.cwasm", self.compatibility);
+        for entry in fs::read_dir(&self.root).into_iter().flatten().flatten() {
+            if entry.file_name().to_str().is_some_and(|name| name != "key" && !name.ends_with(&usable)) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
     }
 
     fn path(&self, module: &Digest) -> PathBuf {
@@ -87,8 +99,11 @@ impl Cache {
         None
     }
 
-    pub fn remove(&self, module: &Digest) {
-        let _ = fs::remove_file(self.path(module));
+    /// Removes the code of a module. Gives the bytes that are free now.
+    pub fn remove(&self, module: &Digest) -> u64 {
+        let path = self.path(module);
+        let size = fs::metadata(&path).map_or(0, |metadata| metadata.len());
+        fs::remove_file(path).map_or(0, |()| size)
     }
 
     pub fn store(&self, module: &Digest, code: &VerifiedCode) -> io::Result<()> {
@@ -182,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn code_for_other_engine_settings_is_not_found() {
+    fn code_for_other_engine_settings_is_not_found_and_removed() {
         let (_directory, cache) = cache();
         let module = Digest::of(b"module");
         cache.store(&module, &code(b"code")).unwrap();
@@ -190,7 +205,7 @@ mod tests {
         config.epoch_interruption(true);
         let other = Cache::open(cache.root.clone(), &Engine::new(&config).unwrap()).unwrap();
         assert!(other.load(&module).is_none());
-        assert!(cache.load(&module).is_some());
+        assert!(!cache.path(&module).exists());
     }
 
     #[test]

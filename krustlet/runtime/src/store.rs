@@ -8,10 +8,12 @@ use crate::registry::ImageName;
 use crate::signature::{MAX_SIGNATURES, SignedPayload};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 
 /// Signatures are kept as JSON; each payload is at most 64 KiB, base64 adds a third.
 const MAX_SIGNATURES_FILE: u64 = MAX_SIGNATURES as u64 * 128 * 1024;
@@ -20,6 +22,14 @@ const MAX_SIGNATURES_FILE: u64 = MAX_SIGNATURES as u64 * 128 * 1024;
 pub struct Store {
     root: PathBuf,
     counter: AtomicU64,
+}
+
+/// A blob as it lies there.
+#[derive(Debug, Clone, Copy)]
+pub struct Blob {
+    pub size: u64,
+    /// When it was written or last looked at by [`Store::holds`].
+    pub used: SystemTime,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -55,13 +65,14 @@ impl Store {
         None
     }
 
-    /// Whether a blob of this size is there and intact. A damaged one is removed.
+    /// Whether a blob of this size is there and intact; then it was used just now. A damaged one is removed.
     pub fn holds(&self, digest: &Digest, size: u64) -> bool {
         let path = self.blob_path(digest);
         let Ok(file) = File::open(&path) else { return false };
         let mut hasher = Sha256::new();
         let copied = io::copy(&mut file.take(size + 1), &mut HashWriter(&mut hasher));
         if copied.is_ok_and(|copied| copied == size) && Digest::finish(hasher) == *digest {
+            self.set_used(digest, SystemTime::now());
             return true;
         }
         tracing::warn!(%digest, "removed a damaged blob from the image store");
@@ -103,6 +114,46 @@ impl Store {
     pub fn write_tag(&self, image: &ImageName, manifest: &Digest) -> io::Result<()> {
         let tag = Tag { name: image.to_string(), manifest: manifest.to_string() };
         self.replace(&self.tag_path(&tag.name), &serde_json::to_vec(&tag)?)
+    }
+
+    /// Everything that is there.
+    pub fn blobs(&self) -> HashMap<Digest, Blob> {
+        entries(&self.root.join("blobs"))
+            .filter_map(|entry| {
+                let digest = Digest::parse(&format!("sha256:{}", entry.file_name().to_str()?)).ok()?;
+                let metadata = entry.metadata().ok()?;
+                Some((digest, Blob { size: metadata.len(), used: metadata.modified().ok()? }))
+            })
+            .collect()
+    }
+
+    pub(crate) fn set_used(&self, digest: &Digest, time: SystemTime) {
+        // What it is for is only to choose what goes first.
+        let _ = File::options().append(true).open(self.blob_path(digest)).and_then(|file| file.set_modified(time));
+    }
+
+    /// Removes a blob, and the signatures over it if it is a manifest. Gives the bytes that are free now.
+    pub fn remove(&self, digest: &Digest, size: u64) -> u64 {
+        let _ = fs::remove_file(self.root.join("signatures").join(digest.hex()));
+        match fs::remove_file(self.blob_path(digest)) {
+            Ok(()) => size,
+            Err(error) => {
+                tracing::warn!(%digest, %error, "failed to remove a blob from the image store");
+                0
+            }
+        }
+    }
+
+    /// Removes the tags that stand for manifests which are not there any more.
+    pub fn remove_dead_names(&self) {
+        for entry in entries(&self.root.join("tags")) {
+            let tag =
+                read_bounded(&entry.path(), 4096).and_then(|content| serde_json::from_slice::<Tag>(&content).ok());
+            let manifest = tag.and_then(|tag| Digest::parse(&tag.manifest).ok());
+            if manifest.is_none_or(|manifest| !self.blob_path(&manifest).exists()) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
     }
 
     /// Names hold slashes and may be longer than a file name, so the file is called by the name's hash.
@@ -167,6 +218,10 @@ impl io::Write for HashWriter<'_> {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+fn entries(directory: &Path) -> impl Iterator<Item = fs::DirEntry> {
+    fs::read_dir(directory).into_iter().flatten().flatten()
 }
 
 fn read_bounded(path: &Path, limit: u64) -> Option<Vec<u8>> {

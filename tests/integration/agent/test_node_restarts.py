@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 from collections.abc import Callable
@@ -344,3 +345,34 @@ def test_compiled_code_is_the_agents_alone_and_what_another_hand_changed_is_comp
     assert _loads(own).get('krustlet_module_loads_total{source="compiled"}') == 1
     assert "did not write" in own.log
     assert code.read_bytes() != bytes(content)
+
+
+def test_images_that_no_pod_uses_make_room_where_the_disk_is_full(
+    make_agent: AgentFactory, make_workspace: MakeWorkspace
+) -> None:
+    agent = make_agent("full-disk")
+    agent.start()
+    place = make_workspace(agent)
+    stays = place.serve().wait_ready()
+    goes = place.run("print", "done")
+    goes.wait_phase("Succeeded")
+    images = agent.data_dir / "images" / "blobs"
+    both = {path.name for path in images.iterdir()}
+    wanted = place.http_image.rpartition(":")[2]
+    unused = place.cli_image.rpartition(":")[2]
+    assert {wanted, unused} <= both
+    agent.stop()
+    # What was used a moment ago is not removed: it was yesterday.
+    for blob in images.iterdir():
+        os.utime(blob, (0, 0))
+    agent.flags = ["--image-gc-high-threshold=1", "--image-gc-low-threshold=0"]
+    agent.start()
+    until(lambda: unused not in {path.name for path in images.iterdir()}, "the unused image to go")
+    stays.wait_ready()
+    assert stays.get("/healthz").ok
+    assert wanted in {path.name for path in images.iterdir()}
+    assert len(list((agent.data_dir / "precompiled").glob("*.cwasm"))) == 1
+    assert agent.metrics()["krustlet_images_removed_total"] == 1
+    again = place.run("print", "pulled again")
+    again.wait_phase("Succeeded")
+    assert again.logs() == "pulled again\n"
