@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from components.providers.signature import generate_key
 from tests.e2e.conftest import Stack
 from tests.waiting import until
 
@@ -149,6 +150,21 @@ def test_a_changed_line_of_the_app_changes_the_artifact_and_the_pod_alone(stack:
         source.write_text(before)
         stack.run("pulumi", "up", "--yes")
     assert stack.outputs()["image"] == old, "the same source gives the same digest"
+
+
+def test_another_signing_key_reaches_the_node_with_the_signature(stack: Stack) -> None:
+    before = stack.outputs()
+    try:
+        key = generate_key()
+        stack.run("pulumi", "config", "set", "--secret", "signingKey", text=key.private_key)
+        stack.run("pulumi", "up", "--yes")
+        assert stack.outputs()["public_key"] == key.public_key
+        assert stack.outputs()["image"] == before["image"]
+        # The node looks at the signature when the pod starts.
+        stack.run("./scripts/verify")
+    finally:
+        stack.run("git", "checkout", "--quiet", "Pulumi.local.yaml")
+        stack.run("pulumi", "up", "--yes")
 
 
 def test_verify_says_what_is_wrong_when_the_pod_is_gone(stack: Stack) -> None:
