@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +38,19 @@ def _compile() -> None:
         step(f"compile {crate}", functools.partial(_python, env=env, arguments=arguments))
 
 
+def _run_lock() -> AbstractContextManager[None]:
+    """One command at a time makes or removes this clone's run."""
+    return lock(
+        paths.LOGS / "up.lock",
+        "another ./scripts/up or ./scripts/down is at work in this clone; waiting for it",
+    )
+
+
 def up() -> None:
     """From a bare clone to an answered curl: tools, localcloud, pulumi up, verification."""
     _set_up(tests=False)
     _compile()
-    with lock(paths.LOGS / "up.lock"):
+    with _run_lock():
         start = environment.before_localcloud()
         step(
             "start localcloud", functools.partial(_python, env=start, arguments=["-m", "localcloud", "start"])
@@ -66,7 +75,15 @@ def _remove_run() -> None:
 
 
 def down(*, force: bool) -> None:
-    """Destroys the stack, then stops localcloud and removes every file of the run; caches stay."""
+    """Destroys the stack, then stops localcloud and removes every file of the run; caches stay.
+
+    With `force` whatever is there goes, also from under a command that is at work on it.
+    """
+    with contextlib.nullcontext() if force else _run_lock():
+        _down(force=force)
+
+
+def _down(*, force: bool) -> None:
     if not pulumi.is_known() and not paths.LOCALCLOUD_HOME.exists():
         _remove_run()
         print("nothing is up")

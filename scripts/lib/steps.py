@@ -134,9 +134,21 @@ def step(name: str, work: Callable[[Log], T], result: Callable[[T], str] = lambd
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on a file, so that two runs at once wait for each other instead of meeting."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def lock(path: Path, waiting: str = "") -> Iterator[None]:
+    """Holds an exclusive lock on a file, so that two runs at once wait for each other instead of meeting.
+
+    Whoever holds it may remove the file. `waiting` is said if there is something to wait for.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waiting:
+                    print(waiting, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # A file that was removed meanwhile keeps nobody out.
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                yield
+                return

@@ -72,6 +72,25 @@ def test_a_second_run_waits_for_the_first(tmp_path: Path) -> None:
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
+def test_who_waits_is_told_and_is_not_fooled_by_a_lock_that_was_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "lock"
+    code = (
+        "import sys; from pathlib import Path; from scripts.lib.steps import lock\n"
+        "with lock(Path(sys.argv[1]), 'waiting'): print('held', Path(sys.argv[1]).exists(), flush=True)"
+    )
+    with lock(path, "waiting"):
+        second = subprocess.Popen(
+            [sys.executable, "-c", code, str(path)], cwd=paths.REPOSITORY, stdout=subprocess.PIPE, text=True
+        )
+        assert second.stdout
+        assert second.stdout.readline() == "waiting\n"
+        path.unlink()
+    assert second.communicate()[0] == "held True\n"
+    assert capsys.readouterr().out == ""
+
+
 def _programs(directory: Path, **versions: str) -> None:
     for name, printed in versions.items():
         (directory / name).write_text(f"#!/bin/sh\necho '{printed}'\n")
