@@ -12,6 +12,7 @@ SYSTEMD_UNIT_PATH=${SYSTEMD_UNIT_PATH:-/etc/systemd/system}
 METADATA=http://${GCE_METADATA_HOST:-metadata.google.internal}/computeMetadata/v1
 AGENT=$PREFIX/bin/krustlet
 CONFIG=$SYSCONFDIR/krustlet
+UNIT=$SYSTEMD_UNIT_PATH/krustlet.service
 
 say() {
     echo "krustlet: $*" >&2
@@ -106,6 +107,11 @@ install_agent() {
     trap - EXIT
 }
 
+# Changes with everything that the service is made of.
+fingerprint() {
+    cat "$AGENT" "$CONFIG"/* "$UNIT" 2>/dev/null | cksum
+}
+
 # Port 10250 is the kubelet's, where the API server looks for logs.
 # Everything is asked for before the first file is written: a failure inside a here-document would go unnoticed, and the
 # agent would be configured with nothing where its name or its address belongs.
@@ -152,7 +158,7 @@ write_unit() {
         capabilities=CAP_NET_BIND_SERVICE
     fi
     mkdir -p "$SYSTEMD_UNIT_PATH"
-    cat >"$SYSTEMD_UNIT_PATH/krustlet.service" <<EOF
+    cat >"$UNIT" <<EOF
 [Unit]
 Description=Krustlet, a Kubernetes node agent that runs WebAssembly
 Wants=network-online.target
@@ -201,11 +207,17 @@ WantedBy=multi-user.target
 EOF
 }
 
+before=$(fingerprint)
 install_agent
 write_configuration
 write_unit
 systemctl daemon-reload
 systemctl enable krustlet
-# Not only started: at a second boot it runs already, with what was written at the first.
-systemctl restart krustlet
+# At a second boot it runs already, with what was written at the first. Started anew for nothing, it would start its pods
+# anew.
+if [ "$(fingerprint)" = "$before" ]; then
+    systemctl start krustlet
+else
+    systemctl restart krustlet
+fi
 say "started"

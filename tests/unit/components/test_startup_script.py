@@ -122,6 +122,13 @@ def test_a_second_boot_takes_the_agent_that_is_there_and_what_is_new_in_the_meta
     boot = vm.boot()
     assert boot.returncode == 0, boot.stderr
     assert vm.configuration()["MAX_PODS"] == "8"
+    assert vm.systemctl()[-1] == "restart krustlet"
+
+
+def test_a_second_boot_with_nothing_new_leaves_an_agent_alone_that_runs(vm: Vm) -> None:
+    assert vm.boot().returncode == 0
+    assert vm.boot().returncode == 0
+    assert vm.systemctl()[-1] == "start krustlet"
 
 
 @pytest.mark.parametrize(
