@@ -58,7 +58,9 @@ class Built:
 
 def cache_directory() -> Path:
     """Give the project's cache, `${XDG_CACHE_HOME:-~/.cache}/awesome-wasm`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "awesome-wasm"
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG specification: a relative path in this variable is invalid and is to be ignored.
+    return (base if base.is_absolute() else Path.home() / ".cache") / "awesome-wasm"
 
 
 def target_directory(target: str) -> Path:

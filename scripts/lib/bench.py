@@ -26,7 +26,8 @@ from typing import Any
 import requests
 from kubernetes import client, config, watch
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from scripts.lib import paths
+
 NAMESPACE = "bench"
 FIRST_PORT = 20000
 
@@ -54,13 +55,12 @@ def percentile(values: list[float], part: float) -> float:
 
 def _wasmtime() -> Path:
     """`wasmtime` of the version that the agent is built with, compiled once into the cache."""
-    lock = (REPOSITORY / "krustlet" / "Cargo.lock").read_text(encoding="utf-8")
+    lock = (paths.REPOSITORY / "krustlet" / "Cargo.lock").read_text(encoding="utf-8")
     found = re.search(r'name = "wasmtime"\nversion = "([^"]+)"', lock)
     if found is None:
         raise BenchError("krustlet/Cargo.lock names no wasmtime")
     version = found.group(1)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "awesome-wasm"
-    root = cache / "tools" / f"wasmtime-cli-{version}"
+    root = paths.CACHE / "tools" / f"wasmtime-cli-{version}"
     program = root / "bin" / "wasmtime"
     if not program.exists():
         print(f"compiling wasmtime-cli {version}, once …", flush=True)
@@ -110,7 +110,7 @@ def throughput(outputs: dict[str, Any], rounds: int, seconds: int) -> None:
         "--target",
         "wasm32-unknown-unknown",
     ]
-    built = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    built = subprocess.run(command, cwd=paths.REPOSITORY, capture_output=True, text=True, check=True).stdout
     component = Path(built.splitlines()[-1])
     ratios, tails = [], []
     with _peer(component) as (line, url):
@@ -297,7 +297,9 @@ def main() -> int:
     parser.add_argument("--pods", type=int, default=1000, help="pods of the density measurement")
     options = parser.parse_args()
     command = ["pulumi", "stack", "output", "--json", "--stack", "local"]
-    outputs = json.loads(subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True).stdout)
+    outputs = json.loads(
+        subprocess.run(command, cwd=paths.REPOSITORY, capture_output=True, check=True).stdout
+    )
     config.load_kube_config()
     chosen = options.only or ["throughput", "start", "density"]
     try:

@@ -116,8 +116,8 @@ def env(*, google: bool) -> None:
 def program(name: str, arguments: list[str]) -> int:
     """Runs a program of scripts/lib in the environment of the stack; gives its exit status."""
     return subprocess.run(
-        [environment.python(), str(paths.REPOSITORY / "scripts" / "lib" / f"{name}.py"), *arguments],
-        env=environment.complete(),
+        [environment.python(), "-m", f"scripts.lib.{name}", *arguments],
+        env={**environment.complete(), "PYTHONPATH": str(paths.REPOSITORY)},
         check=False,
     ).returncode
 
