@@ -115,9 +115,11 @@ def env(*, google: bool) -> None:
 
 def program(name: str, arguments: list[str]) -> int:
     """Runs a program of scripts/lib in the environment of the stack; gives its exit status."""
+    asks_for_help = {"-h", "--help"} & set(arguments)
+    env = environment.before_localcloud() if asks_for_help else environment.complete()
     return subprocess.run(
         [environment.python(), "-m", f"scripts.lib.{name}", *arguments],
-        env={**environment.complete(), "PYTHONPATH": str(paths.REPOSITORY)},
+        env={**env, "PYTHONPATH": str(paths.REPOSITORY)},
         check=False,
     ).returncode
 

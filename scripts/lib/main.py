@@ -11,6 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.lib import commands
 from scripts.lib.steps import StepError
 
+PROGRAMS = ("verify", "bench")
+"""Commands that are programs of their own, with arguments of their own."""
+
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
     """SIGTERM and SIGHUP end a run the way an interrupt does: what was started is ended with it."""
@@ -35,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument(
         "only", nargs="*", choices=[*commands.SUITES, []], help="suites to run; all, unless given"
     )
-    for name in ("verify", "bench"):
+    for name in PROGRAMS:
         names.add_parser(name, prog=f"./scripts/{name}", add_help=False)
     return parser
 
@@ -44,7 +47,10 @@ def main() -> int:
     """Runs one command and gives its exit status."""
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, _terminate)
-    arguments, rest = _parser().parse_known_args()
+    parser = _parser()
+    arguments, rest = parser.parse_known_args()
+    if rest and arguments.command not in PROGRAMS:
+        parser.error(f"{arguments.command} does not know {' '.join(rest)}")
     try:
         match arguments.command:
             case "up":
