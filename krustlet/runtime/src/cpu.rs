@@ -6,8 +6,11 @@
 //! - Of one container, no more guests than there are worker threads stand in the executor's queue at a time (its lane);
 //!   the others wait outside. Two hundred endless loops in one container thus cost another's request as much as two do.
 //! - A container with a CPU limit pays for each slice; one in debt sleeps until it has paid, as under CFS bandwidth control.
+//!   A slice costs the CPU time that its thread has had, not the time that went by: on a machine with more to do than it has
+//!   cores a container does not pay for the turns of others.
 
 use futures::future::BoxFuture;
+use rustix::time::{ClockId, clock_gettime};
 use std::cell::Cell;
 use std::future::Future;
 use std::pin::Pin;
@@ -167,6 +170,11 @@ impl CpuShare {
     }
 }
 
+/// The CPU time that this thread has had.
+fn thread_time() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
+}
+
 thread_local! {
     /// When the slice that this thread executes began, and whether the guest was made to yield in it.
     static SLICE: Cell<Option<Instant>> = const { Cell::new(None) };
@@ -183,6 +191,29 @@ pub fn on_deadline<T>(_store: StoreContextMut<'_, T>) -> wasmtime::Result<Update
     // wasmtime's yield wakes its own task, which the executor puts behind all others. `tokio::task::yield_now` would not
     // do: a task that it wakes goes first where new events are looked for often.
     Ok(UpdateDeadline::Yield(1))
+}
+
+/// What happens on this thread while it lives is charged to the container, also when it ends in a panic.
+struct Slice<'a> {
+    share: &'a CpuShare,
+    began: Duration,
+}
+
+impl<'a> Slice<'a> {
+    fn begin(share: &'a CpuShare) -> Self {
+        SLICE.set(Some(Instant::now()));
+        YIELDED.set(false);
+        share.ticker.enter();
+        Self { share, began: thread_time() }
+    }
+}
+
+impl Drop for Slice<'_> {
+    fn drop(&mut self) {
+        self.share.charge(thread_time().saturating_sub(self.began));
+        self.share.ticker.leave();
+        SLICE.set(None);
+    }
 }
 
 type Acquire = BoxFuture<'static, Result<OwnedSemaphorePermit, AcquireError>>;
@@ -265,14 +296,9 @@ impl<T> Future for Sliced<T> {
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
         let this = &mut *self;
         ready!(this.poll_admitted(context));
-        let began = Instant::now();
-        SLICE.set(Some(began));
-        YIELDED.set(false);
-        this.share.ticker.enter();
+        let slice = Slice::begin(&this.share);
         let result = this.guest.as_mut().poll(context);
-        this.share.ticker.leave();
-        SLICE.set(None);
-        this.share.charge(began.elapsed());
+        drop(slice);
         // A guest that yielded keeps its place until its turn is over.
         this.slices += 1;
         let turn = this.slices < TURN || this.share.waiting.load(Ordering::Relaxed) == 0;
@@ -287,5 +313,72 @@ impl<T> Future for Sliced<T> {
 impl<T> Drop for Sliced<T> {
     fn drop(&mut self) {
         self.release();
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic)]
+mod tests {
+    use super::*;
+    use futures::FutureExt as _;
+    use std::panic::AssertUnwindSafe;
+
+    fn share(limit: Option<f64>) -> (wasmtime::Engine, Arc<CpuShare>) {
+        let engine = wasmtime::Engine::default();
+        let ticker = Ticker::start(engine.weak()).unwrap();
+        (engine, Arc::new(CpuShare::new(ticker, 1, limit)))
+    }
+
+    /// Computes until this thread has had so much CPU time; gives the time that went by.
+    fn compute(time: Duration) -> Duration {
+        let (began, until) = (Instant::now(), thread_time() + time);
+        while thread_time() < until {
+            std::hint::spin_loop();
+        }
+        began.elapsed()
+    }
+
+    #[test]
+    fn a_guest_is_not_charged_for_the_time_that_other_threads_had() {
+        let (_engine, share) = share(None);
+        let stop = AtomicBool::new(false);
+        let computed = Duration::from_millis(100);
+        let cores = std::thread::available_parallelism().unwrap().get();
+        let elapsed = std::thread::scope(|scope| {
+            for _ in 0..4 * cores {
+                scope.spawn(|| {
+                    while !stop.load(Ordering::Relaxed) {
+                        std::hint::spin_loop();
+                    }
+                });
+            }
+            let elapsed = Sliced::new(share.clone(), async move { compute(computed) }).now_or_never();
+            stop.store(true, Ordering::Relaxed);
+            elapsed.unwrap()
+        });
+        let used = share.used();
+        assert!(elapsed > used * 2, "four threads a core beside it, and {used:?} of {elapsed:?} were its own");
+        assert!((computed..computed * 3 / 2).contains(&used), "charged {used:?}");
+    }
+
+    #[test]
+    fn a_thread_that_waits_costs_its_container_nothing_of_its_quota() {
+        let (_engine, share) = share(Some(0.1));
+        let wait = async { std::thread::sleep(PERIOD / 2) };
+        Sliced::new(share.clone(), wait).now_or_never().unwrap();
+        assert!(share.used() < PERIOD / 10, "charged {:?}", share.used());
+        assert_eq!(share.quota.as_ref().unwrap().debt(), None);
+        Sliced::new(share.clone(), async { compute(PERIOD / 2) }).now_or_never().unwrap();
+        assert!(share.quota.as_ref().unwrap().debt() > Some(PERIOD), "half a period's work is five periods at a tenth");
+    }
+
+    #[test]
+    fn a_panic_in_a_slice_leaves_no_guest_counted_and_no_place_taken() {
+        let (_engine, share) = share(None);
+        let guest = Sliced::new(share.clone(), async { panic!("on purpose") });
+        assert!(AssertUnwindSafe(guest).catch_unwind().now_or_never().unwrap().is_err());
+        assert_eq!(share.ticker.executing.load(Ordering::SeqCst), 0, "the ticker would never sleep again");
+        assert_eq!(share.lane.available_permits(), 1);
+        assert!(SLICE.get().is_none());
     }
 }
