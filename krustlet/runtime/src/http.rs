@@ -73,6 +73,8 @@ pub struct Server {
 /// What requests are answered with at the moment.
 struct Serving {
     guest: ProxyPre<Guest>,
+    /// While this is served, the next pod with the same module need not load it.
+    _module: Module,
     container: Arc<Container>,
 }
 
@@ -208,7 +210,7 @@ impl Serving {
                 permanent: true,
             });
         };
-        Ok(Self { guest: guest.clone(), container: Arc::new(Container::new(spec, executor)?) })
+        Ok(Self { guest: guest.clone(), _module: module.clone(), container: Arc::new(Container::new(spec, executor)?) })
     }
 }
 

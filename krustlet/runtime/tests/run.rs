@@ -62,6 +62,24 @@ async fn a_module_is_compiled_once_however_many_ask_and_then_comes_from_the_cach
 }
 
 #[tokio::test]
+async fn a_module_that_is_served_or_run_is_not_loaded_again() {
+    let node = Node::trusting_anyone().await;
+    let from_memory = || node.metric(r#"krustlet_module_loads_total{source="memory"}"#);
+    let image = node.image(&http_guest("version")).await;
+    let server =
+        node.runtime.serve(&node.runtime.load(&image).await.unwrap(), node.spec("app"), any_port()).await.unwrap();
+    node.runtime.load(&image).await.unwrap();
+    assert_eq!(from_memory(), 1);
+    drop(server);
+    let endless = wat::parse_str(r#"(module (func (export "_start") (loop $forever (br $forever))))"#).unwrap();
+    let image = node.image(&endless).await;
+    let _execution =
+        node.runtime.run(&node.runtime.load(&image).await.unwrap(), node.spec("command")).await.unwrap();
+    node.runtime.load(&image).await.unwrap();
+    assert_eq!(from_memory(), 2);
+}
+
+#[tokio::test]
 async fn imports_that_are_not_offered_are_named() {
     let node = Node::trusting_anyone().await;
     let vault = r#"(component (import "acme:secret/vault" (instance (export "open" (func (result u32))))))"#;
