@@ -118,8 +118,8 @@ impl RawManifest {
         if manifest.len() as u64 > MAX_MANIFEST {
             return Err(format!("the manifest has {} bytes, more than the {MAX_MANIFEST} allowed", manifest.len()));
         }
-        let raw: Self =
-            serde_json::from_slice(manifest).map_err(|error| format!("the manifest is no OCI manifest: {error}"))?;
+        let raw: Self = serde_json::from_slice(manifest)
+            .map_err(|error| format!("the manifest is no OCI manifest: {}", cut(&error)))?;
         if raw.schema_version != 2 {
             return Err(format!("the manifest has schemaVersion {}, expected 2", raw.schema_version));
         }
@@ -173,7 +173,7 @@ impl Artifact {
             return Err(format!("the config has {} bytes, more than the {MAX_CONFIG} allowed", config.len()));
         }
         let config: Config =
-            serde_json::from_slice(config).map_err(|error| format!("the config is no wasm config: {error}"))?;
+            serde_json::from_slice(config).map_err(|error| format!("the config is no wasm config: {}", cut(&error)))?;
         if config.architecture != "wasm" {
             return Err(format!("found architecture {:?}, expected \"wasm\"", shown(&config.architecture)));
         }
@@ -182,8 +182,14 @@ impl Artifact {
         }
         match config.layer_digests.as_slice() {
             [digest] if digest == self.module.digest.as_str() => Ok(()),
+            [digest] => Err(format!(
+                "the config's layerDigests name {:?}, expected the module layer's {}",
+                shown(digest),
+                self.module.digest
+            )),
             found => Err(format!(
-                "the config's layerDigests are {found:?}, expected exactly the module layer's {}",
+                "the config has {} layerDigests, expected exactly the module layer's {}",
+                found.len(),
                 self.module.digest
             )),
         }
@@ -192,11 +198,19 @@ impl Artifact {
 
 /// A foreign string cut to what fits in a message.
 pub(crate) fn shown(text: &str) -> String {
-    let mut cut: String = text.chars().take(120).collect();
-    if cut.len() < text.len() {
-        cut.push('…');
+    shortened(text, 120)
+}
+
+/// An error of a parser or compiler cut to what fits in a pod's status: it may quote what it found, at any length.
+pub(crate) fn cut(error: &impl fmt::Display) -> String {
+    shortened(&error.to_string(), 1000)
+}
+
+fn shortened(text: &str, length: usize) -> String {
+    match text.char_indices().nth(length) {
+        Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
+        None => text.to_owned(),
     }
-    cut
 }
 
 #[cfg(test)]
@@ -281,6 +295,23 @@ pub(crate) mod tests {
         assert!(error.contains("layerDigests"), "{error}");
         let error = artifact.check_config(br#"{"architecture":"amd64","os":"linux"}"#).unwrap_err();
         assert!(error.contains("amd64"), "{error}");
+    }
+
+    #[test]
+    fn no_message_grows_with_what_it_refuses() {
+        let long = "x".repeat(1_000_000);
+        let error = refused(|manifest| manifest["schemaVersion"] = json!(long));
+        assert!(error.contains("no OCI manifest") && error.len() < 2000, "{}", error.len());
+        let artifact = Artifact::parse(manifest_of(b"config", b"module").to_string().as_bytes()).unwrap();
+        for config in [
+            json!({"architecture": "wasm", "os": "wasip2", "layerDigests": [long]}),
+            json!({"architecture": "wasm", "os": "wasip2", "layerDigests": vec!["x"; 100_000]}),
+            json!({"architecture": "wasm", "os": "wasip2", "layerDigests": long}),
+            json!({"architecture": long, "os": long}),
+        ] {
+            let error = artifact.check_config(config.to_string().as_bytes()).unwrap_err();
+            assert!(error.len() < 2000, "{}", error.len());
+        }
     }
 
     #[test]

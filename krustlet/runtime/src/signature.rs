@@ -3,7 +3,7 @@
 //! A signature is an ECDSA P-256 signature (DER, base64, in a layer's annotation) over a simple-signing payload (that
 //! layer's content) which names the manifest's digest. See the signature specification in sigstore/cosign.
 
-use crate::artifact::{Descriptor, Digest, RawManifest, shown};
+use crate::artifact::{Descriptor, Digest, RawManifest, cut, shown};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use p256::ecdsa::signature::Verifier as _;
@@ -139,7 +139,7 @@ fn payload_manifest(payload: &[u8]) -> Result<Digest, String> {
         return Err(format!("the payload has {} bytes, more than the {MAX_PAYLOAD} allowed", payload.len()));
     }
     let payload: Payload =
-        serde_json::from_slice(payload).map_err(|error| format!("no simple-signing payload: {error}"))?;
+        serde_json::from_slice(payload).map_err(|error| format!("no simple-signing payload: {}", cut(&error)))?;
     if payload.critical.r#type != PAYLOAD_TYPE {
         return Err(format!("payload type {:?}, expected {PAYLOAD_TYPE:?}", shown(&payload.critical.r#type)));
     }
