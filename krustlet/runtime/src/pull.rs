@@ -78,8 +78,6 @@ impl Puller {
         {
             return Ok(cached);
         }
-        // The semaphore is never closed.
-        let _permit = self.permits.acquire().await;
         self.fetch_from_registry(&name, secrets).await
     }
 
@@ -145,13 +143,18 @@ impl Puller {
     }
 
     async fn attempt(&self, name: &ImageName, session: &mut Session<'_>) -> Result<Image, Failure> {
+        // A lock comes before a permit, always: those who wait for a lock with a permit in hand could wait for one who waits
+        // for a permit. The semaphore is never closed.
+        let permit = self.permits.acquire().await;
         let (manifest, digest) = session.manifest(name.wanted()).await?;
+        drop(permit);
         let artifact = Artifact::parse(&manifest).map_err(Failure::Artifact)?;
         // Names by tag meet here once they are known to be the same manifest.
         let _lock = match name.digest() {
             Some(_) => None,
             None => Some(self.locks.lock(&digest).await),
         };
+        let _permit = self.permits.acquire().await;
         self.verify(session, &digest).await?;
         let config = self.content(session, &artifact.config.digest, artifact.config.size).await?;
         artifact.check_config(&config).map_err(Failure::Artifact)?;
@@ -258,14 +261,15 @@ fn image(name: &ImageName, digest: &Digest, artifact: &Artifact, cached: bool) -
 
 impl Failure {
     fn of(self, name: &ImageName) -> PullError {
+        use crate::artifact::cut;
         let image = name.to_string();
         match self {
-            Self::Signature(cause) => PullError::Signature { image, cause },
-            Self::Artifact(cause) => PullError::InvalidImage { image, cause },
+            Self::Signature(cause) => PullError::Signature { image, cause: cut(&cause) },
+            Self::Artifact(cause) => PullError::InvalidImage { image, cause: cut(&cause) },
             Self::Store(error) => {
                 PullError::Pull { image, cause: format!("failed to store it: {error}"), permanent: false }
             }
-            Self::Fetch(error) => PullError::Pull { image, cause: error.to_string(), permanent: false },
+            Self::Fetch(error) => PullError::Pull { image, cause: cut(&error), permanent: false },
         }
     }
 }

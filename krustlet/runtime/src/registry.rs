@@ -13,11 +13,13 @@ use oci_spec::distribution::Reference;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between two reads of an answer.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
+/// Bytes a second that an answer must come in at, on average; a registry that trickles would keep others from being asked.
+const SLOWEST: u64 = 1024;
 const MAX_REDIRECTS: usize = 5;
 const MAX_TOKEN: u64 = 256 * 1024;
 const MAX_ERROR_BODY: u64 = 16 * 1024;
@@ -422,14 +424,22 @@ async fn read(
     sink: &mut impl FnMut(&[u8]) -> std::io::Result<()>,
 ) -> Result<u64, FetchError> {
     let mut received = 0;
+    let began = Instant::now();
     while let Some(chunk) = response.chunk().await.map_err(|error| unavailable(url, &error))? {
         received += chunk.len() as u64;
         if received > limit {
             return Err(FetchError::Invalid(format!("{url} answered with more than the {limit} bytes expected")));
         }
+        if is_too_slow(received, began.elapsed()) {
+            return Err(FetchError::Unavailable(format!("{url} gave {received} bytes in {:?}", began.elapsed())));
+        }
         sink(&chunk).map_err(|error| FetchError::Unavailable(format!("failed to store {url}: {error}")))?;
     }
     Ok(received)
+}
+
+fn is_too_slow(received: u64, elapsed: Duration) -> bool {
+    elapsed > READ_TIMEOUT + Duration::from_secs(received / SLOWEST)
 }
 
 /// The whole chain of causes: reqwest's own message stops at "error sending request".
@@ -510,6 +520,15 @@ mod tests {
     #[test]
     fn a_password_is_not_printed() {
         assert!(!format!("{:?}", secret("host")).contains("word"));
+    }
+
+    #[test]
+    fn a_registry_that_trickles_is_given_up() {
+        let seconds = Duration::from_secs;
+        assert!(!is_too_slow(0, seconds(29)));
+        assert!(is_too_slow(60, seconds(60)));
+        assert!(!is_too_slow(64 * 1024, seconds(60)));
+        assert!(is_too_slow(1024 * 1024, seconds(2000)));
     }
 
     #[test]

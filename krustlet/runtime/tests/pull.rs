@@ -3,11 +3,14 @@
 
 mod common;
 
-use common::{Node, Registry, Signer, digest};
+use common::{Node, Registry, Signer, digest, until};
 use futures::future::{BoxFuture, join_all};
 use krustlet_runtime::{CredentialSource, NoCredentials, PullError, PullPolicy, RegistrySecret, Verification};
 use serde_json::json;
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Semaphore;
 
 const MODULE: &[u8] = b"\0asm not to be compiled here";
 
@@ -169,6 +172,30 @@ async fn concurrent_pulls_of_one_digest_are_one_pull() {
         assert_eq!(node.registry.hits(&digest(MODULE)), 1);
     }
     assert_eq!(node.registry.hits(&manifest), 1);
+}
+
+#[tokio::test]
+async fn pulls_by_tag_and_by_digest_of_one_manifest_never_wait_for_each_other() {
+    let (node, _, manifest) = signed().await;
+    let gate = Arc::new(Semaphore::new(0));
+    node.registry.state(|state| state.gate = Some(gate.clone()));
+    let by_tag: Vec<_> = (0..4)
+        .map(|_| {
+            let (runtime, name) = (node.runtime.clone(), node.registry.image("v1"));
+            tokio::spawn(async move { runtime.pull(&name, PullPolicy::Always, &[]).await })
+        })
+        .collect();
+    until("they have all places and wait for the manifest", || node.registry.hits("/manifests/v1") == 4).await;
+    let name = node.registry.image(&manifest);
+    let mut by_digest = pin!(node.runtime.pull(&name, PullPolicy::Always, &[]));
+    assert!(futures::poll!(&mut by_digest).is_pending(), "it has the digest's lock and waits for a place");
+    gate.add_permits(1000);
+    let all = futures::future::join(join_all(by_tag), by_digest);
+    let (by_tag, by_digest) = tokio::time::timeout(Duration::from_secs(10), all).await.expect("they wait for ever");
+    by_digest.unwrap();
+    for pulled in by_tag {
+        assert_eq!(pulled.unwrap().unwrap().digest, manifest);
+    }
 }
 
 #[tokio::test]

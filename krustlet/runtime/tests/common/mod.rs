@@ -22,6 +22,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 
 pub fn digest(content: &[u8]) -> String {
     let hex: String = Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect();
@@ -52,6 +53,8 @@ pub struct State {
     pub down: bool,
     /// Answers every manifest with bytes without end.
     pub endless: bool,
+    /// Lets as many requests through as it has permits.
+    pub gate: Option<Arc<Semaphore>>,
 }
 
 impl Registry {
@@ -142,8 +145,14 @@ impl Registry {
         let whole = |status: StatusCode, body: Vec<u8>| {
             Response::builder().status(status).body(Full::new(Bytes::from(body)).boxed()).unwrap()
         };
-        let mut state = self.state.lock().unwrap();
-        *state.hits.entry(path.clone()).or_default() += 1;
+        let gate = self.state(|state| {
+            *state.hits.entry(path.clone()).or_default() += 1;
+            state.gate.clone()
+        });
+        if let Some(gate) = gate {
+            gate.acquire().await.unwrap().forget();
+        }
+        let state = self.state.lock().unwrap();
         if state.down {
             return Ok(whole(StatusCode::SERVICE_UNAVAILABLE, Vec::new()));
         }
@@ -178,6 +187,43 @@ impl Registry {
                 whole(StatusCode::NOT_FOUND, br#"{"errors": [{"code": "NAME_UNKNOWN", "message": "no"}]}"#.to_vec())
             }
         })
+    }
+}
+
+/// A server that guests call: it answers everything alike and keeps the paths that it was asked for.
+pub struct Upstream {
+    pub address: SocketAddr,
+    asked: Arc<Mutex<Vec<String>>>,
+}
+
+impl Upstream {
+    pub async fn start(status: u16, location: Option<String>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let asked = Arc::<Mutex<Vec<String>>>::default();
+        let told = asked.clone();
+        tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let (told, location) = (told.clone(), location.clone());
+                let service = service_fn(move |request: Request<Incoming>| {
+                    told.lock().unwrap().push(request.uri().to_string());
+                    let mut response = Response::builder().status(status);
+                    if let Some(location) = &location {
+                        response = response.header(header::LOCATION, location);
+                    }
+                    std::future::ready(response.body(Full::<Bytes>::default()))
+                });
+                tokio::spawn(
+                    hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service),
+                );
+            }
+        });
+        Self { address, asked }
+    }
+
+    pub fn asked(&self) -> Vec<String> {
+        self.asked.lock().unwrap().clone()
     }
 }
 
