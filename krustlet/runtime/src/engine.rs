@@ -18,7 +18,7 @@ const MAX_INSTANCES: [u32; 3] = [2000, 400, 50];
 const CORE_INSTANCES: u32 = 8;
 const TABLES: u32 = 4;
 /// Large enough for the function tables of language runtimes compiled to wasm.
-const TABLE_ELEMENTS: usize = 100_000;
+pub const TABLE_ELEMENTS: usize = 100_000;
 /// Only guests in garbage-collected languages have a heap of this kind: one instance in so many.
 const INSTANCES_PER_GC_HEAP: u32 = 10;
 /// Slots that stay warm for another instance of the same module.

@@ -1,5 +1,6 @@
 //! The memory limit: bounds what a guest's linear memories and tables may take, and counts what a container holds.
 
+use crate::engine::TABLE_ELEMENTS;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use wasmtime::ResourceLimiter;
@@ -61,6 +62,8 @@ impl ResourceLimiter for Limiter {
     }
 
     fn table_growing(&mut self, current: usize, desired: usize, maximum: Option<usize>) -> wasmtime::Result<bool> {
+        // The pool has no larger ones. What it would refuse must not be counted as if it were there.
+        let maximum = Some(maximum.unwrap_or(usize::MAX).min(TABLE_ELEMENTS));
         self.grow(current, desired, maximum, ELEMENT)
     }
 }
@@ -86,7 +89,7 @@ mod tests {
         let error = limiter.memory_growing(131_072, 196_608, None).unwrap_err();
         let exceeded = error.downcast_ref::<MemoryLimitExceeded>().unwrap();
         assert_eq!((exceeded.wanted, exceeded.limit), (204_608, 200_000));
-        assert!(limiter.table_growing(1000, 1_000_000, None).is_err());
+        assert!(limiter.table_growing(1000, 100_000, None).is_err());
         drop(limiter);
         assert_eq!(usage.bytes(), 0);
     }
@@ -95,5 +98,13 @@ mod tests {
     fn a_guest_that_grows_beyond_its_own_maximum_is_told_no() {
         let mut limiter = Limiter::new(Some(10), Arc::default());
         assert!(!limiter.memory_growing(0, 65_536, Some(0)).unwrap());
+    }
+
+    #[test]
+    fn growth_that_the_pool_has_no_room_for_is_not_counted() {
+        let usage = Arc::new(Usage::default());
+        let mut limiter = Limiter::new(None, usage.clone());
+        assert!(!limiter.table_growing(0, TABLE_ELEMENTS + 1, None).unwrap());
+        assert_eq!(usage.bytes(), 0);
     }
 }
