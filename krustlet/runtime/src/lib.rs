@@ -91,7 +91,7 @@ pub struct Runtime(Arc<Inner>);
 struct Inner {
     executor: Arc<Executor>,
     puller: Puller,
-    loader: Loader,
+    loader: Arc<Loader>,
     metrics: Metrics,
 }
 
@@ -123,7 +123,7 @@ impl Runtime {
         };
         let loader = Loader::new(executor.clone(), store, cache, metrics.clone(), config.max_concurrent_compiles)
             .context("failed to start the compiler threads")?;
-        Ok(Self(Arc::new(Inner { executor, puller, loader, metrics })))
+        Ok(Self(Arc::new(Inner { executor, puller, loader: Arc::new(loader), metrics })))
     }
 
     /// Has the image on this node, its digests, type and signature checked. One pull a digest, however many ask.

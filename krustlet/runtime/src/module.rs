@@ -1,7 +1,7 @@
 //! From a module's bytes to something that can be instantiated: compile (once a digest), link, find out what it is.
 
 use crate::SharedLocks;
-use crate::artifact::{Digest, MAX_MODULE, shown};
+use crate::artifact::{Digest, MAX_MODULE, cut, shown};
 use crate::engine::Executor;
 use crate::error::LoadError;
 use crate::guest::{ComponentState, CoreState};
@@ -22,6 +22,8 @@ use wasmtime_wasi_http::p2::bindings::ProxyPre;
 const HANDLER: &str = "wasi:http/incoming-handler@0.2.";
 const RUN: &str = "wasi:cli/run@0.2.";
 const START: &str = "_start";
+/// Refused modules that are remembered, so that each costs one compilation; beyond that, all are forgotten.
+const MAX_REFUSED: usize = 1000;
 
 /// What a module is run as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,12 +120,22 @@ impl Loader {
         })
     }
 
-    pub async fn load(&self, layer: &str) -> Result<Module, LoadError> {
+    pub async fn load(self: &Arc<Self>, layer: &str) -> Result<Module, LoadError> {
         let digest = Digest::parse(layer)
             .map_err(|cause| LoadError::Internal { digest: shown(layer), cause: format!("no digest: {cause}") })?;
         if let Some(known) = self.known(&digest) {
             return known;
         }
+        // A compilation cannot be stopped. Were it to lose its lock and its place among the others with the pod that asked
+        // for it, pods that come and go would have any number of them under way.
+        let (loader, wanted) = (self.clone(), digest.clone());
+        match tokio::spawn(async move { loader.load_once(wanted).await }).await {
+            Ok(result) => result,
+            Err(error) => Err(internal(&digest, format!("the loader failed: {error}"))),
+        }
+    }
+
+    async fn load_once(&self, digest: Digest) -> Result<Module, LoadError> {
         let _lock = self.locks.lock(&digest).await;
         if let Some(known) = self.known(&digest) {
             return known;
@@ -136,9 +148,10 @@ impl Loader {
         };
         if let Some(known) = known {
             let mut all = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            let refused = all.values().filter(|known| matches!(known, Known::Refused(_))).count();
             all.retain(|_, known| match known {
                 Known::Loaded(module) => module.strong_count() > 0,
-                Known::Refused(_) => true,
+                Known::Refused(_) => refused < MAX_REFUSED,
             });
             all.insert(digest, known);
         }
@@ -297,17 +310,17 @@ fn unsupported_import(
     let hint = if import.starts_with("wasi:sockets/") {
         "; sockets are closed to guests, outbound HTTP goes through wasi:http/outgoing-handler".to_owned()
     } else {
-        format!(" ({message})")
+        format!(" ({})", cut(&message))
     };
     LoadError::UnsupportedImport { digest: digest.to_string(), import: shown(import), hint }
 }
 
 fn invalid(digest: &Digest, cause: String) -> LoadError {
-    LoadError::InvalidModule { digest: digest.to_string(), cause }
+    LoadError::InvalidModule { digest: digest.to_string(), cause: cut(&cause) }
 }
 
 fn internal(digest: &Digest, cause: String) -> LoadError {
-    LoadError::Internal { digest: digest.to_string(), cause }
+    LoadError::Internal { digest: digest.to_string(), cause: cut(&cause) }
 }
 
 /// On Linux a nice value is a thread's own. Elsewhere it is the process's, and must be left alone.
@@ -315,5 +328,31 @@ fn lower_priority() {
     #[cfg(target_os = "linux")]
     if let Err(error) = rustix::process::setpriority_process(None, 10) {
         tracing::debug!(%error, "failed to lower the priority of a compiler thread");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_refused_module_is_compiled_once_and_only_so_many_are_remembered() {
+        let directory = tempfile::tempdir().unwrap();
+        let executor = Arc::new(Executor::new().unwrap());
+        let store = Arc::new(Store::open(directory.path().join("images")).unwrap());
+        let cache = Arc::new(Cache::open(directory.path().join("precompiled"), &executor.engine).unwrap());
+        let metrics = Metrics::register(&mut prometheus_client::registry::Registry::default());
+        let loader = Arc::new(Loader::new(executor, store.clone(), cache, metrics, 2).unwrap());
+        for number in 0..=MAX_REFUSED {
+            let module = format!("no module {number}");
+            let digest = Digest::of(module.as_bytes());
+            store.write(module.as_bytes()).unwrap();
+            let error = loader.load(digest.as_str()).await.unwrap_err();
+            assert_eq!(error.reason(), "InvalidImage");
+            assert_eq!(loader.load(digest.as_str()).await.unwrap_err().to_string(), error.to_string());
+            assert!(loader.known(&digest).is_some_and(|known| known.is_err()));
+        }
+        let known = loader.known.lock().unwrap().len();
+        assert!(known <= MAX_REFUSED, "{known}");
     }
 }
