@@ -3,6 +3,7 @@
 use crate::cpu::Sliced;
 use crate::guest::{Container, Failure};
 use crate::http::{InFlight, report};
+use crate::slow_client::Turn;
 use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
 use hyper::{HeaderMap, Response, header};
@@ -135,6 +136,12 @@ pub struct Streaming {
     missing: Option<u64>,
 }
 
+/// An answer on its way to the client.
+pub struct Sending {
+    answer: Answer,
+    turn: Turn,
+}
+
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Cut(String);
@@ -214,6 +221,38 @@ impl Body for Answer {
             }
             _ => SizeHint::default(),
         }
+    }
+}
+
+impl Sending {
+    pub fn new(answer: Answer, mut turn: Turn) -> Self {
+        if matches!(answer, Answer::Whole(_)) {
+            turn.of_client();
+        }
+        Self { answer, turn }
+    }
+}
+
+impl Body for Sending {
+    type Data = Bytes;
+    type Error = Cut;
+
+    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+        let this = self.get_mut();
+        this.turn.of_guest();
+        let frame = Pin::new(&mut this.answer).poll_frame(context);
+        if frame.is_ready() {
+            this.turn.of_client();
+        }
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.answer.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.answer.size_hint()
     }
 }
 

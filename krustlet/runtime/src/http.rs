@@ -4,7 +4,7 @@
 //! channel and no timer. One that writes on after its answer has begun gets a task then. When the client goes away, the
 //! guest goes with it.
 
-use crate::answer::{Answer, Exchange, GuestResponse as _, Progress, Running};
+use crate::answer::{Answer, Exchange, GuestResponse as _, Progress, Running, Sending};
 use crate::cpu::{CpuShare, Sliced};
 use crate::engine::Executor;
 use crate::error::StartError;
@@ -13,33 +13,30 @@ use crate::limits::Usage;
 use crate::logs::LogStream;
 use crate::metrics::Metrics;
 use crate::module::{Code, Module};
-use crate::slow_client::WriteTimeout;
+use crate::slow_client::{Patience, Traffic, Turn, WriteTimeout};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode, header};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use hyper_util::server::graceful::GracefulShutdown;
 use std::convert::Infallible;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
-use tokio::net::{TcpListener, TcpSocket};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use wasmtime::Store;
 use wasmtime_wasi_http::WasiHttpView as _;
 use wasmtime_wasi_http::p2::bindings::ProxyPre;
 use wasmtime_wasi_http::p2::bindings::http::types::Scheme;
 
 const BACKLOG: u32 = 1024;
-/// Of one container. More wait in the backlog.
-const MAX_CONNECTIONS: usize = 4096;
-/// For a request's head, and for the next request on a connection that is kept alive.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 const MAX_HEAD: usize = 64 * 1024;
 const MAX_STREAMS: u32 = 128;
 /// When the process is out of file descriptors.
@@ -58,6 +55,9 @@ pub struct Server {
     metrics: Metrics,
     current: RwLock<Arc<Serving>>,
     retired: Mutex<Retired>,
+    patience: Patience,
+    /// Answers that wait for their clients.
+    untaken: Arc<AtomicUsize>,
     requests: AtomicU64,
     in_flight: AtomicUsize,
     idle: Notify,
@@ -92,17 +92,18 @@ impl HttpServer {
         module: &Module,
         spec: ContainerSpec,
         address: SocketAddr,
+        patience: Patience,
     ) -> Result<Self, StartError> {
         let name = spec.name.clone();
         let serving = Serving::new(executor, module, spec)?;
         let mut protocol = auto::Builder::new(TokioExecutor::new());
-        protocol.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(MAX_HEAD);
+        protocol.http1().timer(TokioTimer::new()).header_read_timeout(patience.head).max_buf_size(MAX_HEAD);
         protocol
             .http2()
             .timer(TokioTimer::new())
             .max_concurrent_streams(MAX_STREAMS)
             .max_header_list_size(MAX_HEAD as u32)
-            .keep_alive_interval(HEAD_TIMEOUT);
+            .keep_alive_interval(patience.head);
         // The listener belongs to the guests' executor, whoever calls.
         let entered = executor.handle().enter();
         let listener = bind(address).map_err(|error| match error.kind() {
@@ -124,6 +125,8 @@ impl HttpServer {
             metrics: metrics.clone(),
             current: RwLock::new(Arc::new(serving)),
             retired: Mutex::default(),
+            patience,
+            untaken: Arc::default(),
             requests: AtomicU64::new(0),
             in_flight: AtomicUsize::new(0),
             idle: Notify::new(),
@@ -223,9 +226,9 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 async fn accept(server: Arc<Server>, listener: TcpListener) {
-    let graceful = GracefulShutdown::new();
-    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let closed = server.closed.clone();
+    let open = TaskTracker::new();
+    let connections = Arc::new(Semaphore::new(server.patience.connections));
+    let mut failing = false;
     loop {
         let accepted = async {
             let permit = connections.clone().acquire_owned().await;
@@ -233,36 +236,63 @@ async fn accept(server: Arc<Server>, listener: TcpListener) {
         };
         let (permit, stream) = tokio::select! {
             biased;
-            () = closed.cancelled() => break,
+            () = server.closed.cancelled() => break,
             accepted = accepted => accepted,
         };
         let stream = match stream {
             Ok((stream, _)) => stream,
             Err(error) => {
-                tracing::warn!(%error, "failed to accept a connection");
+                // Once for a whole series: it may go on for long, on every port of the node.
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::warn!(%error, "failed to accept a connection");
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
-        // Small answers must not wait for the client's acknowledgement of earlier ones.
-        let _ = stream.set_nodelay(true);
-        let watcher = graceful.watcher();
+        failing = false;
         let server = server.clone();
-        tokio::spawn(async move {
-            let service = service_fn(|request| handle(server.clone(), request));
-            let connection = server.protocol.serve_connection(TokioIo::new(WriteTimeout::new(stream)), service);
-            tokio::select! {
-                biased;
-                () = server.aborted.cancelled() => {}
-                // A client that breaks off is no matter for the log.
-                _ = watcher.watch(connection) => {}
-            }
+        open.spawn(async move {
+            connection(&server, stream).await;
             drop(permit);
         });
     }
     drop(listener);
-    graceful.shutdown().await;
+    open.close();
+    open.wait().await;
     server.drained.cancel();
+}
+
+/// One connection's life.
+async fn connection(server: &Arc<Server>, stream: TcpStream) {
+    // Small answers must not wait for the client's acknowledgement of earlier ones.
+    let _ = stream.set_nodelay(true);
+    let traffic = Traffic::new(server.untaken.clone());
+    let service = service_fn(|request| handle(server.clone(), traffic.begin(), request));
+    let stream = TokioIo::new(WriteTimeout::new(stream, server.patience.write));
+    let mut connection = pin!(server.protocol.serve_connection(stream, service));
+    let lost = tokio::select! {
+        biased;
+        () = server.aborted.cancelled() => return,
+        // A client that breaks off is no matter for the log.
+        _ = connection.as_mut() => return,
+        () = server.closed.cancelled() => false,
+        () = traffic.abandoned(server.patience.turn) => true,
+    };
+    // Requests that have begun are answered, no other is taken.
+    connection.as_mut().graceful_shutdown();
+    let end = async {
+        if !lost {
+            traffic.abandoned(server.patience.turn).await;
+        }
+        tokio::time::sleep(server.patience.farewell).await;
+    };
+    tokio::select! {
+        biased;
+        () = server.aborted.cancelled() => {}
+        _ = connection => {}
+        () = end => {}
+    }
 }
 
 impl Server {
@@ -314,21 +344,22 @@ impl Drop for InFlight {
     }
 }
 
-async fn handle(server: Arc<Server>, request: Request<Incoming>) -> Result<Response<Answer>, Infallible> {
+async fn handle(server: Arc<Server>, turn: Turn, request: Request<Incoming>) -> Result<Response<Sending>, Infallible> {
     let began = Instant::now();
     let response = answer(&server, request, began).await;
     server.metrics.answered(response.status(), began.elapsed());
-    Ok(response)
+    Ok(response.map(|answer| Sending::new(answer, turn)))
 }
 
 async fn answer(server: &Arc<Server>, request: Request<Incoming>, began: Instant) -> Response<Answer> {
     let serving = server.current();
     let container = &serving.container;
     let Some(in_flight) = InFlight::begin(server, container.spec.max_concurrent_requests) else {
-        let mut response = refusal(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once\n");
-        response.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
-        return response;
+        return refusal(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once\n");
     };
+    if server.untaken.load(Ordering::Relaxed) >= server.patience.untaken {
+        return refusal(StatusCode::SERVICE_UNAVAILABLE, "too many clients do not read their answers\n");
+    }
     let named = request.uri().authority().is_some()
         || request.headers().get(header::HOST).is_some_and(|host| host.to_str().is_ok());
     if !named {
@@ -344,6 +375,11 @@ async fn answer(server: &Arc<Server>, request: Request<Incoming>, began: Instant
         in_flight,
     };
     let failure = match (running.progress().await, exchange.take_answer()) {
+        (Progress::Failed(failure), _) => failure,
+        // hyper takes a 101 for the end of HTTP on this connection.
+        (_, Some(Ok(response))) if response.status().is_informational() => {
+            Failure::Trap(format!("it answered with status {}, which only announces an answer", response.status()))
+        }
         (Progress::Answered, Some(Ok(response))) => return response.map_into_streaming(running),
         (Progress::Ended, Some(Ok(response))) => {
             drop(running);
@@ -352,7 +388,6 @@ async fn answer(server: &Arc<Server>, request: Request<Incoming>, began: Instant
                 Err(error) => Failure::Trap(error),
             }
         }
-        (Progress::Failed(failure), _) => failure,
         (_, Some(Err(code))) => Failure::Trap(format!("it answered with error code {code:?}")),
         (_, None) => Failure::Trap("it ended without an answer".into()),
     };
@@ -380,6 +415,9 @@ fn refusal(status: StatusCode, text: &'static str) -> Response<Answer> {
     let mut response = Response::new(Answer::text(text));
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/plain"));
+    if status == StatusCode::SERVICE_UNAVAILABLE {
+        response.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
+    }
     response
 }
 

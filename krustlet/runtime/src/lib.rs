@@ -46,6 +46,7 @@ use module::Loader;
 use precompiled::Cache;
 use pull::Puller;
 use registry::{ImageName, RegistryClient};
+use slow_client::Patience;
 use std::collections::HashMap;
 use std::fmt;
 use std::net::SocketAddr;
@@ -158,7 +159,7 @@ impl Runtime {
         spec: ContainerSpec,
         address: SocketAddr,
     ) -> Result<HttpServer, StartError> {
-        HttpServer::start(&self.0.executor, &self.0.metrics, module, spec, address)
+        HttpServer::start(&self.0.executor, &self.0.metrics, module, spec, address, Patience::default())
     }
 
     /// Starts a `Command` or `CoreModule`.
