@@ -10,6 +10,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Semaphore;
 use wasmtime::component::{Linker, ResourceTable};
 use wasmtime::{Engine, Store};
 use wasmtime_wasi::cli::{WasiCli, WasiCliView as _};
@@ -31,6 +32,8 @@ const MAX_HOSTCALL: usize = 16 * 1024 * 1024;
 /// Chunks of a body that wait for the client; with their size, what a slow client can make the node hold.
 const BODY_CHUNKS: usize = 4;
 const BODY_CHUNK_SIZE: usize = 64 * 1024;
+/// HTTP requests that the guests of one container may have open at once: each is one of the node's file descriptors.
+const MAX_OUTBOUND: usize = 256;
 
 /// A host directory shown to the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -104,6 +107,7 @@ pub struct Container {
     pub usage: Arc<Usage>,
     program: String,
     allowed_hosts: Arc<[AllowedHost]>,
+    outbound: Arc<Semaphore>,
 }
 
 impl Container {
@@ -127,7 +131,8 @@ impl Container {
             .map_err(|cause| create(cause, true))?;
         let program = spec.name.rsplit('/').next().unwrap_or_default().to_owned();
         let cpu = Arc::new(executor.share(spec.cpu_limit));
-        Ok(Self { spec, cpu, usage: Arc::default(), program, allowed_hosts })
+        let outbound = Arc::new(Semaphore::new(MAX_OUTBOUND));
+        Ok(Self { spec, cpu, usage: Arc::default(), program, allowed_hosts, outbound })
     }
 
     fn wasi(&self) -> wasmtime::Result<WasiCtxBuilder> {
@@ -159,7 +164,11 @@ impl Container {
             wasi: self.wasi()?.build(),
             http: WasiHttpCtx::new(),
             table,
-            hooks: Hooks { allowed: self.allowed_hosts.clone(), timeout: self.spec.request_timeout },
+            hooks: Hooks {
+                allowed: self.allowed_hosts.clone(),
+                timeout: self.spec.request_timeout,
+                open: self.outbound.clone(),
+            },
             limiter: self.limiter(),
             _live: live,
         };
@@ -309,6 +318,7 @@ impl AllowedHost {
 struct Hooks {
     allowed: Arc<[AllowedHost]>,
     timeout: Duration,
+    open: Arc<Semaphore>,
 }
 
 type Sent = Result<(http::Response<WasiBody>, Completion), HttpError>;
@@ -338,6 +348,9 @@ impl WasiHttpHooks for Hooks {
             tracing::debug!(uri = %request.uri(), "denied a guest's request to a host that is not allowed");
             return Box::new(std::future::ready(Err(HttpError::HttpRequestDenied)));
         }
+        let Ok(open) = self.open.clone().try_acquire_owned() else {
+            return Box::new(std::future::ready(Err(HttpError::ConnectionLimitReached)));
+        };
         // No wait is longer than the request that the guest itself is answering.
         let mut options = options.unwrap_or_default();
         for timeout in
@@ -348,7 +361,11 @@ impl WasiHttpHooks for Hooks {
         Box::new(async move {
             use http_body_util::BodyExt;
             let (response, completion) = wasmtime_wasi_http::default_send_request(request, Some(options)).await?;
-            Ok((response.map(BodyExt::boxed_unsync), Box::new(completion) as Completion))
+            let completion: Completion = Box::new(async move {
+                let _open = open;
+                completion.await
+            });
+            Ok((response.map(BodyExt::boxed_unsync), completion))
         })
     }
 
@@ -365,10 +382,35 @@ impl WasiHttpHooks for Hooks {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use std::pin::Pin;
 
     fn allows(allowed: &[&str], uri: &str) -> bool {
         let allowed = allowed.iter().map(|entry| AllowedHost::parse(entry).unwrap()).collect();
-        Hooks { allowed, timeout: Duration::from_secs(1) }.allows(&uri.parse().unwrap())
+        hooks(allowed, 1).allows(&uri.parse().unwrap())
+    }
+
+    fn hooks(allowed: Arc<[AllowedHost]>, open: usize) -> Hooks {
+        Hooks { allowed, timeout: Duration::from_secs(10), open: Arc::new(Semaphore::new(open)) }
+    }
+
+    #[tokio::test]
+    async fn a_guest_may_have_so_many_requests_open_and_no_more_until_one_ends() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut hooks = hooks(Arc::new([AllowedHost::parse(&address.to_string()).unwrap()]), 1);
+        let mut send = || {
+            let body = http_body_util::BodyExt::boxed_unsync(http_body_util::BodyExt::map_err(
+                http_body_util::Empty::<bytes::Bytes>::new(),
+                |never| match never {},
+            ));
+            let request = http::Request::get(format!("http://{address}/")).body(body).unwrap();
+            Pin::from(hooks.send_request(request, None, Box::new(std::future::ready(Ok(())))))
+        };
+        let mut first = send();
+        assert!(futures::poll!(&mut first).is_pending());
+        assert!(matches!(send().await, Err(HttpError::ConnectionLimitReached)));
+        drop(first);
+        assert!(futures::poll!(send()).is_pending());
     }
 
     #[test]
