@@ -3,14 +3,18 @@
 
 mod common;
 
-use common::{Client, Node, any_port, get, http_guest, logged, until};
+use common::{Client, Node, Upstream, any_port, get, http_guest, logged, until};
 use futures::future::join_all;
 use krustlet_runtime::{
     ContainerSpec, Exit, ExitReason, HttpServer, Kind, LoadError, Mount, NoCredentials, Verification,
 };
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
 
 const MIB: u64 = 1024 * 1024;
 
@@ -73,10 +77,23 @@ async fn a_module_that_is_served_or_run_is_not_loaded_again() {
     drop(server);
     let endless = wat::parse_str(r#"(module (func (export "_start") (loop $forever (br $forever))))"#).unwrap();
     let image = node.image(&endless).await;
-    let _execution =
-        node.runtime.run(&node.runtime.load(&image).await.unwrap(), node.spec("command")).await.unwrap();
+    let _execution = node.runtime.run(&node.runtime.load(&image).await.unwrap(), node.spec("command")).await.unwrap();
     node.runtime.load(&image).await.unwrap();
     assert_eq!(from_memory(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_compilation_whose_pod_has_gone_is_finished_and_not_begun_again() {
+    let node = Node::trusting_anyone().await;
+    let function = format!("(func (param i32) (result i32) (local.get 0) {})", "(i32.const 3) (i32.mul) ".repeat(50));
+    let large = format!(r#"(module {} (func (export "_start")))"#, function.repeat(5000));
+    let image = node.image(&wat::parse_str(large).unwrap()).await;
+    for _ in 0..3 {
+        let gone = tokio::time::timeout(Duration::from_millis(20), node.runtime.load(&image)).await;
+        assert!(gone.is_err(), "it was compiled before anyone could go");
+    }
+    node.runtime.load(&image).await.unwrap();
+    assert_eq!(node.metric(r#"krustlet_module_loads_total{source="compiled"}"#), 1);
 }
 
 #[tokio::test]
@@ -212,6 +229,74 @@ async fn requests_beyond_the_cap_are_sent_away() {
         assert_eq!(reply.unwrap().status, 200);
     }
     assert_eq!(get(address, "/version").await.status, 200);
+}
+
+#[tokio::test]
+async fn a_client_that_sends_its_body_slowly_loses_its_place_at_the_timeout() {
+    let node = Node::trusting_anyone().await;
+    let (server, _) = served(&node, |spec| {
+        spec.max_concurrent_requests = 1;
+        spec.request_timeout = Duration::from_millis(300);
+    })
+    .await;
+    let address = server.local_addr();
+    for (sent, status) in [("all of it!", "HTTP/1.1 200"), ("half", "HTTP/1.1 504")] {
+        let mut client = TcpStream::connect(address).await.unwrap();
+        let request = format!("POST /read HTTP/1.1\r\nhost: guest\r\ncontent-length: 10\r\n\r\n{sent}");
+        client.write_all(request.as_bytes()).await.unwrap();
+        if sent == "half" {
+            until("it is in flight", || server.stats().in_flight == 1).await;
+            assert_eq!(get(address, "/version").await.status, 503);
+        }
+        let mut answer = [0; 12];
+        client.read_exact(&mut answer).await.unwrap();
+        assert_eq!(String::from_utf8_lossy(&answer), status);
+        until("its place is free", || server.stats().in_flight == 0).await;
+        assert_eq!(get(address, "/version").await.status, 200);
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_loses_its_place_at_the_timeout() {
+    let node = Node::trusting_anyone().await;
+    let (server, spec) = served(&node, |spec| {
+        spec.max_concurrent_requests = 1;
+        spec.request_timeout = Duration::from_millis(300);
+    })
+    .await;
+    let mut deaf = TcpStream::connect(server.local_addr()).await.unwrap();
+    deaf.write_all(b"GET /flood HTTP/1.1\r\nhost: guest\r\n\r\n").await.unwrap();
+    until("it is in flight", || server.stats().in_flight == 1).await;
+    assert_eq!(get(server.local_addr(), "/version").await.status, 503);
+    until("its place is free", || server.stats().in_flight == 0).await;
+    assert_eq!(get(server.local_addr(), "/version").await.status, 200);
+    assert!(logged(&spec).last().unwrap().contains("timeout"));
+    // What it was sent ends as what it is: not whole.
+    let mut answer = Vec::new();
+    let _ = deaf.read_to_end(&mut answer).await;
+    assert!(!answer.ends_with(b"\r\n0\r\n\r\n"));
+}
+
+#[tokio::test]
+async fn statuses_are_passed_on_and_those_that_are_no_answers_break_nothing() {
+    let node = Node::trusting_anyone().await;
+    let (server, spec) = served(&node, |_| {}).await;
+    let address = server.local_addr();
+    for status in [204, 304, 404, 503, 599] {
+        assert_eq!(get(address, &format!("/x{status}")).await.status, status);
+    }
+    for status in [100, 101, 199] {
+        assert_eq!(get(address, &format!("/x{status}")).await.status, 500);
+        assert!(logged(&spec).last().unwrap().contains(&format!("status {status}")));
+    }
+    // A tunnel is none of a guest's business; the connection is not kept for one.
+    let mut tunnel = TcpStream::connect(address).await.unwrap();
+    tunnel.write_all(b"CONNECT guest:80 HTTP/1.1\r\nhost: guest:80\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    let closed = tokio::time::timeout(Duration::from_secs(10), tunnel.read_to_end(&mut answer)).await;
+    assert!(closed.is_ok(), "{}", String::from_utf8_lossy(&answer));
+    assert_eq!(get(address, "/version").await.status, 200);
+    until("none is in flight", || server.stats().in_flight == 0).await;
 }
 
 #[tokio::test]
@@ -369,6 +454,81 @@ async fn a_cpu_limit_holds_a_container_to_its_part_of_a_core() {
     assert!((limit / 2.0..limit * 1.75).contains(&part), "{part} of a core");
 }
 
+// Outbound HTTP
+
+/// wasi:http's error codes.
+const REQUEST_DENIED: &str = "15";
+
+/// The status that a guest got from this authority, or the number of its error.
+async fn fetched(server: &HttpServer, authority: &str) -> Result<u16, String> {
+    let reply = get(server.local_addr(), &format!("/o{authority}/path?query")).await;
+    if reply.status == 502 { Err(reply.body) } else { Ok(reply.status) }
+}
+
+#[tokio::test]
+async fn a_guest_reaches_the_hosts_of_its_list_and_no_others() {
+    let node = Node::trusting_anyone().await;
+    let (listed, other) = (Upstream::start(207, None).await, Upstream::start(207, None).await);
+    let (server, _) = served(&node, |spec| spec.allowed_hosts = vec![listed.address.to_string()]).await;
+    assert_eq!(fetched(&server, &listed.address.to_string()).await, Ok(207));
+    assert_eq!(listed.asked(), ["/path?query"]);
+    let port = listed.address.port();
+    // The same server under another name, with a user, and without its port; and another server.
+    for authority in [
+        format!("localhost:{port}"),
+        format!("user@127.0.0.1:{port}"),
+        format!("127.0.0.2:{port}"),
+        "127.0.0.1".into(),
+        other.address.to_string(),
+    ] {
+        assert_eq!(fetched(&server, &authority).await, Err(REQUEST_DENIED.into()), "{authority}");
+    }
+    let (closed, _) = served(&node, |_| {}).await;
+    assert_eq!(fetched(&closed, &listed.address.to_string()).await, Err(REQUEST_DENIED.into()));
+    assert_eq!((listed.asked().len(), other.asked().len()), (1, 0));
+}
+
+#[tokio::test]
+async fn a_host_without_a_port_stands_for_all_of_its_ports() {
+    let node = Node::trusting_anyone().await;
+    let (one, two) = (Upstream::start(201, None).await, Upstream::start(202, None).await);
+    let (server, _) = served(&node, |spec| spec.allowed_hosts = vec!["LOCALHOST".into()]).await;
+    assert_eq!(fetched(&server, &format!("localhost:{}", one.address.port())).await, Ok(201));
+    assert_eq!(fetched(&server, &format!("LocalHost:{}", two.address.port())).await, Ok(202));
+    assert_eq!(fetched(&server, &one.address.to_string()).await, Err(REQUEST_DENIED.into()));
+}
+
+#[tokio::test]
+async fn a_redirect_is_given_to_the_guest_and_leads_nowhere_that_is_not_listed() {
+    let node = Node::trusting_anyone().await;
+    let secret = Upstream::start(200, None).await;
+    let listed = Upstream::start(302, Some(format!("http://{}/secret", secret.address))).await;
+    let (server, _) = served(&node, |spec| spec.allowed_hosts = vec![listed.address.to_string()]).await;
+    assert_eq!(fetched(&server, &listed.address.to_string()).await, Ok(302));
+    assert_eq!(fetched(&server, &secret.address.to_string()).await, Err(REQUEST_DENIED.into()));
+    assert!(secret.asked().is_empty());
+}
+
+#[tokio::test]
+async fn a_server_that_never_answers_costs_the_request_and_no_more() {
+    let node = Node::trusting_anyone().await;
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let authority = silent.local_addr().unwrap().to_string();
+    let (server, _) = served(&node, |spec| {
+        spec.allowed_hosts = vec![authority.clone()];
+        spec.request_timeout = Duration::from_millis(100);
+    })
+    .await;
+    // Either the guest is told that its own request took too long, or the client that the guest did.
+    let status = get(server.local_addr(), &format!("/o{authority}/")).await.status;
+    assert!([502, 504].contains(&status), "{status}");
+    until("none is in flight", || server.stats().in_flight == 0).await;
+    let (mut stream, _) = silent.accept().await.unwrap();
+    let mut sent = Vec::new();
+    let closed = tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut sent)).await;
+    assert!(closed.is_ok(), "the guest's connection is still open");
+}
+
 // Commands
 
 const PRINT: &str = r#"(module
@@ -483,6 +643,114 @@ async fn a_directory_is_mounted_with_the_rights_that_it_should_have() {
     assert!(!host.join("made").exists());
     assert_eq!(ran(&node, create, |spec| spec.mounts = vec![mount(false)]).await.0.code, 0);
     assert!(host.join("made").exists());
+}
+
+/// What comes of an operation of `files.wat` on a path in a volume: "ok", or the number of WASI's error code.
+async fn tried(node: &Node, volume: &Path, read_only: bool, operation: &str, path: &str) -> String {
+    let guest = include_str!("files.wat")
+        .replace("LENGTH", &path.len().to_string())
+        .replace("PATH", path)
+        .replace("OPERATION", operation);
+    let mount = Mount { host: volume.to_owned(), guest: "/data".into(), read_only };
+    let (exit, spec) = ran(node, &guest, |spec| spec.mounts = vec![mount]).await;
+    assert_eq!(exit.code, 0, "{}", exit.message);
+    logged(&spec).last().unwrap().strip_prefix("stderr F ").unwrap().to_owned()
+}
+
+/// Every name under a directory, links not followed, and the content of files.
+fn content(directory: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let entry = entry.unwrap();
+        let content =
+            if entry.file_type().unwrap().is_file() { std::fs::read(entry.path()).unwrap() } else { Vec::new() };
+        found.insert(entry.file_name().into_string().unwrap(), content);
+    }
+    found
+}
+
+const READ: &str = "(call $open (i32.const 0) (i32.const 1))";
+const WRITE: &str = "(call $open (i32.const 0) (i32.const 2))";
+const CREATE: &str = "(call $open (i32.const 1) (i32.const 2))";
+const TRUNCATE: &str = "(call $open (i32.const 8) (i32.const 2))";
+
+#[tokio::test]
+async fn a_component_changes_nothing_in_a_read_only_volume() {
+    let node = Node::trusting_anyone().await;
+    let changes = [
+        (WRITE, "file"),
+        (CREATE, "new"),
+        (TRUNCATE, "file"),
+        ("(call $make)", "file"),
+        ("(call $unlink)", "file"),
+        ("(call $link)", "file"),
+        ("(call $rename)", "file"),
+    ];
+    for (number, (operation, path)) in changes.into_iter().enumerate() {
+        let volume = node.directory.path().join(format!("volume-{number}"));
+        std::fs::create_dir(&volume).unwrap();
+        std::fs::write(volume.join("file"), "content").unwrap();
+        let before = content(&volume);
+        assert_eq!(tried(&node, &volume, true, READ, "file").await, "ok");
+        assert_ne!(tried(&node, &volume, true, operation, path).await, "ok", "{operation}");
+        assert_eq!(content(&volume), before, "{operation}");
+        assert_eq!(tried(&node, &volume, false, operation, path).await, "ok", "{operation}");
+        assert_ne!(content(&volume), before, "{operation}");
+    }
+    // Opening to read creates and empties nothing either.
+    let volume = node.directory.path().join("volume-0");
+    let before = content(&volume);
+    for (flags, path) in [(1, "new"), (8, "file"), (9, "file")] {
+        tried(&node, &volume, true, &format!("(call $open (i32.const {flags}) (i32.const 1))"), path).await;
+        assert_eq!(content(&volume), before, "{flags} {path}");
+    }
+}
+
+#[tokio::test]
+async fn no_path_and_no_link_leads_out_of_a_volume() {
+    use std::os::unix::fs::symlink;
+    let node = Node::trusting_anyone().await;
+    let outside = node.directory.path().join("outside");
+    let volume = outside.join("volume");
+    std::fs::create_dir_all(volume.join("nested")).unwrap();
+    std::fs::write(outside.join("secret"), "secret").unwrap();
+    std::fs::write(volume.join("inside"), "content").unwrap();
+    symlink("inside", volume.join("within")).unwrap();
+    symlink("../secret", volume.join("relative")).unwrap();
+    symlink(outside.join("secret"), volume.join("absolute")).unwrap();
+    symlink("..", volume.join("up")).unwrap();
+    symlink("../created", volume.join("dangling")).unwrap();
+    for path in ["inside", "within", "nested/../inside"] {
+        assert_eq!(tried(&node, &volume, false, READ, path).await, "ok", "{path}");
+    }
+    let before = content(&outside);
+    let absolute = outside.join("secret").display().to_string();
+    for path in [
+        "../secret",
+        "./../secret",
+        "nested/../../secret",
+        "relative",
+        "absolute",
+        "up/secret",
+        "/etc/passwd",
+        &absolute,
+    ] {
+        for operation in [READ, WRITE, TRUNCATE] {
+            assert_ne!(tried(&node, &volume, false, operation, path).await, "ok", "{operation} {path}");
+        }
+    }
+    for path in ["../created", "up/created", "dangling"] {
+        assert_ne!(tried(&node, &volume, false, CREATE, path).await, "ok", "{path}");
+    }
+    for path in ["../secret", &absolute] {
+        assert_ne!(tried(&node, &volume, false, "(call $unlink)", path).await, "ok", "{path}");
+        assert_ne!(tried(&node, &volume, false, "(call $rename)", path).await, "ok", "{path}");
+        // A link that the guest makes itself is no way out either.
+        tried(&node, &volume, false, "(call $link)", path).await;
+        assert_ne!(tried(&node, &volume, false, READ, "made").await, "ok", "{path}");
+        let _ = std::fs::remove_file(volume.join("made"));
+    }
+    assert_eq!(content(&outside), before);
 }
 
 #[tokio::test]
