@@ -114,7 +114,12 @@ impl LogFile {
         if current.size > 0 && current.size + length > self.0.limits.max_size {
             match self.rotate() {
                 Ok(file) => *current = Current { file, size: 0 },
-                Err(error) => tracing::warn!(path = %self.0.path.display(), %error, "failed to rotate a container log"),
+                Err(error) => {
+                    tracing::warn!(path = %self.0.path.display(), %error, "failed to rotate a container log; emptied it");
+                    // Lines are worth less than a disk that is not full.
+                    let _ = current.file.set_len(0);
+                    current.size = 0;
+                }
             }
         }
         match current.file.write_all(entries) {
@@ -130,18 +135,20 @@ impl LogFile {
             name.push(format!(".{number}"));
             PathBuf::from(name)
         };
+        // Somebody may have removed any of them by hand.
+        let if_there = |result: io::Result<()>| match result {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        };
         let oldest = self.0.limits.max_files.saturating_sub(1);
         if oldest == 0 {
-            fs::remove_file(&self.0.path)?;
+            if_there(fs::remove_file(&self.0.path))?;
         }
         for number in (1..oldest).rev() {
-            match fs::rename(numbered(number), numbered(number + 1)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
+            if_there(fs::rename(numbered(number), numbered(number + 1)))?;
         }
         if oldest > 0 {
-            fs::rename(&self.0.path, numbered(1))?;
+            if_there(fs::rename(&self.0.path, numbered(1)))?;
         }
         open(&self.0.path)
     }
@@ -330,6 +337,32 @@ mod tests {
         let newest = fs::read_to_string(directory.join("0.log.1")).unwrap();
         let oldest = fs::read_to_string(directory.join("0.log.2")).unwrap();
         assert!(oldest.lines().last() < newest.lines().next());
+    }
+
+    #[test]
+    fn a_log_that_was_removed_by_hand_comes_back_at_its_next_rotation() {
+        for max_files in [1, 3] {
+            let (_directory, log) = log(LogLimits { max_size: 200, max_files });
+            log.write_line(LogStream::Stdout, "before");
+            fs::remove_file(log.path()).unwrap();
+            for number in 0..100 {
+                log.write_line(LogStream::Stdout, &format!("line {number}"));
+            }
+            assert!(content(&log).last().unwrap().ends_with("line 99"));
+        }
+    }
+
+    #[test]
+    fn a_log_that_cannot_be_rotated_stays_bounded() {
+        let (_directory, log) = log(LogLimits { max_size: 200, max_files: 2 });
+        let in_the_way = log.path().with_extension("log.1");
+        fs::create_dir(&in_the_way).unwrap();
+        for number in 0..100 {
+            log.write_line(LogStream::Stdout, &format!("line {number}"));
+            assert!(fs::metadata(log.path()).unwrap().len() <= 200);
+        }
+        assert!(in_the_way.is_dir());
+        assert!(content(&log).last().unwrap().ends_with("line 99"));
     }
 
     #[test]
