@@ -34,6 +34,8 @@ const BODY_CHUNKS: usize = 4;
 const BODY_CHUNK_SIZE: usize = 64 * 1024;
 /// HTTP requests that the guests of one container may have open at once: each is one of the node's file descriptors.
 const MAX_OUTBOUND: usize = 256;
+/// Longer timeouts are taken for this one: the clock's own range ends somewhere, with a panic.
+const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// A host directory shown to the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,7 +113,8 @@ pub struct Container {
 }
 
 impl Container {
-    pub fn new(spec: ContainerSpec, executor: &Executor) -> Result<Self, StartError> {
+    pub fn new(mut spec: ContainerSpec, executor: &Executor) -> Result<Self, StartError> {
+        spec.request_timeout = spec.request_timeout.min(MAX_REQUEST_TIMEOUT);
         let create = |cause: String, permanent| StartError::Create { container: spec.name.clone(), cause, permanent };
         for mount in &spec.mounts {
             if !mount.host.is_dir() {

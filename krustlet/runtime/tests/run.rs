@@ -217,6 +217,19 @@ async fn a_request_over_its_time_is_answered_for_the_guest() {
 }
 
 #[tokio::test]
+async fn a_request_may_take_for_ever() {
+    let node = Node::trusting_anyone().await;
+    let upstream = Upstream::start(200, None).await;
+    let (server, _) = served(&node, |spec| {
+        spec.request_timeout = Duration::MAX;
+        spec.allowed_hosts = vec!["127.0.0.1".into()];
+    })
+    .await;
+    assert_eq!(get(server.local_addr(), "/wait").await.status, 200);
+    assert_eq!(fetched(&server, &upstream.address.to_string()).await, Ok(200));
+}
+
+#[tokio::test]
 async fn requests_beyond_the_cap_are_sent_away() {
     let node = Node::trusting_anyone().await;
     let (server, _) = served(&node, |spec| spec.max_concurrent_requests = 2).await;
