@@ -11,7 +11,7 @@ use crate::backoff::Backoff;
 use crate::reasons::{terminated, waiting};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, ContainerStatus, PodSpec};
-use krustlet_runtime::{LogFile, Module};
+use krustlet_runtime::LogFile;
 use std::future::poll_fn;
 use std::task::Poll;
 use std::time::Duration;
@@ -44,7 +44,6 @@ pub enum Why {
 /// A container that runs.
 pub struct Run {
     pub guest: Guest,
-    pub module: Module,
     pub log: LogFile,
     pub since: Instant,
     pub since_time: Timestamp,

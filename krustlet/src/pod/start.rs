@@ -110,8 +110,6 @@ pub enum Guest {
 pub struct Started {
     pub guest: Guest,
     pub image: Image,
-    /// Held as long as it runs, so that the next pod of the same image shares its code and loads none.
-    pub module: Module,
     pub log: LogFile,
 }
 
@@ -165,11 +163,11 @@ impl Start {
             let message = format!("postStart hook failed, container is stopped: {cause}");
             return Err(Failure { event: event::FAILED_POST_START_HOOK, ..Failure::container(message) });
         }
-        Ok(Outcome::Started(Started { guest, image, module, log }))
+        Ok(Outcome::Started(Started { guest, image, log }))
     }
 
     /// Puts the container's new image in the place of the one that is being served.
-    pub async fn swap(self, server: Arc<HttpServer>, log: LogFile) -> Result<(Image, Module), Failure> {
+    pub async fn swap(self, server: Arc<HttpServer>, log: LogFile) -> Result<Image, Failure> {
         let (image, module, spec) = self.prepare(Some(log)).await?;
         if module.kind() != Kind::HttpProxy {
             return Err(Failure::container(
@@ -177,7 +175,7 @@ impl Start {
             ));
         }
         server.swap(&module, spec).await.map_err(|error| Failure::start(&error))?;
-        Ok((image, module))
+        Ok(image)
     }
 
     /// Everything that a start needs, fetched at the same time.

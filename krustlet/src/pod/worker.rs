@@ -20,7 +20,7 @@ use crate::reasons::{event, pod as pod_reason, terminated, waiting};
 use crate::telemetry::metrics;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod, PodStatus};
-use krustlet_runtime::{ExitReason, Image, Module};
+use krustlet_runtime::{ExitReason, Image};
 use kube::api::{Api, DeleteParams, Preconditions};
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,7 +51,7 @@ const SHOW_PULL_ERROR: Duration = Duration::from_secs(2);
 enum Message {
     Started { slot: usize, generation: u32, result: Box<Result<Outcome, Failure>> },
     Ended { slot: usize, generation: u32, end: Box<End> },
-    Updated { slot: usize, generation: u32, result: Box<Result<(Image, Module), Failure>> },
+    Updated { slot: usize, generation: u32, result: Box<Result<Image, Failure>> },
     Written { status: Box<PodStatus>, result: kube::Result<u64> },
     Deleted(kube::Result<()>),
     Refreshed { error: Option<String>, over_limit: Option<String> },
@@ -351,7 +351,6 @@ impl Worker {
         slot.port_backoff.reset();
         slot.activity = Activity::Running(Run {
             guest: started.guest,
-            module: started.module,
             log: started.log,
             since: Instant::now(),
             since_time: now,
@@ -680,16 +679,13 @@ impl Worker {
         }
     }
 
-    fn on_updated(&mut self, index: usize, result: Result<(Image, Module), Failure>) {
+    fn on_updated(&mut self, index: usize, result: Result<Image, Failure>) {
         let slot = &mut self.slots[index];
         let Some(update) = &mut slot.update else { return };
         update.task = None;
         let name = slot.view.name.clone();
         match result {
-            Ok((image, module)) => {
-                if let Activity::Running(run) = &mut slot.activity {
-                    run.module = module;
-                }
+            Ok(image) => {
                 slot.view.image.clone_from(&update.image);
                 slot.view.image_id = image.reference;
                 slot.update = None;
