@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 from kubernetes import client, config, watch
@@ -48,9 +49,6 @@ def percentile(values: list[float], part: float) -> float:
     """The nearest-rank percentile, part in 0..1."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, round(part * (len(ordered) - 1)))]
-
-
-# Throughput
 
 
 def _wasmtime() -> Path:
@@ -96,45 +94,6 @@ def _peer(component: Path) -> Iterator[tuple[str, str]]:
     finally:
         process.terminate()
         process.wait()
-
-
-def throughput(outputs: dict[str, Any], rounds: int, seconds: int) -> None:
-    """The same component, served by the node and by `wasmtime serve`, in turn."""
-    if shutil.which("wrk") is None:
-        raise BenchError("wrk is needed to make the load: apt-get install wrk, or brew install wrk")
-    command = [
-        sys.executable,
-        "-m",
-        "components.providers.cargo",
-        "wasm_app",
-        "--target",
-        "wasm32-unknown-unknown",
-    ]
-    built = subprocess.run(command, cwd=paths.REPOSITORY, capture_output=True, text=True, check=True).stdout
-    component = Path(built.splitlines()[-1])
-    ratios, tails = [], []
-    with _peer(component) as (line, url):
-        print(f"peer: {line}")
-        for number in range(rounds + 1):
-            generator, ours = _load(f"{outputs['url']}/primorial/30", seconds)
-            _, theirs = _load(f"{url}/primorial/30", seconds)
-            if number == 0:
-                print(f"load: {generator}\n  (the first round warms up and is not counted)")
-                continue
-            ratios.append(ours.rate / theirs.rate)
-            tails.append(ours.p99 / theirs.p99)
-            print(
-                f"  krustlet {ours.rate:8.0f}/s p99 {ours.p99:6.2f} ms"
-                f"   wasmtime serve {theirs.rate:8.0f}/s p99 {theirs.p99:6.2f} ms"
-            )
-    print(
-        f"throughput: {statistics.median(ratios):.2f} x wasmtime serve"
-        f" ({min(ratios):.2f} to {max(ratios):.2f}); p99: {statistics.median(tails):.2f} x"
-        f" ({min(tails):.2f} to {max(tails):.2f})"
-    )
-
-
-# Pods
 
 
 def _until(condition: Any, what: str, timeout: float) -> None:
@@ -213,6 +172,50 @@ class Pods:
         """Deletes every pod of the benchmark and waits until they are gone."""
         self.api.delete_collection_namespaced_pod(NAMESPACE, grace_period_seconds=0)
         _until(lambda: not self.api.list_namespaced_pod(NAMESPACE, limit=1).items, "the pods to go", 180)
+
+
+def throughput(outputs: dict[str, Any], rounds: int, seconds: int) -> None:
+    """The same component, served by the node and by `wasmtime serve`, in turn.
+
+    By a pod of its own without a CPU limit: the stack's own has one, and `wasmtime serve` knows none.
+    """
+    if shutil.which("wrk") is None:
+        raise BenchError("wrk is needed to make the load: apt-get install wrk, or brew install wrk")
+    command = [
+        sys.executable,
+        "-m",
+        "components.providers.cargo",
+        "wasm_app",
+        "--target",
+        "wasm32-unknown-unknown",
+    ]
+    built = subprocess.run(command, cwd=paths.REPOSITORY, capture_output=True, text=True, check=True).stdout
+    component = Path(built.splitlines()[-1])
+    pods = Pods(outputs)
+    pods.create("throughput", FIRST_PORT)
+    pods.wait(["throughput"], 60)
+    address = urlsplit(outputs["url"]).hostname
+    ratios, tails = [], []
+    with _peer(component) as (line, url):
+        print(f"peer: {line}")
+        for number in range(rounds + 1):
+            generator, ours = _load(f"http://{address}:{FIRST_PORT}/primorial/30", seconds)
+            _, theirs = _load(f"{url}/primorial/30", seconds)
+            if number == 0:
+                print(f"load: {generator}\n  (the first round warms up and is not counted)")
+                continue
+            ratios.append(ours.rate / theirs.rate)
+            tails.append(ours.p99 / theirs.p99)
+            print(
+                f"  krustlet {ours.rate:8.0f}/s p99 {ours.p99:6.2f} ms"
+                f"   wasmtime serve {theirs.rate:8.0f}/s p99 {theirs.p99:6.2f} ms"
+            )
+    pods.remove()
+    print(
+        f"throughput: {statistics.median(ratios):.2f} x wasmtime serve"
+        f" ({min(ratios):.2f} to {max(ratios):.2f}); p99: {statistics.median(tails):.2f} x"
+        f" ({min(tails):.2f} to {max(tails):.2f})"
+    )
 
 
 def start_time(outputs: dict[str, Any], count: int) -> None:
