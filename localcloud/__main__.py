@@ -69,8 +69,12 @@ def start(home: Home) -> int:
     with home.lock("start"):
         config = home.config()
         supervisor = Supervisor(home)
-        if config is None or _health(home, config) is None:
-            if not (supervisor.is_running() and supervisor.status(PROGRAM).live):
+        supervised = supervisor.is_running()
+        if not supervised:
+            # A server that outlived its supervisor answers, and can keep nothing running.
+            supervisor.end_leftovers()
+        if config is None or not supervised or _health(home, config) is None:
+            if not (supervised and supervisor.status(PROGRAM).live):
                 config = _configured(home, config)
             supervisor.start()
             supervisor.add(python_program(home, PROGRAM, "localcloud", "serve", priority=_PRIORITY))
@@ -160,10 +164,11 @@ def show_environment(home: Home) -> int:
 def show_status(home: Home, *, as_json: bool) -> int:
     """Print the programs and the resources; the exit status says whether the server answers."""
     config = home.config()
-    running = config is not None and _health(home, config) is not None
+    supervised = Supervisor(home).is_running()
+    running = config is not None and supervised and _health(home, config) is not None
     programs: list[dict[str, str | int]] = [
         {"name": item.name, "state": item.state, "pid": item.pid}
-        for item in (Supervisor(home).programs() if Supervisor(home).is_running() else [])
+        for item in (Supervisor(home).programs() if supervised else [])
     ]
     resources = [
         {"type": name, "name": record.name, "status": record.body.get("status", ""), "key": record.key}

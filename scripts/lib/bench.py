@@ -39,9 +39,10 @@ class BenchError(Exception):
 
 @dataclass(frozen=True)
 class Load:
-    """What wrk saw: requests per second, and the 99th percentile of the latency in milliseconds."""
+    """What wrk saw: requests per second, and percentiles of the latency in milliseconds."""
 
     rate: float
+    p50: float
     p99: float
 
 
@@ -68,15 +69,26 @@ def _wasmtime() -> Path:
     return program
 
 
-def _load(url: str, seconds: int) -> tuple[str, Load]:
-    command = ["wrk", "--threads", "2", "--connections", "50", "--duration", f"{seconds}s", "--latency", url]
+def _load(url: str, seconds: int, connections: int = 50) -> tuple[str, Load]:
+    threads = str(min(2, connections))
+    command = ["wrk", "--threads", threads, "--connections", str(connections), "--duration", f"{seconds}s"]
+    command += ["--latency", url]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rate = re.search(r"Requests/sec:\s+([\d.]+)", printed)
-    p99 = re.search(r"99%\s+([\d.]+)(us|ms|s)", printed)
-    if rate is None or p99 is None or "Non-2xx" in printed:
+    latency = dict(re.findall(r"(\d+)%\s+([\d.]+(?:us|ms|s))\n", printed))
+    if rate is None or "99" not in latency or "Non-2xx" in printed:
         raise BenchError(f"{' '.join(command)} did not measure:\n{printed}")
-    unit = {"us": 0.001, "ms": 1.0, "s": 1000.0}[p99.group(2)]
-    return " ".join(command), Load(float(rate.group(1)), float(p99.group(1)) * unit)
+    return " ".join(command), Load(
+        float(rate.group(1)), _milliseconds(latency["50"]), _milliseconds(latency["99"])
+    )
+
+
+def _milliseconds(latency: str) -> float:
+    """What wrk calls 12.34us, 1.23ms or 1.23s."""
+    for unit, factor in (("us", 0.001), ("ms", 1.0), ("s", 1000.0)):
+        if latency.endswith(unit):
+            return float(latency.removesuffix(unit)) * factor
+    raise BenchError(f"wrk printed a latency in an unknown unit: {latency}")
 
 
 @contextlib.contextmanager
@@ -194,13 +206,14 @@ def throughput(outputs: dict[str, Any], rounds: int, seconds: int) -> None:
     pods = Pods(outputs)
     pods.create("throughput", FIRST_PORT)
     pods.wait(["throughput"], 60)
-    address = urlsplit(outputs["url"]).hostname
+    mine = f"http://{urlsplit(outputs['url']).hostname}:{FIRST_PORT}/primorial/30"
     ratios, tails = [], []
     with _peer(component) as (line, url):
         print(f"peer: {line}")
+        peer = f"{url}/primorial/30"
         for number in range(rounds + 1):
-            generator, ours = _load(f"http://{address}:{FIRST_PORT}/primorial/30", seconds)
-            _, theirs = _load(f"{url}/primorial/30", seconds)
+            generator, ours = _load(mine, seconds)
+            _, theirs = _load(peer, seconds)
             if number == 0:
                 print(f"load: {generator}\n  (the first round warms up and is not counted)")
                 continue
@@ -210,11 +223,17 @@ def throughput(outputs: dict[str, Any], rounds: int, seconds: int) -> None:
                 f"  krustlet {ours.rate:8.0f}/s p99 {ours.p99:6.2f} ms"
                 f"   wasmtime serve {theirs.rate:8.0f}/s p99 {theirs.p99:6.2f} ms"
             )
+        _, ours = _load(mine, seconds, connections=1)
+        _, theirs = _load(peer, seconds, connections=1)
     pods.remove()
     print(
         f"throughput: {statistics.median(ratios):.2f} x wasmtime serve"
         f" ({min(ratios):.2f} to {max(ratios):.2f}); p99: {statistics.median(tails):.2f} x"
         f" ({min(tails):.2f} to {max(tails):.2f})"
+    )
+    print(
+        f"one request at a time, each by an instance of its own: p50 {ours.p50:.3f} ms, p99 {ours.p99:.3f} ms"
+        f" (wasmtime serve {theirs.p50:.3f} ms, {theirs.p99:.3f} ms)"
     )
 
 

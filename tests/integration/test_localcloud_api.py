@@ -138,6 +138,24 @@ def test_server_killed_in_the_middle_of_an_operation_ends_it_after_its_restart(f
     assert fresh.request("GET", f"{INSTANCES}/vm").json()["status"] == "RUNNING"
 
 
+def test_a_server_that_outlived_its_supervisor_is_started_anew_with_all_that_it_kept(
+    fresh: Localcloud,
+) -> None:
+    fresh.command("start")
+    fresh.done(fresh.request("POST", INSTANCES, _instance("vm")).json())
+    before = {item["name"]: item["pid"] for item in fresh.status()["programs"]}
+    os.kill(json.loads((fresh.home / "supervisor" / "supervisord.json").read_text())["pid"], signal.SIGKILL)
+    until(lambda: not fresh.status()["running"], "the end of the supervisor to be noticed")
+    assert fresh.request("GET", "/healthz").ok
+    fresh.command("start")
+    status = fresh.status()
+    after = {item["name"]: item["pid"] for item in status["programs"]}
+    assert status["running"]
+    assert after["api"] != before["api"]
+    assert after["vm-vm.metadata"] not in (0, before["vm-vm.metadata"])
+    assert fresh.request("GET", f"{INSTANCES}/vm").json()["status"] == "RUNNING"
+
+
 # Plain HTTP.
 
 
