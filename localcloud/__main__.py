@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from localcloud.backends.ports import choose_port
+from localcloud.backends.processes import end, marked
 from localcloud.backends.supervisor import Supervisor, python_program
 from localcloud.environment import exports
 from localcloud.home import LOOPBACK, Config, Home, HomeError, is_free
@@ -69,10 +70,11 @@ def start(home: Home) -> int:
     with home.lock("start"):
         config = home.config()
         supervisor = Supervisor(home)
-        supervised = supervisor.is_running()
+        supervised = config is not None and supervisor.is_running()
         if not supervised:
-            # A server that outlived its supervisor answers, and can keep nothing running.
-            supervisor.end_leftovers()
+            # A server that outlived its supervisor can keep nothing running, and a supervisor that outlived
+            # its directory knows nothing.
+            supervisor.stop()
         if config is None or not supervised or _health(home, config) is None:
             if not (supervised and supervisor.status(PROGRAM).live):
                 config = _configured(home, config)
@@ -106,6 +108,9 @@ def _end_everything(home: Home, config: Config | None) -> None:
 def reset(home: Home) -> int:
     """Stop, and delete the state directory."""
     if not home.root.exists():
+        # It may have been deleted from under a localcloud that runs.
+        if left := end(lambda: marked(f"{home.root}#")):
+            raise BackendError(f"processes of {home.root} cannot be ended: {', '.join(map(str, left))}")
         sys.stdout.write(f"there is nothing in {home.root}\n")
         return 0
     try:

@@ -230,16 +230,6 @@ class Supervisor:
                 wait_until(lambda: start_time(pid) != started, _LONGEST_STOP_SECONDS)
             self._clear()
 
-    def end_leftovers(self) -> None:
-        """End what a daemon that is gone left running. A daemon that runs is left alone, and all that is its.
-
-        Raises:
-            BackendError: a process cannot be ended.
-        """
-        with self.home.lock("supervisor"):
-            if not self.is_running():
-                self._clear()
-
     def is_running(self) -> bool:
         """Whether the daemon answers."""
         try:

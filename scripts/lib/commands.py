@@ -38,6 +38,11 @@ def _compile() -> None:
         step(f"compile {crate}", functools.partial(_python, env=env, arguments=arguments))
 
 
+def _is_cloud_lost() -> bool:
+    """Whether what localcloud knew is gone: then nothing of the stack exists any more."""
+    return not (paths.LOCALCLOUD_HOME / "config.json").exists()
+
+
 def _run_lock() -> AbstractContextManager[None]:
     """One command at a time makes or removes this clone's run."""
     return lock(
@@ -51,6 +56,9 @@ def up() -> None:
     _set_up(tests=False)
     _compile()
     with _run_lock():
+        if pulumi.is_known() and _is_cloud_lost():
+            print(f"{paths.LOCALCLOUD_HOME} is gone, and with it all of the stack; it is made anew")
+            pulumi.remove_files()
         start = environment.before_localcloud()
         step(
             "start localcloud", functools.partial(_python, env=start, arguments=["-m", "localcloud", "start"])
@@ -84,13 +92,10 @@ def down(*, force: bool) -> None:
 
 
 def _down(*, force: bool) -> None:
-    if not pulumi.is_known() and not paths.LOCALCLOUD_HOME.exists():
-        _remove_run()
-        print("nothing is up")
-        return
+    nothing = not pulumi.is_known() and not paths.LOCALCLOUD_HOME.exists()
     start = environment.before_localcloud()
     try:
-        if pulumi.is_known():
+        if pulumi.is_known() and not _is_cloud_lost():
             step(
                 "start localcloud",
                 functools.partial(_python, env=start, arguments=["-m", "localcloud", "start"]),
@@ -102,6 +107,8 @@ def _down(*, force: bool) -> None:
             raise StepError(f"{error}\n  to remove it all the same: ./scripts/down --force") from error
     step("stop localcloud", functools.partial(_python, env=start, arguments=["-m", "localcloud", "reset"]))
     _remove_run()
+    if nothing:
+        print("nothing was up")
 
 
 def env(*, google: bool) -> None:

@@ -21,7 +21,7 @@ from google.oauth2.credentials import Credentials
 from googleapiclient import discovery
 from googleapiclient.errors import HttpError
 
-from localcloud.backends.processes import marked
+from localcloud.backends.processes import marked, start_time
 from tests.integration.conftest import Localcloud, make_localcloud
 from tests.waiting import until
 
@@ -154,6 +154,22 @@ def test_a_server_that_outlived_its_supervisor_is_started_anew_with_all_that_it_
     assert after["api"] != before["api"]
     assert after["vm-vm.metadata"] not in (0, before["vm-vm.metadata"])
     assert fresh.request("GET", f"{INSTANCES}/vm").json()["status"] == "RUNNING"
+
+
+@pytest.mark.parametrize("command", ["start", "reset"])
+def test_a_directory_deleted_under_a_localcloud_that_runs_leaves_no_process(
+    fresh: Localcloud, command: str
+) -> None:
+    fresh.command("start")
+    fresh.done(fresh.request("POST", INSTANCES, _instance("vm")).json())
+    before = [item["pid"] for item in fresh.status()["programs"]]
+    shutil.rmtree(fresh.home)
+    fresh.command(command)
+    assert not [pid for pid in before if start_time(pid) is not None]
+    if command == "start":
+        assert fresh.request("GET", f"{INSTANCES}/vm").status_code == 404
+    else:
+        assert not fresh.home.exists()
 
 
 # Plain HTTP.
