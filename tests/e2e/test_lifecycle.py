@@ -1,6 +1,7 @@
 """Bringing the stack up and down the hard way: killed in the middle, twice at once, torn down."""
 
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -27,16 +28,24 @@ def _processes_of(directory: Path) -> list[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for what is left in Linux's /proc")
-def test_an_up_that_is_killed_carries_on_and_a_down_leaves_nothing(tmp_path: Path) -> None:
+def test_an_up_carries_on_after_a_kill_begins_anew_without_its_cloud_and_a_down_leaves_nothing(
+    tmp_path: Path,
+) -> None:
     made = clone(tmp_path)
+    outside = Stack(made.directory, dict(made.env))
     try:
         _kill_an_up_half_way(made)
-        made.run("./scripts/up")
+        outside.run("./scripts/up")
+        made.read_environment()
+        assert made.get("/primorial/30").json()["primorial"] == "6469693230"
+        # The stack's state is still there, and speaks of what is gone.
+        shutil.rmtree(made.directory / ".localcloud")
+        outside.run("./scripts/up")
         made.read_environment()
         url = made.outputs()["url"]
         assert requests.get(f"{url}/primorial/30", timeout=10).json()["primorial"] == "6469693230"
     finally:
-        made.run("./scripts/down")
+        outside.run("./scripts/down")
     until(lambda: not _processes_of(made.directory), "every process to end", timeout=20)
     with pytest.raises(requests.ConnectionError):
         requests.get(f"{url}/healthz", timeout=5)
