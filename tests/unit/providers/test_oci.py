@@ -44,9 +44,9 @@ class Registry:
             return 200, {}, json.dumps({"token": f"{query[-4:]}-{self.generation}"}).encode()
         wanted = ACTIONS[verb][-4:].rjust(4, "=")
         if handler.headers.get("Authorization") != f"Bearer {wanted}-{self.generation}":
-            handler.close_connection = True
             challenge = f'Bearer realm="http://{host}/token",service="s",scope="{ACTIONS[verb]}"'
-            return 401, {"WWW-Authenticate": challenge}, b""
+            # The header closes the connection here too; without it the client would use it again.
+            return 401, {"WWW-Authenticate": challenge, "Connection": "close"}, b""
         self.asked[verb] += 1
         body = handler.rfile.read(length)
         if self.failures:
