@@ -3,6 +3,7 @@
 
 use crate::api::View;
 use crate::events::{Recorder, Severity};
+use crate::node::Machine;
 use crate::pod::{containers, is_finished};
 use crate::reasons::event;
 use k8s_openapi::api::core::v1::{ObjectReference, Pod};
@@ -49,11 +50,8 @@ impl ImageGc {
     }
 
     async fn collect(&self) {
-        let disk = match rustix::fs::statvfs(&self.data_dir) {
-            Ok(disk) => disk,
-            Err(error) => return tracing::warn!(path = %self.data_dir.display(), %error, "failed to measure the disk"),
-        };
-        let (total, available) = (disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize);
+        let machine = Machine::measure(&self.data_dir);
+        let (total, available) = (machine.disk, machine.free_disk);
         let Some(excess) = self.thresholds.excess(total, available) else { return };
         let in_use: Vec<String> = self.pods.pods().iter().flat_map(|pod| images(pod)).collect();
         let freed = self.runtime.free_disk(&in_use, excess).await;

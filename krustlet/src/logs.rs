@@ -28,7 +28,11 @@ const LAST_WORDS_BYTES: usize = 2048;
 
 /// `<data-dir>/logs/NAMESPACE_NAME_UID`, where each container has a directory with one `RESTART.log` a run.
 pub fn pod_directory(data_dir: &Path, pod: &Pod) -> PathBuf {
-    data_dir.join("logs").join(format!("{}_{}_{}", namespace(pod), name(pod), uid(pod)))
+    data_dir.join("logs").join(directory_name(pod))
+}
+
+pub fn directory_name(pod: &Pod) -> String {
+    format!("{}_{}_{}", namespace(pod), name(pod), uid(pod))
 }
 
 /// The log of one run of a container: 0 is the first run.

@@ -177,7 +177,7 @@ pub struct Machine {
     pub memory: u64,
     pub disk: u64,
     free_memory: u64,
-    free_disk: u64,
+    pub free_disk: u64,
 }
 
 impl Machine {

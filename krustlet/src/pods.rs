@@ -1,10 +1,11 @@
 //! The pods of this node: follows them in the API and gives each UID a worker of its own.
 
 use crate::backoff::Backoff;
+use crate::logs;
 use crate::pod::start::{NodeContext, holder};
 use crate::pod::status::Failure;
 use crate::pod::worker::Worker;
-use crate::pod::{containers, full_name, is_finished, name, namespace, phase, port, uid};
+use crate::pod::{containers, full_name, is_finished, phase, port, uid};
 use crate::reasons::pod as reasons;
 use crate::telemetry::metrics;
 use futures::StreamExt;
@@ -181,8 +182,7 @@ impl Pods {
 /// Removes what pods left behind that went while no agent ran.
 fn remove_leftovers(data_dir: &Path, pods: &[Arc<Pod>]) {
     let uids: HashSet<&str> = pods.iter().map(|pod| uid(pod)).collect();
-    let logs: HashSet<String> =
-        pods.iter().map(|pod| format!("{}_{}_{}", namespace(pod), name(pod), uid(pod))).collect();
+    let logs: HashSet<String> = pods.iter().map(|pod| logs::directory_name(pod)).collect();
     let sweep = |directory: &Path, keep: &dyn Fn(&str) -> bool| {
         for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
             if entry.file_name().to_str().is_some_and(keep) {

@@ -20,7 +20,7 @@ use crate::reasons::{event, pod as pod_reason, terminated, waiting};
 use crate::telemetry::metrics;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod, PodStatus};
-use krustlet_runtime::{ExitReason, Image};
+use krustlet_runtime::{ExitReason, Image, LogFile};
 use kube::api::{Api, DeleteParams, Preconditions};
 use std::sync::Arc;
 use std::time::Duration;
@@ -323,7 +323,7 @@ impl Worker {
                         ExitReason::Error => terminated::ERROR,
                         ExitReason::OutOfMemory => terminated::OOM_KILLED,
                     };
-                    let last_words = if tells { logs::last_words(log.path()).await } else { String::new() };
+                    let last_words = last_words(tells, &log).await;
                     let end = Box::new(End { exit_code: exit.code, reason, message: exit.message, last_words });
                     Message::Ended { slot: index, generation, end }
                 }))
@@ -793,8 +793,7 @@ impl Worker {
                     let finished = server.drain(left).await;
                     let message =
                         if finished { "" } else { "requests in flight were cut off at the end of the grace period" };
-                    let last_words =
-                        if tells_last_words(&container) { logs::last_words(log.path()).await } else { String::new() };
+                    let last_words = last_words(tells_last_words(&container), &log).await;
                     let (reason, message) = (terminated::COMPLETED, message.to_owned());
                     let end = Box::new(End { exit_code: 0, reason, message, last_words });
                     let _ = outbox.send(Message::Ended { slot: index, generation, end });
@@ -979,6 +978,10 @@ fn has_probes(container: &Container) -> bool {
 /// Whether the end of the container's log is its message when it fails.
 fn tells_last_words(container: &Container) -> bool {
     container.termination_message_policy.as_deref() == Some("FallbackToLogsOnError")
+}
+
+async fn last_words(told: bool, log: &LogFile) -> String {
+    if told { logs::last_words(log.path()).await } else { String::new() }
 }
 
 async fn sleep_until(deadline: Option<Instant>) {
