@@ -102,6 +102,13 @@ class Cluster:
         applied: Object = self._request("PATCH", path, query, manifest, "application/apply-patch+yaml")
         return applied
 
+    def try_create(self, kind: Kind, manifest: Object) -> Object:
+        """A dry run of a POST: unlike an apply, it never compares with an object that is there."""
+        path = self._path(kind, manifest["metadata"].get("namespace"), None)
+        query = {"dryRun": "All", "fieldValidation": "Strict"}
+        created: Object = self._request("POST", path, query, manifest)
+        return created
+
     def delete(self, kind: Kind, namespace: str | None, name: str, propagation: str) -> None:
         """Asks for the deletion; the object may stay until its finalizers have run."""
         options = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": propagation}

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from localcloud.plugins.kubernetes import ready, rules
@@ -190,7 +191,7 @@ class KubernetesProvider(Provider):
         """Applies the object and waits until it is up."""
         kind, manifest = self._kind(resource.type), plain(inputs)
         if preview:
-            return "", self._previewed(kind, resource, inputs)
+            return "", self._preview(kind, inputs, lambda: self._try_create(kind, manifest, resource))
         self._refuse_existing(kind, manifest)
         deadline = time.monotonic() + self._seconds(resource, manifest, ready.default_timeout_seconds(kind))
         try:
@@ -243,7 +244,8 @@ class KubernetesProvider(Provider):
         """Applies the object anew and waits until it is up."""
         kind, manifest = self._kind(resource.type), plain(new)
         if preview:
-            return self._previewed(kind, resource, new)
+            apply = partial(self._apply, kind, manifest, resource, dry_run=True)
+            return self._preview(kind, new, apply)
         deadline = time.monotonic() + self._seconds(resource, manifest, ready.default_timeout_seconds(kind))
         try:
             live = self._apply(kind, manifest, resource, dry_run=False)
@@ -278,27 +280,44 @@ class KubernetesProvider(Provider):
             self.refuse_type(token, ["every single object, kubernetes:GROUP/VERSION:Kind"])
         return Kind(version if group == "core" else group_version, kind)
 
-    def _previewed(self, kind: Kind, resource: Resource, inputs: Properties) -> Properties:
+    def _preview(self, kind: Kind, inputs: Properties, attempt: Callable[[], Object | None]) -> Properties:
         """What the server would make of it, or the inputs where it cannot be asked (yet)."""
         if has_unknown(inputs):
             return inputs
         try:
-            live = self._apply(kind, plain(inputs), resource, dry_run=True)
+            live = attempt()
         except Unreachable:
             return inputs
         except ApiError as error:
-            if error.status in (
-                403,
-                404,
-            ):  # no right to try, or it waits for a namespace or type of this update
+            if error.status in (403, 404):  # no right to try, or it waits for a namespace or type of this run
                 return inputs
             raise ProviderError(
                 f"{_label(kind, plain(inputs))} would be refused: {_explained(error)}"
             ) from error
+        if live is None:
+            return inputs
         live.pop("status", None)
         for name in ("uid", "resourceVersion", "creationTimestamp"):
             live["metadata"].pop(name, None)
         return _state(live, inputs)
+
+    def _try_create(self, kind: Kind, manifest: Object, resource: Resource) -> Object | None:
+        """A dry run of a creation; None where all that can be said is that the server finds it valid.
+
+        The engine does not say that a creation is half of a replacement. So an object of that name that lives
+        is taken for the one that will be gone by then: an apply would only compare the new object with it.
+        """
+        metadata = manifest["metadata"]
+        there = self._cluster.get(kind, metadata.get("namespace"), metadata["name"]) is not None
+        if not there:
+            return self._apply(kind, manifest, resource, dry_run=True)
+        try:
+            return self._cluster.try_create(kind, manifest)
+        except ApiError as error:
+            # the server looks for the name after it has validated everything else
+            if error.reason == "AlreadyExists" or "already allocated" in str(error):
+                return None
+            raise
 
     def _refuse_existing(self, kind: Kind, manifest: Object) -> None:
         """As the official plugin: an object that is there already is somebody else's."""

@@ -56,6 +56,7 @@ _SPEC: dict[Kind, tuple[str, ...]] = {
     Kind("batch/v1", "Job"): ("completions", "parallelism", "selector", "template"),
 }
 _WHOLE: dict[Kind, tuple[str, ...]] = {
+    Kind("policy/v1beta1", "PodDisruptionBudget"): ("spec",),
     Kind("rbac.authorization.k8s.io/v1", "ClusterRoleBinding"): ("roleRef",),
     Kind("rbac.authorization.k8s.io/v1", "RoleBinding"): ("roleRef",),
     Kind("storage.k8s.io/v1", "StorageClass"): ("parameters", "provisioner"),

@@ -27,6 +27,7 @@ class OneCluster:
         self.next: list[Object | None] = []
         self.refuses: ApiError | None = None
         self.applied: list[tuple[str, bool]] = []
+        self.tried: list[Object] = []
 
     def namespaced(self, kind: Kind) -> bool:
         return kind.kind != "Namespace"
@@ -40,6 +41,10 @@ class OneCluster:
         self.applied.append((manager, dry_run))
         metadata = {**manifest["metadata"], "uid": "1", "managedFields": [{}]}
         return {**manifest, "metadata": metadata, "status": {"phase": "Pending"}}
+
+    def try_create(self, kind: Kind, manifest: Object) -> Object:  # noqa: ARG002
+        self.tried.append(manifest)
+        raise self.refuses or ApiError(409, "AlreadyExists", 'pods "web" already exists')
 
     def states(self, *_: object) -> Any:
         yield from self.next
@@ -153,6 +158,21 @@ def test_a_preview_is_a_dry_run_without_status() -> None:
     assert [dry for _, dry in cluster.applied] == [True]
     assert "status" not in state
     assert "uid" not in state["metadata"]
+
+
+def test_a_preview_of_a_replacement_is_of_a_new_object_and_not_of_a_change_to_the_living_one() -> None:
+    cluster = OneCluster()
+    cluster.live = is_ready(pod(image="a"))
+    made = provider(cluster)
+    assert made.create(RESOURCE, pod(image="b"), preview=True)[1] == pod(image="b")
+    assert (cluster.applied, cluster.tried) == ([], [pod(image="b")])
+    cluster.refuses = ApiError(
+        422, "Invalid", "spec.ports[0].nodePort: 30080: provided port is already allocated"
+    )
+    assert made.create(RESOURCE, pod(image="b"), preview=True)[1] == pod(image="b")
+    cluster.refuses = ApiError(422, "Invalid", "spec.containers[0].image: Required value")
+    with pytest.raises(ProviderError, match=r"would be refused: spec\.containers"):
+        made.create(RESOURCE, pod(), preview=True)
 
 
 def test_a_preview_with_unknowns_asks_nobody() -> None:
