@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from localcloud.api import artifactregistry, discovery, iam, registry_tokens, serviceusage, token_review
 from localcloud.api.auth import authenticate, authorize
-from localcloud.api.compute import catalog, instances, machines, networks
+from localcloud.api.compute import catalog, instance_groups, instances, machines, networks
 from localcloud.api.compute import common as compute
 from localcloud.api.compute import operations as compute_operations
 from localcloud.api.container import clusters, control_planes
@@ -41,7 +41,7 @@ logger = logging.getLogger("localcloud.api")
 
 _VERBS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 _LARGEST_BODY = 10 * 2**20
-_SERVED_MODULES = (compute_operations, instances, clusters, serviceusage)
+_SERVED_MODULES = (compute_operations, instance_groups, instances, clusters, serviceusage)
 """Imported for what they put into the table."""
 
 

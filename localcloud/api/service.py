@@ -160,6 +160,11 @@ def new_id() -> str:
     return str(secrets.randbelow(2**62) + 2**62)
 
 
+def stable_id(key: str) -> str:
+    """The numeric id of something that is described from what else there is, the same every time."""
+    return str(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
+
+
 def fingerprint(content: object) -> str:
     """A short hash of a JSON value in base64, for optimistic locking."""
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable
 
 from localcloud.api.compute.common import aggregated, link, listed
 from localcloud.api.errors import invalid_value, not_found
 from localcloud.api.iam import default_service_account
-from localcloud.api.service import TABLE, Call
+from localcloud.api.service import TABLE, Call, stable_id
 from localcloud.store import Json
 
 ZONES = {
@@ -78,14 +77,10 @@ def check_region(call: Call) -> str:
     return region
 
 
-def _id(key: str) -> str:
-    return str(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
-
-
 def _offer(key: str, kind: str, **fields: object) -> Json:
     return {
         "kind": kind,
-        "id": _id(key),
+        "id": stable_id(key),
         "creationTimestamp": _BORN,
         "name": key.rsplit("/", 1)[-1],
         **fields,

@@ -1,19 +1,20 @@
-"""Clusters and node pools: the requests.
-
-A cluster is a real control plane (see `control_planes.py`). Its node pools are records: machines that join
-are the user's own.
-"""
+"""Clusters: the requests. A cluster is a real control plane (see `control_planes.py`)."""
 
 from __future__ import annotations
 
+from localcloud.api.container import node_pools
 from localcloud.api.container.common import (
     CLUSTER,
     NAME,
+    changeable,
+    check_version,
+    find_cluster,
     gke_version,
     in_location,
     location_of,
     parent,
     spellings,
+    stamped,
 )
 from localcloud.api.container.description import filled
 from localcloud.api.container.operations import begin
@@ -22,30 +23,6 @@ from localcloud.api.service import TABLE, Call, fingerprint
 from localcloud.store import Json, Record
 
 _UPDATES = ("desiredNodeVersion", "desiredMasterVersion")
-
-
-def _find(call: Call) -> Record:
-    key = f"{parent(call)}/clusters/{call.path['cluster']}"
-    record = call.store.get(key)
-    if record is None:
-        raise ApiError(404, f"Not found: {key}.")
-    return record
-
-
-def _changeable(call: Call) -> Record:
-    """
-    Raises:
-        ApiError: 400, the cluster is being made or deleted.
-    """
-    record = _find(call)
-    if record.body["status"] not in ("RUNNING", "ERROR"):
-        raise ApiError(
-            400,
-            f"Cluster is running incompatible operation: status is {record.body['status']}.",
-            status="FAILED_PRECONDITION",
-            reason="failedPrecondition",
-        )
-    return record
 
 
 @TABLE.serves(*spellings("clusters.create"))
@@ -67,7 +44,7 @@ def _create(call: Call) -> Json:
         if other.name == name:
             raise ApiError(409, f"Already exists: {other.key}: localcloud runs one cluster of a name.")
     _check_pools(cluster)
-    _check_version(call, cluster)
+    check_version(call, cluster.get("initialClusterVersion", ""), "Master")
     record = Record(key, CLUSTER, filled(call, cluster, key))
     call.store.put(record)
     return begin(call, "CREATE_CLUSTER", record, "container.clusters.create")
@@ -86,20 +63,9 @@ def _check_pools(cluster: Json) -> None:
         raise ApiError(400, "Each node pool needs a name of its own, like 'default-pool'.")
 
 
-def _check_version(call: Call, cluster: Json) -> None:
-    wanted = cluster.get("initialClusterVersion", "")
-    version = call.services.backends.cluster_version()
-    full = gke_version(version)
-    if wanted not in ("", "-", "latest", version.rpartition(".")[0], version, full):
-        raise ApiError(
-            400,
-            f'Master version "{wanted}" is unsupported. No valid versions with the prefix "{wanted}" found.',
-        )
-
-
 @TABLE.serves(*spellings("clusters.get"))
 def _get(call: Call) -> Json:
-    return _find(call).body
+    return find_cluster(call).body
 
 
 @TABLE.serves(*spellings("clusters.list"))
@@ -110,7 +76,7 @@ def _list(call: Call) -> Json:
 
 @TABLE.serves(*spellings("clusters.delete"))
 def _delete(call: Call) -> Json:
-    record = _changeable(call)
+    record = changeable(call)
     if record.body.get("deletionProtection"):
         raise ApiError(400, f"Cluster {record.name} has deletion protection.", status="FAILED_PRECONDITION")
     record.body["status"] = "STOPPING"
@@ -120,7 +86,7 @@ def _delete(call: Call) -> Json:
 
 @TABLE.serves(*spellings("clusters.update"))
 def _update(call: Call) -> Json:
-    record = _changeable(call)
+    record = changeable(call)
     update: Json = call.body.get("update", {})
     etag = update.pop("etag", record.body["etag"])
     if etag != record.body["etag"]:
@@ -128,11 +94,14 @@ def _update(call: Call) -> Json:
     if not update:
         raise ApiError(400, "Must specify a field to update.")
     known = call.schema("Cluster")
+    pool = update.pop("desiredNodePoolId", "")
     for wanted, value in update.items():
         field = wanted.removeprefix("desired")
         field = field[:1].lower() + field[1:]
         if wanted in _UPDATES:
-            _check_version(call, {"initialClusterVersion": value})
+            check_version(call, value, "Master" if wanted == "desiredMasterVersion" else "Node")
+        elif wanted == "desiredNodePoolAutoscaling":
+            node_pools.set_autoscaling(call, record, pool or node_pools.DEFAULT_POOL, value)
         elif wanted.startswith("desired") and field in known:
             record.body[field] = value
         else:
@@ -141,7 +110,8 @@ def _update(call: Call) -> Json:
 
 
 def _changed(call: Call, record: Record, kind: str) -> Json:
-    record.body["etag"] = fingerprint({key: value for key, value in record.body.items() if key != "etag"})
+    node_pools.count(record.body)
+    stamped(record.body)
     call.store.put(record)
     return begin(call, kind, record, "compute.nothing")
 
@@ -151,7 +121,7 @@ def _changed(call: Call, record: Record, kind: str) -> Json:
     "container.projects.zones.clusters.resourceLabels",
 )
 def _set_labels(call: Call) -> Json:
-    record = _changeable(call)
+    record = changeable(call)
     if call.body.get("labelFingerprint") != record.body["labelFingerprint"]:
         raise ApiError(
             400,
@@ -161,31 +131,6 @@ def _set_labels(call: Call) -> Json:
     record.body["resourceLabels"] = call.body.get("resourceLabels", {})
     record.body["labelFingerprint"] = fingerprint(record.body["resourceLabels"])
     return _changed(call, record, "UPDATE_CLUSTER")
-
-
-@TABLE.serves(*spellings("clusters.nodePools.list"))
-def _list_pools(call: Call) -> Json:
-    return {"nodePools": _find(call).body["nodePools"]}
-
-
-def _pool(call: Call, record: Record) -> Json:
-    for pool in record.body["nodePools"]:
-        if pool["name"] == call.path["nodePool"]:
-            found: Json = pool
-            return found
-    raise ApiError(404, f"Not found: {record.key}/nodePools/{call.path['nodePool']}.")
-
-
-@TABLE.serves(*spellings("clusters.nodePools.get"))
-def _get_pool(call: Call) -> Json:
-    return _pool(call, _find(call))
-
-
-@TABLE.serves(*spellings("clusters.nodePools.delete"))
-def _delete_pool(call: Call) -> Json:
-    record = _changeable(call)
-    record.body["nodePools"].remove(_pool(call, record))
-    return _changed(call, record, "DELETE_NODE_POOL")
 
 
 @TABLE.serves("container.projects.locations.getServerConfig", "container.projects.zones.getServerconfig")

@@ -7,8 +7,8 @@ from typing import Any
 
 from localcloud.api.compute.catalog import ZONES, zones
 from localcloud.api.errors import ApiError
-from localcloud.api.service import Call
-from localcloud.store import Record
+from localcloud.api.service import Call, fingerprint
+from localcloud.store import Json, Record
 
 CLUSTER = "container.clusters"
 OPERATION = "container.operations"
@@ -58,3 +58,51 @@ def in_location(call: Call, kind: str) -> list[Record]:
 def gke_version(version: str) -> str:
     """Kubernetes' version as Kubernetes Engine writes it."""
     return f"{version}-gke.1000000"
+
+
+def check_version(call: Call, wanted: str, what: str) -> None:
+    """
+    Raises:
+        ApiError: 400, localcloud's clusters are of another version.
+    """
+    version = call.services.backends.cluster_version()
+    if wanted not in ("", "-", "latest", version.rpartition(".")[0], version, gke_version(version)):
+        raise ApiError(
+            400,
+            f'{what} version "{wanted}" is unsupported. No valid versions with the prefix "{wanted}" found.',
+        )
+
+
+def find_cluster(call: Call) -> Record:
+    """
+    Raises:
+        ApiError: 404, no such cluster.
+    """
+    key = f"{parent(call)}/clusters/{call.path['cluster']}"
+    record = call.store.get(key)
+    if record is None:
+        raise ApiError(404, f"Not found: {key}.")
+    return record
+
+
+def changeable(call: Call) -> Record:
+    """The call's cluster.
+
+    Raises:
+        ApiError: 404, no such cluster; 400, it is being made or deleted.
+    """
+    record = find_cluster(call)
+    if record.body["status"] not in ("RUNNING", "ERROR"):
+        raise ApiError(
+            400,
+            f"Cluster is running incompatible operation: status is {record.body['status']}.",
+            status="FAILED_PRECONDITION",
+            reason="failedPrecondition",
+        )
+    return record
+
+
+def stamped(body: Json) -> Json:
+    """A cluster or a node pool with the etag of its content."""
+    body["etag"] = fingerprint({key: value for key, value in body.items() if key != "etag"})
+    return body

@@ -6,7 +6,8 @@ import secrets
 
 from localcloud.api.compute.catalog import ZONES, region_of, zones
 from localcloud.api.compute.networks import find_network, find_subnetwork, subnetwork_of
-from localcloud.api.container.common import LINK, gke_version, location_of
+from localcloud.api.container.common import LINK, gke_version, location_of, stamped
+from localcloud.api.container.node_pools import DEFAULT_POOL, count, described
 from localcloud.api.errors import ApiError
 from localcloud.api.service import Call, fingerprint, now
 from localcloud.store import Json
@@ -41,8 +42,8 @@ def filled(call: Call, cluster: Json, key: str) -> Json:
         "labelFingerprint": fingerprint(cluster.get("resourceLabels", {})),
         "networkConfig": cluster.get("networkConfig", {})
         | {"network": network.key, "subnetwork": subnetwork.key},
-        "nodePools": _pools(cluster, key, version, nodes),
     }
+    body["nodePools"] = [described(call, pool, body, key) for pool in _pools(cluster)]
     defaults: Json = {
         "loggingService": "none",
         "monitoringService": "none",
@@ -59,44 +60,22 @@ def filled(call: Call, cluster: Json, key: str) -> Json:
         "defaultMaxPodsConstraint": {"maxPodsPerNode": "110"},
         "verticalPodAutoscaling": {},
         "autoscaling": {"autoscalingProfile": "BALANCED"},
-        "nodeConfig": body["nodePools"][0]["config"] if body["nodePools"] else {},
         "autopilot": {},
     }
     body |= {field: value for field, value in defaults.items() if field not in body}
-    body["etag"] = fingerprint(body)
-    return body
+    count(body)
+    return stamped(body)
 
 
-def _pools(cluster: Json, key: str, version: str, nodes: list[str]) -> list[Json]:
+def _pools(cluster: Json) -> list[Json]:
+    """The pools that were asked for; a size and a configuration alone ask for one."""
     if cluster.get("autopilot", {}).get("enabled"):
         return []
-    given = cluster.get("nodePools") or [
+    given: list[Json] = cluster.get("nodePools", [])
+    return given or [
         {
-            "name": "default-pool",
+            "name": DEFAULT_POOL,
             "initialNodeCount": cluster["initialNodeCount"],
             "config": cluster.get("nodeConfig", {}),
         }
-    ]
-    config_defaults: Json = {
-        "machineType": "e2-medium",
-        "diskSizeGb": 100,
-        "diskType": "pd-balanced",
-        "imageType": "COS_CONTAINERD",
-        "serviceAccount": "default",
-    }
-    return [
-        pool
-        | {
-            "config": config_defaults | pool.get("config", {}),
-            "selfLink": f"{LINK}{key}/nodePools/{pool['name']}",
-            "version": version,
-            "status": "RUNNING",
-            "locations": pool.get("locations") or nodes,
-            "management": pool.get("management", {"autoUpgrade": True, "autoRepair": True}),
-            "maxPodsConstraint": pool.get("maxPodsConstraint", {"maxPodsPerNode": "110"}),
-            "podIpv4CidrSize": 24,
-            "instanceGroupUrls": [],
-            "etag": fingerprint(pool),
-        }
-        for pool in given
     ]

@@ -12,7 +12,8 @@ from localcloud.api.service import PROJECT_NUMBER, TABLE, Call, now
 from localcloud.store import Json, Record
 
 
-def begin(call: Call, kind: str, target: Record, task: str) -> Json:
+def begin(call: Call, kind: str, target: Record, task: str, pool: str = "") -> Json:
+    """Record an operation on a cluster, or on one of its node pools, and answer with it."""
     name = f"operation-{time.time_ns() // 1_000_000}-{secrets.token_hex(16)}"
     location = target.body["location"]
     within = f"projects/{call.project}/locations/{location}"
@@ -24,11 +25,11 @@ def begin(call: Call, kind: str, target: Record, task: str) -> Json:
         "operationType": kind,
         "status": "RUNNING",
         "selfLink": f"{LINK}{number}/operations/{name}",
-        "targetLink": f"{LINK}{number}/clusters/{target.name}",
+        "targetLink": f"{LINK}{number}/clusters/{target.name}{f'/nodePools/{pool}' if pool else ''}",
         "startTime": now(),
     }
     record = Record(f"{within}/operations/{name}", OPERATION, body)
-    return call.services.operations.submit(record, target.key, task, {"key": target.key})
+    return call.services.operations.submit(record, target.key, task, {"key": target.key, "pool": pool})
 
 
 def finish(body: Json, _response: Json | None, error: ApiError | None) -> None:
