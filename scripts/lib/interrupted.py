@@ -10,7 +10,8 @@ import subprocess
 import sys
 from typing import Any
 
-from localcloud.plugins.gcp.tables import REPOSITORY_IAM_MEMBER, TYPES
+from localcloud.plugins.gcp import served
+from localcloud.plugins.gcp.tables import REPOSITORY_IAM_MEMBER
 
 
 def identity(kind: str, inputs: dict[str, Any]) -> str | None:
@@ -18,10 +19,7 @@ def identity(kind: str, inputs: dict[str, Any]) -> str | None:
     if kind.startswith("kubernetes:"):
         metadata = inputs.get("metadata", {})
         return "/".join(filter(None, (metadata.get("namespace"), metadata.get("name")))) or None
-    if kind not in TYPES or kind == REPOSITORY_IAM_MEMBER.token:
-        return None
-    email = f"{inputs.get('accountId')}@{inputs.get('project')}.iam.gserviceaccount.com"
-    return TYPES[kind].item.format_map({"email": email, **inputs})
+    return None if kind == REPOSITORY_IAM_MEMBER.token else served.identity(kind, inputs)
 
 
 def settle(deployment: dict[str, Any]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 
-from localcloud.plugins.gcp import fields, resources, tables
-from localcloud.plugins.gcp.fields import Field, Type, Update
-from localcloud.plugins.gcp.resources import Change, deadline_in
+from localcloud.plugins.gcp import fields, resources
+from localcloud.plugins.gcp.fields import Type, Update
+from localcloud.plugins.gcp.resources import Change, at, deadline_in, declarations
 from localcloud.plugins.gcp.rest import ENDPOINT_RULE, SERVICES, Google, GoogleError, StillRunningError
+from localcloud.plugins.gcp.served import CLASSES
 from localcloud.plugins.gcp.tables import TYPES, ResourceType
 from localcloud.plugins.protocol import (
     Checked,
@@ -25,7 +27,6 @@ from localcloud.plugins.values import (
     Path,
     Properties,
     Secret,
-    Value,
     compare,
     drift,
     has_unknown,
@@ -119,10 +120,10 @@ class GcpProvider(Provider):
             for path, change in compare(before, after, empty_is_absent=True).items()
             if path[0] != _DEFAULTS and not _as_it_is(served.spec, path, after, has)
         }
-        replace = frozenset(path for path in changes if _update(served.spec, path) is Update.REPLACE)
+        replaced = frozenset(path for path in changes if served.replaces(path, before, after))
         autonamed = "name" in after.get(_DEFAULTS, [])
         same_name = not served.spec.name or (after.get("name") == before.get("name") and not autonamed)
-        return Diff(changes, replace, bool(replace) and same_name)
+        return Diff(changes, replaced, bool(replaced) and same_name)
 
     def create(self, resource: Resource, inputs: Properties, *, preview: bool) -> tuple[str, Properties]:
         """Creates, waits for the operation, reads the result."""
@@ -158,7 +159,9 @@ class GcpProvider(Provider):
         outputs = served.outputs(live, known)
         if not inputs:
             taken = {
-                f.name: outputs[f.name] for f in served.spec.fields if not f.output and f.name in outputs
+                f.name: outputs[f.name]
+                for f in served.spec.fields
+                if not f.output and f.update is not Update.LOCAL and f.name in outputs
             }
             current = {k: v for k, v in taken.items() if v not in ([], {}, "", None)}
         else:
@@ -175,7 +178,10 @@ class GcpProvider(Provider):
         given = {k: v for k, v in plain(new).items() if k != _DEFAULTS}
         known = {**given, **self._scope(served.spec, given)}
         names = frozenset(str(path[0]) for path in self.diff(resource, state, old, new).changes)
+        change = Change(resource.resource_id, plain(old), given, names, plain(state), 0)
         if preview:
+            if not has_unknown(given):
+                served.plan(change)
             kept = {k: v for k, v in plain(state).items() if k not in names}
             return with_secrets_of({**kept, **{k: v for k, v in given.items() if k in names}}, new)
         live = served.read(resource.resource_id)
@@ -185,7 +191,7 @@ class GcpProvider(Provider):
             )
         deadline = deadline_in(resource.timeout or served.spec.minutes[1] * 60)
         try:
-            served.update(Change(resource.resource_id, plain(old), given, names, live, deadline))
+            served.update(replace(change, live=live, deadline=deadline))
         except GoogleError as error:
             raise ProviderError(f"updating {_label(served.spec, known)}: {error}") from error
         outputs = served.outputs(served.read(resource.resource_id) or live, known)
@@ -194,6 +200,14 @@ class GcpProvider(Provider):
     def delete(self, resource: Resource, state: Properties, inputs: Properties) -> None:  # noqa: ARG002
         """Deletes and waits for the operation."""
         served = self._served(resource)
+        policy = plain(state).get("deletionPolicy")
+        if policy == "PREVENT":
+            raise ProviderError(
+                f"{resource.resource_id} is not deleted: its deletionPolicy is PREVENT; set another one and "
+                "run `pulumi up` first"
+            )
+        if policy == "ABANDON":
+            return
         deadline = deadline_in(resource.timeout or served.spec.minutes[2] * 60)
         try:
             served.delete(resource.resource_id, plain(state), deadline)
@@ -212,7 +226,7 @@ class GcpProvider(Provider):
     def _served(self, resource: Resource) -> resources.Resource:
         if resource.type not in TYPES:
             self.refuse_type(resource.type, TYPES)
-        return resources.CLASSES[resource.type](TYPES[resource.type], self._google)
+        return CLASSES[resource.type](TYPES[resource.type], self._google)
 
     def _scope(self, spec: ResourceType, given: Properties) -> Properties:
         """Project, region, zone and location: the resource's own, else the provider's."""
@@ -224,7 +238,7 @@ class GcpProvider(Provider):
             or (_region(zone) if isinstance(zone, str) else None)
         )
         location = given.get("location") or (
-            zone if spec is tables.CLUSTER and not settings.get("region") else region
+            zone if spec.service == "container" and not settings.get("region") else region
         )
         found = {
             "project": given.get("project") or settings.get("project"),
@@ -264,30 +278,10 @@ def _from_item(spec: ResourceType, item: str) -> Properties:
     return found.groupdict() if found else {}
 
 
-def _field(spec: ResourceType, path: Path) -> list[Field]:
-    """The declarations along a path, outermost first."""
-    found: list[Field] = []
-    place = spec.fields
-    for part in path:
-        if isinstance(part, int):
-            continue
-        declared = next((f for f in place if f.name == part), None)
-        if declared is None:
-            break
-        found.append(declared)
-        place = declared.fields
-    return found
-
-
-def _update(spec: ResourceType, path: Path) -> Update:
-    declared = _field(spec, path)
-    return next((f.update for f in declared if f.update is not Update.REPLACE), Update.REPLACE)
-
-
 def _as_it_is(spec: ResourceType, path: Path, after: Properties, state: Properties) -> bool:
     """Whether a changed input says (or, left out, means) what the resource has already."""
-    declared = _field(spec, path)
-    wanted, actual = _at(after, path), _at(state, path)
+    declared = declarations(spec.fields, path)
+    wanted, actual = at(after, path), at(state, path)
     if wanted is None:
         last = declared[-1] if declared else None
         if last is None or len(path) > 1 or last.type is Type.MAP:
@@ -299,12 +293,3 @@ def _as_it_is(spec: ResourceType, path: Path, after: Properties, state: Properti
         and len(path) == 1
         and path[0] not in ("metadata", "labels")
     )
-
-
-def _at(tree: Value, path: Path) -> Value:
-    for part in path:
-        if isinstance(part, int):
-            tree = tree[part] if isinstance(tree, list) and part < len(tree) else None
-        else:
-            tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree

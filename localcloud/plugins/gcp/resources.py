@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from localcloud.plugins.gcp import tables
 from localcloud.plugins.gcp.fields import Field, Json, Type, Update, from_rest, to_rest
-from localcloud.plugins.gcp.rest import FailedOperationError, Google, GoogleError
+from localcloud.plugins.gcp.rest import Google, GoogleError
 from localcloud.plugins.gcp.tables import ResourceType
-from localcloud.plugins.protocol import Failure, ProviderError
-from localcloud.plugins.values import UNKNOWN, Properties, Value
+from localcloud.plugins.protocol import Failure
+from localcloud.plugins.values import Path, Properties, Value
 
 ATTRIBUTION = {"goog-pulumi-provisioned": "true"}
-STARTUP_SCRIPT = "startup-script"
-_SCOPES = "https://www.googleapis.com/auth/"
 _EMPTY: dict[Type, Value] = {
     Type.STRING: "",
     Type.BOOL: False,
@@ -57,6 +53,17 @@ class Resource:
     def item(self, known: Mapping[str, Value]) -> str:
         """The resource's path, which is its Pulumi id."""
         return self.spec.item.format_map(known)
+
+    def replaces(self, path: Path, before: Properties, after: Properties) -> bool:  # noqa: ARG002
+        """Whether a change there needs a new resource: the innermost declaration on the way decides.
+
+        A subclass says where the official plugin looks at the values too.
+        """
+        declared = declarations(self.spec.fields, path)
+        return not declared or declared[-1].update is Update.REPLACE
+
+    def plan(self, change: Change) -> None:
+        """Raises `ProviderError` where an update would be refused, so that a preview says so."""
 
     def create(self, inputs: Properties, known: Properties, deadline: float) -> str:
         """Creates; returns the id."""
@@ -223,6 +230,10 @@ def _split_member(item: str) -> tuple[str, str, str]:
 class Account(Resource):
     """A service account: plain answers, no operations, its e-mail address in the id."""
 
+    def item(self, known: Mapping[str, Value]) -> str:
+        domain = ".".join(reversed(str(known["project"]).split(":")))
+        return super().item({"email": f"{known['accountId']}@{domain}.iam.gserviceaccount.com", **known})
+
     def create(self, inputs: Properties, known: Properties, deadline: float) -> str:  # noqa: ARG002
         account = {k: inputs[k] for k in ("displayName", "description") if inputs.get(k)}
         body = {"accountId": inputs["accountId"], "serviceAccount": account}
@@ -259,269 +270,35 @@ class Account(Resource):
                 raise
 
 
-class ComputeResource(Resource):
-    """Compute's PATCH has no mask: what is in the body changes. Labels have a call of their own."""
-
-    def body(self, inputs: Properties, known: Properties) -> Json:
-        body = super().body(inputs, known)
-        for name in ("network", "subnetwork"):
-            if name in body:
-                body[name] = self._link(name, body[name], known)
-        return body
-
-    def update(self, change: Change) -> None:
-        patched = [f for f in self.spec.fields if f.name in change.names and f.update is Update.PATCH]
-        if patched:
-            body = self._patch(patched, change.new)
-            if "fingerprint" in change.live:
-                body["fingerprint"] = change.live["fingerprint"]
-            self._operate("PATCH", change.item, change.deadline, body)
-        if self._labelled and "labels" in change.names:
-            labels = {**(change.new.get("labels") or {}), **ATTRIBUTION}
-            body = {"labels": labels, "labelFingerprint": change.live.get("labelFingerprint")}
-            self._operate("POST", f"{change.item}/setLabels", change.deadline, body)
-
-    def _link(self, kind: str, value: str, known: Mapping[str, Value]) -> str:
-        """A network or subnetwork by URL, path or bare name, as a path."""
-        if "/" in value:
-            return value[value.index("projects/") :] if "projects/" in value else value
-        if kind == "network":
-            return f"projects/{known['project']}/global/networks/{value}"
-        region = known.get("region") or str(known["zone"]).rsplit("-", 1)[0]
-        return f"projects/{known['project']}/regions/{region}/subnetworks/{value}"
+def declarations(fields: tuple[Field, ...], path: Path) -> list[Field]:
+    """The declarations along a path, outermost first."""
+    found: list[Field] = []
+    place = fields
+    for part in path:
+        if isinstance(part, int):
+            continue
+        declared = next((f for f in place if f.name == part), None)
+        if declared is None:
+            break
+        found.append(declared)
+        place = declared.fields
+    return found
 
 
-class Subnetwork(ComputeResource):
-    """Access to Google's APIs has a call of its own."""
-
-    def update(self, change: Change) -> None:
-        if "privateIpGoogleAccess" in change.names:
-            body = {"privateIpGoogleAccess": bool(change.new.get("privateIpGoogleAccess"))}
-            path = f"{change.item}/setPrivateIpGoogleAccess"
-            self._operate("POST", path, change.deadline, body)
-            live = self.read(change.item) or change.live  # the fingerprint moved
-            change = Change(change.item, change.old, change.new, change.names, live, change.deadline)
-        super().update(change)
+def at(tree: Value, path: Path) -> Value:
+    """The value at a path, None where there is none."""
+    for part in path:
+        if isinstance(part, int):
+            tree = tree[part] if isinstance(tree, list) and part < len(tree) else None
+        else:
+            tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
 
 
-class Firewall(ComputeResource):
-    """A rule allows or denies, never both; one for incoming traffic names its sources."""
-
-    def check(self, inputs: Properties) -> list[Failure]:
-        failures = []
-        if bool(inputs.get("allows")) == bool(inputs.get("denies")):
-            failures.append(Failure((), "exactly one of allows, denies must be specified"))
-        sources = ("sourceRanges", "sourceTags", "sourceServiceAccounts")
-        if inputs.get("direction", "INGRESS") == "INGRESS" and not any(inputs.get(s) for s in sources):
-            failures.append(
-                Failure((), f"one of {', '.join(sources)} must be specified for direction INGRESS")
-            )
-        return failures
-
-
-class Instance(ComputeResource):
-    """A VM: its image is looked up first; metadata, tags, labels and machine type have calls of their own."""
-
-    def check(self, inputs: Properties) -> list[Failure]:
-        metadata = inputs.get("metadata") or {}
-        if inputs.get("metadataStartupScript") and metadata is not UNKNOWN and STARTUP_SCRIPT in metadata:
-            reason = f"the script is in metadata[{STARTUP_SCRIPT!r}] too; give it once"
-            return [Failure(("metadataStartupScript",), reason)]
-        return []
-
-    def body(self, inputs: Properties, known: Properties) -> Json:
-        body = super().body(inputs, known)
-        zone = f"zones/{known['zone']}"
-        body |= {
-            "machineType": f"{zone}/machineTypes/{inputs['machineType'].rsplit('/', 1)[-1]}",
-            "disks": [self._boot_disk(inputs["bootDisk"], known)],
-            "metadata": {"items": _metadata_items(inputs)},
-        }
-        for interface in body["networkInterfaces"]:
-            for name in ("network", "subnetwork"):
-                if name in interface:
-                    interface[name] = self._link(name, interface[name], known)
-            for access in interface.get("accessConfigs") or []:
-                access.setdefault("type", "ONE_TO_ONE_NAT")
-        if inputs.get("tags"):
-            body["tags"] = {"items": inputs["tags"]}
-        if inputs.get("serviceAccount"):
-            account = inputs["serviceAccount"]
-            scopes = [s if s.startswith("https://") else _SCOPES + s for s in account["scopes"]]
-            body["serviceAccounts"] = [{"email": account.get("email", "default"), "scopes": scopes}]
-        return body
-
-    def _boot_disk(self, disk: Properties, known: Properties) -> Json:
-        body = to_rest(self.spec.field("bootDisk").fields, disk) | {"boot": True}
-        parameters = body.get("initializeParams", {})
-        if "sourceImage" in parameters:
-            parameters["sourceImage"] = self._image(parameters["sourceImage"], known["project"])
-        if "diskType" in parameters and "/" not in parameters["diskType"]:
-            parameters["diskType"] = f"zones/{known['zone']}/diskTypes/{parameters['diskType']}"
-        return body
-
-    def _image(self, name: str, project: str) -> str:
-        """`PROJECT/NAME` or `NAME`, an image or a family, as a path; a path or URL stays what it is."""
-        if name.count("/") > 1:
-            return name
-        owner, _, short = name.rpartition("/")
-        images = f"projects/{owner or project}/global/images"
-        for path in (f"{images}/{short}", f"{images}/family/{short}"):
-            if self.google.get(self.spec.service, path) is not None:
-                return path
-        raise ProviderError(
-            f"bootDisk.initializeParams.image: there is no image and no image family {name!r}"
-        )
-
-    def outputs(self, live: Json, known: Properties) -> Properties:
-        outputs = super().outputs(live, known)
-        items = {i["key"]: i.get("value", "") for i in (live.get("metadata") or {}).get("items") or []}
-        if "metadataStartupScript" in known:
-            outputs["metadataStartupScript"] = items.pop(STARTUP_SCRIPT, None)
-        outputs |= {
-            "machineType": live["machineType"].rsplit("/", 1)[-1],
-            "metadata": items,
-            "tags": (live.get("tags") or {}).get("items") or [],
-            "bootDisk": self._boot_disk_outputs(live, known),
-        }
-        accounts = live.get("serviceAccounts") or []
-        if accounts:
-            outputs["serviceAccount"] = from_rest(self.spec.field("serviceAccount").fields, accounts[0], {})
-        return outputs
-
-    def _boot_disk_outputs(self, live: Json, known: Properties) -> Properties:
-        disk: Json = next((d for d in live.get("disks") or [] if d.get("boot")), {})
-        given = known.get("bootDisk") or {}
-        fields = tuple(f for f in self.spec.field("bootDisk").fields if f.name != "initializeParams")
-        outputs = from_rest(fields, disk, given)
-        parameters = dict(given.get("initializeParams") or {})
-        source = str(disk.get("source", ""))
-        details = (
-            self.google.get("compute", source[source.index("projects/") :]) if "projects/" in source else None
-        )
-        if details:
-            parameters |= {
-                "image": details.get("sourceImage", parameters.get("image")),
-                "size": int(details.get("sizeGb", 0)),
-                "type": str(details.get("type", "")).rsplit("/", 1)[-1],
-            }
-        return outputs | {"initializeParams": {k: v for k, v in parameters.items() if v not in (None, "", 0)}}
-
-    def update(self, change: Change) -> None:
-        super().update(change)
-        item, new, names, deadline = change.item, change.new, change.names, change.deadline
-        if "metadata" in names:
-            fingerprint = change.live["metadata"].get("fingerprint")
-            body = {"items": _metadata_items(new), "fingerprint": fingerprint}
-            self._operate("POST", f"{item}/setMetadata", deadline, body)
-        if "tags" in names:
-            fingerprint = (change.live.get("tags") or {}).get("fingerprint")
-            body = {"items": new.get("tags") or [], "fingerprint": fingerprint}
-            self._operate("POST", f"{item}/setTags", deadline, body)
-        if "deletionProtection" in names:
-            query = {"deletionProtection": str(bool(new.get("deletionProtection"))).lower()}
-            self._operate("POST", f"{item}/setDeletionProtection", deadline, query=query)
-        if "machineType" in names:
-            if not new.get("allowStoppingForUpdate"):
-                raise ProviderError(
-                    "changing machineType needs a stopped instance: set allowStoppingForUpdate"
-                )
-            kind = new["machineType"].rsplit("/", 1)[-1]
-            zone = item.split("/")[3]
-            self._operate("POST", f"{item}/stop", deadline)
-            body = {"machineType": f"zones/{zone}/machineTypes/{kind}"}
-            self._operate("POST", f"{item}/setMachineType", deadline, body)
-            self._operate("POST", f"{item}/start", deadline)
-
-
-def _metadata_items(inputs: Properties) -> list[Json]:
-    metadata = dict(inputs.get("metadata") or {})
-    if inputs.get("metadataStartupScript"):
-        metadata[STARTUP_SCRIPT] = inputs["metadataStartupScript"]
-    return [{"key": k, "value": v} for k, v in sorted(metadata.items())]
-
-
-class Cluster(Resource):
-    """A GKE cluster: wrapped in the request, updated by `desired…` fields, protected from deletion by the
-    plugin.
-    """
-
-    _DESIRED: ClassVar[dict[str, str]] = {
-        "loggingService": "desiredLoggingService",
-        "monitoringService": "desiredMonitoringService",
-        "nodeLocations": "desiredLocations",
-        "releaseChannel": "desiredReleaseChannel",
-        "workloadIdentityConfig": "desiredWorkloadIdentityConfig",
-        "minMasterVersion": "desiredMasterVersion",
-    }
-
-    def create(self, inputs: Properties, known: Properties, deadline: float) -> str:
-        path = self.spec.collection.format_map(known)
-        body = {"parent": path.removesuffix("/clusters"), "cluster": self.body(inputs, known)}
-        item = self.item(known)
-        try:
-            self._operate("POST", path, deadline, body)
-        except FailedOperationError:
-            # What Google could not finish stays in the state ERROR and in the way of the next try.
-            with suppress(ProviderError):
-                self._operate("DELETE", item, deadline)
-            raise
-        if inputs.get("removeDefaultNodePool"):
-            self._operate("DELETE", f"{item}/nodePools/default-pool", deadline)
-        return item
-
-    def body(self, inputs: Properties, known: Properties) -> Json:
-        body = super().body(inputs, known)
-        if inputs.get("minMasterVersion"):
-            body["initialClusterVersion"] = inputs["minMasterVersion"]
-        policy = body.setdefault("ipAllocationPolicy", {})
-        native = inputs.get("networkingMode", "VPC_NATIVE") == "VPC_NATIVE"
-        policy["useIpAliases" if native else "useRoutes"] = True
-        return body
-
-    def outputs(self, live: Json, known: Properties) -> Properties:
-        native = (live.get("ipAllocationPolicy") or {}).get("useIpAliases")
-        labels = live.get("resourceLabels") or {}
-        return super().outputs(live, known) | {
-            "networkingMode": "VPC_NATIVE" if native else "ROUTES",
-            "effectiveLabels": labels,
-            "pulumiLabels": labels,
-        }
-
-    def update(self, change: Change) -> None:
-        for name in sorted(change.names & set(self._DESIRED)):
-            field = self.spec.field(name)
-            value = change.new.get(name)
-            if isinstance(value, dict):
-                value = to_rest(field.fields, value)
-            body: Json = {"update": {self._DESIRED[name]: value}}
-            self._operate("PUT", change.item, change.deadline, body)
-        if "resourceLabels" in change.names:
-            labels = change.new.get("resourceLabels") or {}
-            body = {"resourceLabels": labels, "labelFingerprint": change.live.get("labelFingerprint")}
-            self._operate("POST", f"{change.item}:setResourceLabels", change.deadline, body)
-
-    def delete(self, item: str, state: Properties, deadline: float) -> None:
-        if state.get("deletionProtection", True):
-            name = item.rsplit("/", 1)[-1]
-            raise ProviderError(
-                f"cannot destroy cluster {name} without setting deletionProtection to false and running "
-                "`pulumi up` first"
-            )
-        super().delete(item, state, deadline)
-
-
-CLASSES: dict[str, type[Resource]] = {
-    tables.REPOSITORY.token: Repository,
-    tables.REPOSITORY_IAM_MEMBER.token: RepositoryIamMember,
-    tables.ACCOUNT.token: Account,
-    tables.NETWORK.token: ComputeResource,
-    tables.SUBNETWORK.token: Subnetwork,
-    tables.FIREWALL.token: Firewall,
-    tables.ADDRESS.token: ComputeResource,
-    tables.INSTANCE.token: Instance,
-    tables.CLUSTER.token: Cluster,
-}
+def shrinks(path: Path, before: Properties, after: Properties) -> bool:
+    """Whether a size gets smaller, which Google can do with no disk."""
+    old, new = at(before, path), at(after, path)
+    return isinstance(old, int) and isinstance(new, int) and new < old
 
 
 def deadline_in(seconds: float) -> float:

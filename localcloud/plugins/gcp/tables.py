@@ -6,7 +6,7 @@ google-beta).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from localcloud.plugins.gcp.fields import Field, Type, Update
 
@@ -40,6 +40,10 @@ def _out(name: str, kind: Type = S, rest: str | None = "", fields: tuple[Field, 
 
 
 _PROJECT = Field("project", rest=None)
+# Terraform's, which the official plugin has as it is: PREVENT refuses to delete, ABANDON deletes nothing.
+_DELETION_POLICY = Field(
+    "deletionPolicy", rest=None, update=LOCAL, enum=("DELETE", "PREVENT", "ABANDON"), default="DELETE"
+)
 _LABELS = (
     Field("labels", MAP, rest=None, update=OWN),
     _out("effectiveLabels", MAP, None),
@@ -60,6 +64,7 @@ REPOSITORY = ResourceType(
         Field("mode", default="STANDARD_REPOSITORY"),
         Field("description", update=PATCH),
         Field("kmsKeyName"),
+        _DELETION_POLICY,
         Field("dockerConfig", OBJ, update=PATCH, fields=(Field("immutableTags", B, update=PATCH),)),
         *_LABELS,
         _out("name", rest=None),
@@ -97,6 +102,7 @@ ACCOUNT = ResourceType(
         Field("accountId", rest=None, required=True),
         Field("displayName", update=PATCH),
         Field("description", update=PATCH),
+        _DELETION_POLICY,
         Field("disabled", B, update=OWN, default=False),
         _out("email"),
         _out("name"),
@@ -118,6 +124,7 @@ NETWORK = ResourceType(
         Field("description"),
         Field("autoCreateSubnetworks", B, default=True),
         Field("routingMode", rest="routingConfig.routingMode", update=PATCH, enum=("REGIONAL", "GLOBAL")),
+        _DELETION_POLICY,
         Field("mtu", INT, update=PATCH),
         _out("gatewayIpv4", rest="gatewayIPv4"),
         _out("numericId", rest="id"),
@@ -136,17 +143,18 @@ SUBNETWORK = ResourceType(
         Field("region", rest=None),
         Field("name"),
         Field("network", required=True),
-        Field("ipCidrRange"),
+        Field("ipCidrRange", update=OWN),
         Field("description"),
         Field("privateIpGoogleAccess", B, update=OWN),
-        Field("purpose"),
+        Field("purpose", update=PATCH),
         Field("role", update=PATCH),
+        _DELETION_POLICY,
         Field("stackType", update=PATCH),
         Field(
             "secondaryIpRanges",
             OBJS,
             update=PATCH,
-            fields=(Field("rangeName", required=True), Field("ipCidrRange")),
+            fields=(Field("rangeName", required=True, update=PATCH), Field("ipCidrRange", update=PATCH)),
         ),
         _out("gatewayAddress"),
         _out("fingerprint"),
@@ -154,7 +162,10 @@ SUBNETWORK = ResourceType(
     ),
 )
 
-_RULE = (Field("protocol", rest="IPProtocol", required=True), Field("ports", STRS))
+_RULE = (
+    Field("protocol", rest="IPProtocol", required=True, update=PATCH),
+    Field("ports", STRS, update=PATCH),
+)
 FIREWALL = ResourceType(
     "gcp:compute/firewall:Firewall",
     "compute",
@@ -163,10 +174,11 @@ FIREWALL = ResourceType(
     (
         _PROJECT,
         Field("name"),
-        Field("network", required=True),
+        Field("network", required=True, update=PATCH),
         Field("description", update=PATCH),
         Field("direction", enum=("INGRESS", "EGRESS")),
         Field("priority", INT, default=1000, update=PATCH),
+        _DELETION_POLICY,
         Field("disabled", B, update=PATCH),
         Field("allows", OBJS, "allowed", update=PATCH, fields=_RULE),
         Field("denies", OBJS, "denied", update=PATCH, fields=_RULE),
@@ -197,10 +209,39 @@ ADDRESS = ResourceType(
         Field("network"),
         Field("subnetwork"),
         Field("purpose"),
+        _DELETION_POLICY,
         Field("prefixLength", INT),
         *_LABELS,
         _out("labelFingerprint"),
         _out("users", STRS),
+        *_LINKS,
+    ),
+)
+
+DISK = ResourceType(
+    "gcp:compute/disk:Disk",
+    "compute",
+    "projects/{project}/zones/{zone}/disks",
+    "projects/{project}/zones/{zone}/disks/{name}",
+    (
+        _PROJECT,
+        Field("zone", rest=None),
+        Field("name"),
+        Field("description"),
+        Field("size", I64, rest="sizeGb", update=OWN),
+        Field("type", rest=None, default="pd-standard"),
+        Field("image", rest=None),
+        Field("snapshot", rest="sourceSnapshot"),
+        Field("architecture"),
+        Field("physicalBlockSizeBytes", I64),
+        *_LABELS,
+        _DELETION_POLICY,
+        _out("diskId", rest="id"),
+        _out("labelFingerprint"),
+        _out("sourceImageId"),
+        _out("users", STRS),
+        _out("lastAttachTimestamp"),
+        _out("lastDetachTimestamp"),
         *_LINKS,
     ),
 )
@@ -215,19 +256,20 @@ INSTANCE = ResourceType(
         Field("zone", rest=None),
         Field("name"),
         Field("machineType", rest=None, required=True, update=OWN),
-        Field("description"),
+        Field("description", update=OWN),
         Field("hostname"),
-        Field("canIpForward", B),
-        Field("minCpuPlatform"),
+        Field("canIpForward", B, update=OWN),
+        Field("minCpuPlatform", update=OWN),
         Field("allowStoppingForUpdate", B, rest=None, update=LOCAL),
         Field("deletionProtection", B, update=OWN, default=False),
+        _DELETION_POLICY,
         Field(
             "bootDisk",
             OBJ,
             rest=None,
             required=True,
             fields=(
-                Field("autoDelete", B, default=True),
+                Field("autoDelete", B, default=True, update=OWN),
                 Field("deviceName"),
                 Field("mode", default="READ_WRITE", enum=("READ_WRITE", "READ_ONLY")),
                 Field("source"),
@@ -236,9 +278,9 @@ INSTANCE = ResourceType(
                     OBJ,
                     fields=(
                         Field("image", rest="sourceImage"),
-                        Field("size", I64, rest="diskSizeGb"),
+                        Field("size", I64, rest="diskSizeGb", update=OWN),
                         Field("type", rest="diskType"),
-                        Field("labels", MAP),
+                        Field("labels", MAP, update=OWN),
                     ),
                 ),
             ),
@@ -248,39 +290,50 @@ INSTANCE = ResourceType(
             OBJS,
             required=True,
             fields=(
-                Field("network"),
-                Field("subnetwork"),
-                Field("networkIp", rest="networkIP"),
-                Field("stackType"),
-                Field("accessConfigs", OBJS, fields=(Field("natIp", rest="natIP"), Field("networkTier"))),
+                Field("network", update=OWN),
+                Field("subnetwork", update=OWN),
+                Field("networkIp", rest="networkIP", update=OWN),
+                Field("stackType", update=OWN),
+                Field(
+                    "accessConfigs",
+                    OBJS,
+                    update=OWN,
+                    fields=(Field("natIp", rest="natIP", update=OWN), Field("networkTier", update=OWN)),
+                ),
                 _out("name"),
             ),
         ),
         Field("metadata", MAP, rest=None, update=OWN),
-        Field("metadataStartupScript", rest=None),
+        Field("metadataStartupScript", rest=None, update=OWN),
         Field("tags", STRS, rest=None, update=OWN),
         *_LABELS,
         Field(
-            "serviceAccount", OBJ, rest=None, fields=(Field("email"), Field("scopes", STRS, required=True))
+            "serviceAccount",
+            OBJ,
+            rest=None,
+            update=OWN,
+            fields=(Field("email", update=OWN), Field("scopes", STRS, required=True, update=OWN)),
         ),
         Field(
             "scheduling",
             OBJ,
+            update=OWN,
             fields=(
-                Field("automaticRestart", B, default=True),
-                Field("onHostMaintenance"),
+                Field("automaticRestart", B, default=True, update=OWN),
+                Field("onHostMaintenance", update=OWN),
                 Field("preemptible", B),
                 Field("provisioningModel"),
-                Field("instanceTerminationAction"),
+                Field("instanceTerminationAction", update=OWN),
             ),
         ),
         Field(
             "shieldedInstanceConfig",
             OBJ,
+            update=OWN,
             fields=(
-                Field("enableSecureBoot", B, default=False),
-                Field("enableVtpm", B, default=True),
-                Field("enableIntegrityMonitoring", B, default=True),
+                Field("enableSecureBoot", B, default=False, update=OWN),
+                Field("enableVtpm", B, default=True, update=OWN),
+                Field("enableIntegrityMonitoring", B, default=True, update=OWN),
             ),
         ),
         _out("instanceId", rest="id"),
@@ -290,6 +343,39 @@ INSTANCE = ResourceType(
         _out("metadataFingerprint", rest="metadata.fingerprint"),
         _out("tagsFingerprint", rest="tags.fingerprint"),
         *_LINKS,
+    ),
+)
+
+_TAINT = (
+    Field("key", required=True, update=OWN),
+    Field("value", required=True, update=OWN),
+    Field("effect", required=True, update=OWN),
+)
+_NODE_CONFIG = Field(
+    "nodeConfig",
+    OBJ,
+    rest="config",
+    fields=(
+        Field("machineType", update=OWN),
+        Field("diskSizeGb", INT, update=OWN),
+        Field("diskType", update=OWN),
+        Field("imageType", update=OWN),
+        Field("oauthScopes", STRS),
+        Field("serviceAccount"),
+        Field("labels", MAP, update=OWN),
+        Field("resourceLabels", MAP, update=OWN),
+        Field("tags", STRS, update=OWN),
+        Field("taints", OBJS, update=OWN, fields=_TAINT),
+        Field("metadata", MAP),
+        Field("minCpuPlatform"),
+        Field("preemptible", B),
+        Field("spot", B),
+        Field("workloadMetadataConfig", OBJ, update=OWN, fields=(Field("mode", required=True, update=OWN),)),
+        Field(
+            "shieldedInstanceConfig",
+            OBJ,
+            fields=(Field("enableSecureBoot", B), Field("enableIntegrityMonitoring", B)),
+        ),
     ),
 )
 
@@ -304,8 +390,9 @@ CLUSTER = ResourceType(
         Field("name"),
         Field("description"),
         Field("deletionProtection", B, rest=None, default=True, update=LOCAL),
+        _DELETION_POLICY,
         Field("initialNodeCount", INT),
-        Field("removeDefaultNodePool", B, rest=None),
+        Field("removeDefaultNodePool", B, rest=None, update=LOCAL),
         Field("network", default="default"),
         Field("subnetwork"),
         Field("networkingMode", rest=None, enum=("VPC_NATIVE", "ROUTES")),
@@ -324,26 +411,10 @@ CLUSTER = ResourceType(
                 Field("servicesSecondaryRangeName"),
                 Field("clusterIpv4CidrBlock"),
                 Field("servicesIpv4CidrBlock"),
-                Field("stackType"),
+                Field("stackType", update=OWN),
             ),
         ),
-        Field(
-            "nodeConfig",
-            OBJ,
-            fields=(
-                Field("machineType"),
-                Field("diskSizeGb", INT),
-                Field("diskType"),
-                Field("imageType"),
-                Field("oauthScopes", STRS),
-                Field("serviceAccount"),
-                Field("labels", MAP),
-                Field("tags", STRS),
-                Field("metadata", MAP),
-                Field("preemptible", B),
-                Field("spot", B),
-            ),
-        ),
+        replace(_NODE_CONFIG, rest="nodeConfig"),
         Field(
             "releaseChannel",
             OBJ,
@@ -369,10 +440,62 @@ CLUSTER = ResourceType(
     minutes=(40, 60, 40),
 )
 
+NODE_POOL = ResourceType(
+    "gcp:container/nodePool:NodePool",
+    "container",
+    "projects/{project}/locations/{location}/clusters/{cluster}/nodePools",
+    "projects/{project}/locations/{location}/clusters/{cluster}/nodePools/{name}",
+    (
+        _PROJECT,
+        Field("location", rest=None),
+        Field("cluster", rest=None, required=True),
+        Field("name"),
+        Field("nodeCount", INT, rest=None, update=OWN),
+        Field("initialNodeCount", INT),
+        Field("ignoreNodeCountChanges", B, rest=None, update=LOCAL),
+        Field(
+            "autoscaling",
+            OBJ,
+            update=OWN,
+            fields=(
+                Field("minNodeCount", INT, update=OWN),
+                Field("maxNodeCount", INT, update=OWN),
+                Field("totalMinNodeCount", INT, update=OWN),
+                Field("totalMaxNodeCount", INT, update=OWN),
+                Field("locationPolicy", update=OWN),
+            ),
+        ),
+        Field(
+            "management",
+            OBJ,
+            update=OWN,
+            fields=(Field("autoRepair", B, update=OWN), Field("autoUpgrade", B, update=OWN)),
+        ),
+        Field("maxPodsPerNode", INT, rest=None),
+        _NODE_CONFIG,
+        Field("nodeLocations", STRS, rest="locations", update=OWN),
+        Field("version", update=OWN),
+        Field(
+            "upgradeSettings",
+            OBJ,
+            update=OWN,
+            fields=(
+                Field("maxSurge", INT, update=OWN),
+                Field("maxUnavailable", INT, update=OWN),
+                Field("strategy", update=OWN),
+            ),
+        ),
+        _DELETION_POLICY,
+        _out("instanceGroupUrls", STRS),
+        _out("managedInstanceGroupUrls", STRS, rest=None),
+    ),
+    minutes=(30, 30, 30),
+)
+
 TYPES = {
     t.token: t
     for t in (
         *(REPOSITORY, REPOSITORY_IAM_MEMBER, ACCOUNT, NETWORK, SUBNETWORK, FIREWALL, ADDRESS),
-        *(INSTANCE, CLUSTER),
+        *(DISK, INSTANCE, CLUSTER, NODE_POOL),
     )
 }

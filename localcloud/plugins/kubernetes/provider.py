@@ -156,11 +156,7 @@ class KubernetesProvider(Provider):
             annotations = plain(named.get("annotations") or {})
             if annotations is not UNKNOWN:
                 before = plain(old).get("metadata") or {}
-                kept = (
-                    before.get("name")
-                    if (before.get("annotations") or {}).get(_AUTONAMED) == "true"
-                    else None
-                )
+                kept = before.get("name") if _autonamed(before) else None
                 named["name"] = kept or f"{resource.name.lower()}-{seed.hex()[:8] or os.urandom(4).hex()}"
                 named["annotations"] = {**(named.get("annotations") or {}), _AUTONAMED: "true"}
         if not named.get("namespace"):
@@ -181,7 +177,7 @@ class KubernetesProvider(Provider):
         metadata, was = after.get("metadata"), before.get("metadata") or {}
         same_name = (
             isinstance(metadata, dict)
-            and (metadata.get("annotations") or {}).get(_AUTONAMED) != "true"
+            and not _autonamed(metadata)
             and metadata.get("name") == was.get("name")
             and metadata.get("namespace") == was.get("namespace")
         )
@@ -449,6 +445,11 @@ def _inputs_of(live: Object) -> Properties:
 
 def _annotated(manifest: Object, annotation: str) -> str:
     return str(((manifest.get("metadata") or {}).get("annotations") or {}).get(annotation, ""))
+
+
+def _autonamed(metadata: Mapping[str, Value]) -> bool:
+    annotations = metadata.get("annotations")
+    return isinstance(annotations, dict) and annotations.get(_AUTONAMED) == "true"
 
 
 def _id(live: Object) -> str:

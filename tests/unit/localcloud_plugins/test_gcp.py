@@ -27,7 +27,9 @@ SCHEMAS = {
     tables.FIREWALL: ("compute.beta", "Firewall"),
     tables.ADDRESS: ("compute.beta", "Address"),
     tables.INSTANCE: ("compute.beta", "Instance"),
+    tables.DISK: ("compute.beta", "Disk"),
     tables.CLUSTER: ("container.v1beta1", "Cluster"),
+    tables.NODE_POOL: ("container.v1beta1", "NodePool"),
 }
 JSON_TYPES = {
     "a string": "string",
@@ -308,6 +310,120 @@ def test_a_protected_cluster_is_not_deleted() -> None:
         provider(google).delete(resource(tables.CLUSTER, item), {}, {})
     provider(google).delete(resource(tables.CLUSTER, item), {"deletionProtection": False}, {})
     assert google.calls == [("DELETE", item, None)]
+
+
+POOL = "projects/p/locations/europe-west1-b/clusters/c/nodePools/linux"
+POOL_INPUTS: Properties = {
+    "name": "linux",
+    "cluster": "projects/p/locations/europe-west1-b/clusters/c",
+    "nodeCount": 1,
+    "nodeConfig": {"machineType": "e2-small", "labels": {"a": "b"}},
+}
+
+
+def group(name: str) -> str:
+    return f"https://www.googleapis.com/compute/v1/projects/p/zones/z/instanceGroupManagers/{name}"
+
+
+def test_a_node_pool_is_made_in_its_cluster_and_counts_what_its_groups_are_to_have() -> None:
+    live = {
+        "name": "linux",
+        "instanceGroupUrls": [group("one"), group("two")],
+        "config": {"labels": {"a": "b"}},
+    }
+    google = Recorder(nodePools__linux=live, one={"targetSize": 2}, two={"targetSize": 2})
+    item, state = provider(google).create(resource(tables.NODE_POOL), POOL_INPUTS, preview=False)
+    config = {"machineType": "e2-small", "labels": {"a": "b"}}
+    parent = POOL.removesuffix("/nodePools/linux")
+    body = {"parent": parent, "nodePool": {"name": "linux", "initialNodeCount": 1, "config": config}}
+    assert google.calls == [("POST", f"{parent}/nodePools", body)]
+    assert (item, state["nodeCount"], state["cluster"]) == (POOL, 2, POOL_INPUTS["cluster"])
+    both = {**POOL_INPUTS, "initialNodeCount": 1}
+    assert "give one of them" in problems(tables.NODE_POOL, both)["nodeCount"]
+
+
+@pytest.mark.parametrize(
+    ("change", "method", "path", "body"),
+    [
+        ({"nodeCount": 3}, "POST", f"{POOL}:setSize", {"nodeCount": 3}),
+        (
+            {"management": {"autoRepair": True, "autoUpgrade": False}},
+            "POST",
+            f"{POOL}:setManagement",
+            {"management": {"autoRepair": True, "autoUpgrade": False}},
+        ),
+        (
+            {"autoscaling": {"minNodeCount": 1, "maxNodeCount": 3}},
+            "PUT",
+            POOL.removesuffix("/nodePools/linux"),
+            {
+                "update": {
+                    "desiredNodePoolId": "linux",
+                    "desiredNodePoolAutoscaling": {"enabled": True, "minNodeCount": 1, "maxNodeCount": 3},
+                }
+            },
+        ),
+        (
+            {"nodeConfig": {"machineType": "e2-small", "labels": {"a": "c"}}},
+            "PUT",
+            POOL,
+            {"labels": {"labels": {"a": "c"}}},
+        ),
+        ({"nodeConfig": {"machineType": "e2-small"}}, "PUT", POOL, {"labels": {}}),
+        (
+            {"nodeConfig": {"machineType": "e2-medium", "labels": {"a": "b"}}},
+            "PUT",
+            POOL,
+            {"machineType": "e2-medium"},
+        ),
+        ({"nodeLocations": ["z"]}, "PUT", POOL, {"locations": ["z"]}),
+    ],
+)
+def test_a_node_pool_is_changed_in_place(change: Properties, method: str, path: str, body: Any) -> None:
+    google = Recorder(nodePools__linux={"name": "linux", "initialNodeCount": 1})
+    new = {**POOL_INPUTS, **change}
+    provider(google).update(resource(tables.NODE_POOL, POOL), {}, POOL_INPUTS, new, preview=False)
+    assert google.calls == [(method, path, body)]
+
+
+DISKS = "projects/p/zones/europe-west1-b/disks"
+
+
+def test_a_disk_grows_in_place_with_its_vm_and_without_one() -> None:
+    google = Recorder(disks__d={"name": "d", "sizeGb": "10", "type": "x/pd-ssd", "users": ["vm"]})
+    old, new = {"name": "d", "size": 10}, {"name": "d", "size": 20}
+    provider(google).update(resource(tables.DISK, f"{DISKS}/d"), {}, old, new, preview=False)
+    assert google.calls == [("POST", f"{DISKS}/d/resize", {"sizeGb": "20"})]
+
+    boot = {"boot": True, "autoDelete": True, "deviceName": "d", "source": f"https://x/{DISKS}/vm"}
+    google = Recorder(instances__vm={**LIVE, "disks": [boot]}, disks__vm={"sizeGb": "10", "labels": {}})
+    larger = {**INSTANCE, "bootDisk": {"initializeParams": {"image": "debian-cloud/debian-12", "size": 20}}}
+    item = "projects/p/zones/europe-west1-b/instances/vm"
+    provider(google).update(resource(tables.INSTANCE, item), {}, INSTANCE, larger, preview=False)
+    assert google.calls == [("POST", f"{DISKS}/vm/resize", {"sizeGb": "20"})]
+
+
+def test_what_needs_a_stopped_vm_is_refused_by_the_preview_already() -> None:
+    google = Recorder(instances__vm={**LIVE, "status": "RUNNING"})
+    item = "projects/p/zones/europe-west1-b/instances/vm"
+    new = {**INSTANCE, "shieldedInstanceConfig": {"enableSecureBoot": True}}
+    with pytest.raises(ProviderError, match="changing shieldedInstanceConfig needs a stopped instance"):
+        provider(google).update(resource(tables.INSTANCE, item), {}, INSTANCE, new, preview=True)
+    assert google.calls == []
+    new["allowStoppingForUpdate"] = True
+    provider(google).update(resource(tables.INSTANCE, item), {}, INSTANCE, new, preview=False)
+    verbs = [path.rsplit("/", 1)[-1] for _, path, _ in google.calls]
+    assert verbs == ["stop", "updateShieldedInstanceConfig", "start"]
+
+
+@pytest.mark.parametrize(("policy", "called"), [("DELETE", 1), ("ABANDON", 0)])
+def test_a_deletion_policy_decides_what_a_deletion_does(policy: str, called: int) -> None:
+    google = Recorder()
+    state = {"name": "n", "deletionPolicy": policy}
+    provider(google).delete(resource(tables.NETWORK, "projects/p/global/networks/n"), state, {})
+    assert len(google.calls) == called
+    with pytest.raises(ProviderError, match="deletionPolicy is PREVENT"):
+        provider(google).delete(resource(tables.NETWORK, "n"), {"deletionPolicy": "PREVENT"}, {})
 
 
 def test_a_resource_that_is_gone_is_noticed_and_deleting_it_is_fine() -> None:

@@ -19,6 +19,11 @@ PLACE = {"project": "p", "zone": "z", "location": "l", "region": "r"}
             {"accountId": "a"},
             "projects/p/serviceAccounts/a@p.iam.gserviceaccount.com",
         ),
+        (
+            "gcp:container/nodePool:NodePool",
+            {"name": "n", "cluster": "projects/q/locations/m/clusters/c"},
+            "projects/q/locations/m/clusters/c/nodePools/n",
+        ),
         ("kubernetes:core/v1:Pod", {"metadata": {"name": "pod", "namespace": "wasm"}}, "wasm/pod"),
         ("kubernetes:core/v1:Namespace", {"metadata": {"name": "wasm"}}, "wasm"),
         ("pulumi-python:dynamic/oci:Artifact", {"repository": "r"}, None),
