@@ -329,19 +329,75 @@ def _reset(call: Call) -> Json:
     return begin(call, "reset", record, "compute.instances.reset")
 
 
-@TABLE.serves("compute.instances.setMachineType")
-def _set_machine_type(call: Call) -> Json:
+def _stopped(call: Call, what: str) -> Record:
+    """
+    Raises:
+        ApiError: 400, the instance must be stopped for a change of this.
+    """
     record = _find(call)
     if record.body["status"] != "TERMINATED":
         raise ApiError(
             400,
-            f"Invalid resource usage: 'The machine type of {record.key} can be changed while it is "
-            f"TERMINATED only; it is {record.body['status']}.'.",
+            f"Invalid resource usage: 'The {what} of {record.key} can be changed while it is stopped "
+            f"(TERMINATED) only; it is {record.body['status']}.'.",
             reason="invalidResourceUsage",
         )
+    return record
+
+
+@TABLE.serves("compute.instances.setMachineType")
+def _set_machine_type(call: Call) -> Json:
+    record = _stopped(call, "machine type")
     record.body["machineType"] = _machine_type(call)
     call.store.put(record)
     return begin(call, "setMachineType", record)
+
+
+@TABLE.serves("compute.instances.setServiceAccount")
+def _set_service_account(call: Call) -> Json:
+    record = _stopped(call, "service account")
+    account = {field: call.body[field] for field in ("email", "scopes") if field in call.body}
+    record.body["serviceAccounts"] = [account] if account.get("email") else []
+    _fill_service_accounts(call, record.body)
+    if not record.body["serviceAccounts"]:
+        del record.body["serviceAccounts"]
+    call.store.put(record)
+    return begin(call, "setServiceAccount", record)
+
+
+@TABLE.serves("compute.instances.setMinCpuPlatform")
+def _set_min_cpu_platform(call: Call) -> Json:
+    record = _stopped(call, "minimum CPU platform")
+    record.body["minCpuPlatform"] = call.body.get("minCpuPlatform", "")
+    call.store.put(record)
+    return begin(call, "setMinCpuPlatform", record)
+
+
+@TABLE.serves("compute.instances.updateShieldedInstanceConfig")
+def _update_shielded(call: Call) -> Json:
+    record = _stopped(call, "shielded VM configuration")
+    record.body["shieldedInstanceConfig"] |= call.body
+    call.store.put(record)
+    return begin(call, "updateShieldedInstanceConfig", record)
+
+
+@TABLE.serves("compute.instances.setScheduling")
+def _set_scheduling(call: Call) -> Json:
+    record = _find(call)
+    record.body["scheduling"] |= call.body
+    call.store.put(record)
+    return begin(call, "setScheduling", record)
+
+
+@TABLE.serves("compute.instances.setDiskAutoDelete")
+def _set_disk_auto_delete(call: Call) -> Json:
+    record = _find(call)
+    found = [disk for disk in record.body["disks"] if disk["deviceName"] == call.query.get("deviceName")]
+    if not found:
+        raise invalid_value("deviceName", call.query.get("deviceName", ""), "No such disk is attached.")
+    found[0]["autoDelete"] = call.query.get("autoDelete", False)
+    call.store.put(record)
+    return begin(call, "setDiskAutoDelete", record)
 
 
 @TABLE.serves("compute.instances.setMetadata")

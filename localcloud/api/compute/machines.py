@@ -129,7 +129,8 @@ def _release_disk(services: Services, attached: Json) -> None:
         return
     disk = services.store.get(key_of(attached["source"]))
     if disk is not None:
-        disk.body["users"] = []
+        disk.body.pop("users", None)
+        disk.body["lastDetachTimestamp"] = now()
         services.store.put(disk)
 
 

@@ -6,14 +6,15 @@ import ipaddress
 import re
 from collections.abc import Iterator
 
+from localcloud.api.compute import ranges
 from localcloud.api.compute.catalog import ZONES
 from localcloud.api.compute.common import begin, key_of, link, new_body, require, resolve
-from localcloud.api.compute.resources import Collection, serve
+from localcloud.api.compute.resources import Collection, refingerprint, serve
 from localcloud.api.errors import ApiError, invalid_value
 from localcloud.api.service import TABLE, Call, fingerprint
 from localcloud.store import Json, Record, Store
 
-NETWORK, SUBNETWORK = "compute.networks", "compute.subnetworks"
+NETWORK, SUBNETWORK = "compute.networks", ranges.SUBNETWORK
 FIREWALL, ADDRESS = "compute.firewalls", "compute.addresses"
 _AUTO_RANGES = ipaddress.ip_network("10.128.0.0/9").subnets(new_prefix=20)
 _AUTO = dict(zip(ZONES, (str(next(_AUTO_RANGES)) for _ in ZONES), strict=True))
@@ -126,21 +127,7 @@ def _prepare_subnetwork(call: Call, record: Record) -> None:
         raise invalid_value("resource.network", "", "The network must be specified.")
     network = find_network(call, body["network"])
     body["network"] = network.body["selfLink"]
-    cidr = _range(body.get("ipCidrRange", ""), "resource.ipCidrRange")
-    if cidr.prefixlen > 29:
-        raise invalid_value(
-            "resource.ipCidrRange", cidr, "Invalid IP CIDR range. The mask must be /29 or less."
-        )
-    for other in call.store.list(SUBNETWORK, f"projects/{call.project}/"):
-        same = other.body["network"] == body["network"]
-        if same and cidr.overlaps(ipaddress.ip_network(other.body["ipCidrRange"])):
-            region = other.key.split("/")[3]
-            raise ApiError(
-                400,
-                f"Invalid IPCidrRange: {cidr} conflicts with existing subnetwork '{other.name}' "
-                f"in region '{region}'.",
-                reason="invalid",
-            )
+    ranges.check(call.store, record)
     _fill_subnetwork(body)
 
 
@@ -158,6 +145,13 @@ def _fill_subnetwork(body: Json) -> None:
     body["fingerprint"] = fingerprint(body)
 
 
+def _change_subnetwork(call: Call, record: Record, before: Json) -> None:
+    if "secondaryIpRanges" in call.body:
+        if "fingerprint" not in call.body:
+            raise ApiError(412, "Supplied fingerprint does not match current subnetwork fingerprint.")
+        ranges.check_change(call.store, record, before)
+
+
 def _subnetwork_users(store: Store, record: Record) -> Iterator[str]:
     project = record.key.split("/")[1]
     yield from _interfaces(store, project, "subnetwork", record.body["selfLink"])
@@ -165,15 +159,6 @@ def _subnetwork_users(store: Store, record: Record) -> Iterator[str]:
         if address.body.get("subnetwork") == record.body["selfLink"]:
             yield address.key
     yield from _clusters(store, project, "subnetwork", record)
-
-
-def _range(text: str, field: str) -> ipaddress.IPv4Network:
-    try:
-        return ipaddress.IPv4Network(text)
-    except ValueError as error:
-        raise invalid_value(
-            field, text, "Must be a CIDR address range that is valid and has no host bits set."
-        ) from error
 
 
 def _any_range(text: str, field: str) -> None:
@@ -295,6 +280,7 @@ SUBNETWORKS = Collection(
     _prepare_subnetwork,
     _subnetwork_users,
     frozenset({"secondaryIpRanges", "logConfig", "enableFlowLogs", "privateIpGoogleAccess", "description"}),
+    changed=_change_subnetwork,
 )
 FIREWALLS = Collection(
     "firewalls",
@@ -332,6 +318,20 @@ def _set_private_access(call: Call) -> Json:
     record.body["privateIpGoogleAccess"] = call.body.get("privateIpGoogleAccess", False)
     call.store.put(record)
     return begin(call, "setPrivateIpGoogleAccess", record)
+
+
+@TABLE.serves("compute.subnetworks.expandIpCidrRange")
+def _expand(call: Call) -> Json:
+    record = require(call.store, SUBNETWORKS.key(call))
+    text = call.body.get("ipCidrRange", "")
+    old, new = ipaddress.IPv4Network(record.body["ipCidrRange"]), ranges.parse(text, "ipCidrRange")
+    if not ranges.expands(old, new):
+        raise invalid_value("ipCidrRange", text, f"The new range must contain the existing one, {old}.")
+    record.body["ipCidrRange"] = text
+    ranges.check(call.store, record)
+    refingerprint(record.body)
+    call.store.put(record)
+    return begin(call, "expandIpCidrRange", record)
 
 
 def seed(store: Store, project: str) -> None:

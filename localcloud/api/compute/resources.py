@@ -30,7 +30,7 @@ class Collection:
 
     `prepare` checks a new body and fills in what Google would; `users` yields the keys of what needs a
     resource; `patchable` are the fields that may change; `view` adds what is only known when
-    a resource is read.
+    a resource is read; `changed` checks a patched resource against the body before.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Collection:
     check: Callable[[Json], None] = lambda _body: None
     view: Callable[[Store, Record], Json] = lambda _store, record: record.body
     forget: Callable[[Store, Record], None] = lambda _store, _record: None
+    changed: Callable[[Call, Record, Json], None] = lambda _call, _record, _before: None
     labelled: bool = False
 
     @property
@@ -142,14 +143,19 @@ def _change(call: Call, collection: Collection, record: Record) -> None:
     supplied = call.body.get("fingerprint")
     if supplied is not None and supplied != record.body.get("fingerprint"):
         raise ApiError(412, f"Supplied fingerprint does not match current {collection.singular} fingerprint.")
+    before = dict(record.body)
     for field, value in call.body.items():
         if field in collection.patchable:
             record.body[field] = value
         elif field != "fingerprint" and not _is_same(call, value, record.body.get(field)):
             raise invalid_value(f"resource.{field}", value, "Field is immutable.")
     collection.check(record.body)
+    collection.changed(call, record, before)
     if "fingerprint" in record.body:
-        record.body["fingerprint"] = fingerprint(
-            {key: value for key, value in record.body.items() if key != "fingerprint"}
-        )
+        refingerprint(record.body)
     call.store.put(record)
+
+
+def refingerprint(body: Json) -> None:
+    """Give a resource the fingerprint of what it says now."""
+    body["fingerprint"] = fingerprint({key: value for key, value in body.items() if key != "fingerprint"})

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import secrets
+from ipaddress import IPv4Network
 
+from localcloud.api.compute import ranges
 from localcloud.api.compute.catalog import ZONES, region_of, zones
 from localcloud.api.compute.networks import find_network, find_subnetwork, subnetwork_of
 from localcloud.api.container.common import LINK, gke_version, location_of, stamped
 from localcloud.api.container.node_pools import DEFAULT_POOL, count, described
 from localcloud.api.errors import ApiError
 from localcloud.api.service import Call, fingerprint, now
-from localcloud.store import Json
+from localcloud.store import Json, Record
 
 
 def filled(call: Call, cluster: Json, key: str) -> Json:
@@ -43,17 +45,15 @@ def filled(call: Call, cluster: Json, key: str) -> Json:
         "networkConfig": cluster.get("networkConfig", {})
         | {"network": network.key, "subnetwork": subnetwork.key},
     }
+    body |= _ranges(call, cluster, network, subnetwork)
     body["nodePools"] = [described(call, pool, body, key) for pool in _pools(cluster)]
     defaults: Json = {
         "loggingService": "none",
         "monitoringService": "none",
-        "clusterIpv4Cidr": "10.8.0.0/14",
-        "servicesIpv4Cidr": "10.12.0.0/20",
         "addonsConfig": {},
         "legacyAbac": {},
         "masterAuthorizedNetworksConfig": {},
         "networkPolicy": {},
-        "ipAllocationPolicy": {},
         "databaseEncryption": {"state": "DECRYPTED"},
         "shieldedNodes": {"enabled": True},
         "releaseChannel": {"channel": "REGULAR"},
@@ -65,6 +65,46 @@ def filled(call: Call, cluster: Json, key: str) -> Json:
     body |= {field: value for field, value in defaults.items() if field not in body}
     count(body)
     return stamped(body)
+
+
+def _ranges(call: Call, cluster: Json, network: Record, subnetwork: Record) -> Json:
+    """The ranges of a cluster's pods and services: secondary ones of its subnetwork, or ranges of its own.
+
+    Raises:
+        ApiError: 400, a range is not there or not free.
+    """
+    policy: Json = dict(cluster.get("ipAllocationPolicy", {}))
+    there = ranges.secondary(subnetwork.body)
+    names: dict[str, str] = {
+        name: policy.get(f"{name}SecondaryRangeName", "") for name in ("cluster", "services")
+    }
+    for what, name in zip(("Pod", "Services"), names.values(), strict=True):
+        if name and name not in there:
+            raise ApiError(
+                400, f'{what} secondary range "{name}" does not exist in subnetwork "{subnetwork.name}".'
+            )
+    if names["cluster"] and names["cluster"] == names["services"]:
+        raise ApiError(
+            400,
+            f"Pod secondary range name ({names['cluster']}) should not be the same as service secondary "
+            "range name.",
+        )
+    found = {}
+    for name, prefix in (("cluster", 14), ("services", 20)):
+        wanted = policy.get(f"{name}Ipv4CidrBlock") or cluster.get(f"{name}Ipv4Cidr", "")
+        if names[name]:
+            found[name] = there[names[name]]
+        else:
+            # One is chosen in sight of the other.
+            taken = [IPv4Network(text) for text in found.values()]
+            found[name] = ranges.choose(call.store, network.body["selfLink"], wanted, prefix, taken)
+    for name, cidr in found.items():
+        policy |= {f"{name}Ipv4Cidr": cidr, f"{name}Ipv4CidrBlock": cidr}
+    return {
+        "clusterIpv4Cidr": found["cluster"],
+        "servicesIpv4Cidr": found["services"],
+        "ipAllocationPolicy": policy,
+    }
 
 
 def _pools(cluster: Json) -> list[Json]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from localcloud.api.compute.catalog import ZONES, region_of, zones
 from localcloud.api.compute.common import link
+from localcloud.api.compute.ranges import secondary
 from localcloud.api.container.common import (
     CLUSTER,
     LINK,
@@ -77,7 +78,7 @@ def described(call: Call, pool: Json, cluster: Json, key: str) -> Json:
         "management": pool.get("management", {"autoUpgrade": True, "autoRepair": True}),
         "maxPodsConstraint": pool.get("maxPodsConstraint", {"maxPodsPerNode": "110"}),
         "upgradeSettings": pool.get("upgradeSettings", {"maxSurge": 1, "strategy": "SURGE"}),
-        "networkConfig": {"enablePrivateNodes": False} | pool.get("networkConfig", {}),
+        "networkConfig": _network(call, pool.get("networkConfig", {}), cluster),
         "podIpv4CidrSize": 24,
     }
     return _restated(body, key)
@@ -108,6 +109,26 @@ def groups(store: Store, project: str) -> list[Json]:
         for zone in pool["locations"]
     ]
     return sorted(found, key=lambda group: (group["zone"], group["name"]))
+
+
+def _network(call: Call, given: Json, cluster: Json) -> Json:
+    """A pool's network: its pods are in the cluster's range, if it names no other one of the subnetwork.
+
+    Raises:
+        ApiError: 400, there is no such range.
+    """
+    subnetwork = call.store.get(cluster["networkConfig"]["subnetwork"])
+    there = secondary(subnetwork.body) if subnetwork is not None else {}
+    name = given.get("podRange") or cluster["ipAllocationPolicy"].get("clusterSecondaryRangeName", "")
+    if name and name not in there:
+        raise _invalid("network_config.pod_range", name, "The subnetwork has no such range.")
+    cidr = there.get(name, cluster["clusterIpv4Cidr"])
+    return (
+        {"enablePrivateNodes": False}
+        | given
+        | {"podIpv4CidrBlock": cidr}
+        | ({"podRange": name} if name else {})
+    )
 
 
 def _zonal(key: str) -> str:

@@ -1,0 +1,228 @@
+"""Ranges of addresses: which subnetworks and clusters have, which they may have, and when they may change."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from localcloud.api.compute.ranges import expands
+from tests.unit.localcloud_api.client import CLUSTERS, COMPUTE, REGION, ZONE, Client, instance
+
+SUBNETWORKS = f"{REGION}/subnetworks"
+SUB = f"{SUBNETWORKS}/sub"
+Json = dict[str, Any]
+RANGES = [
+    {"rangeName": "pods", "ipCidrRange": "10.4.0.0/14"},
+    {"rangeName": "services", "ipCidrRange": "10.8.0.0/20"},
+]
+
+
+@pytest.fixture(autouse=True)
+def sub(client: Client) -> None:
+    """A network `net` with a subnetwork `sub` that has ranges for pods and services."""
+    client.create(f"{COMPUTE}/global/networks", {"name": "net", "autoCreateSubnetworks": False})
+    client.create(SUBNETWORKS, _subnetwork("sub", "10.1.0.0/24", RANGES))
+
+
+def _subnetwork(name: str, cidr: str, ranges: list[Json] | None = None) -> Json:
+    body: Json = {"name": name, "network": "global/networks/net", "ipCidrRange": cidr}
+    return body | ({"secondaryIpRanges": ranges} if ranges is not None else {})
+
+
+def _cluster(**policy: Any) -> Json:
+    policy = {"useIpAliases": True} | policy
+    cluster = {"name": "c1", "initialNodeCount": 1, "network": "net", "subnetwork": "sub"}
+    return {"cluster": cluster | {"ipAllocationPolicy": policy}}
+
+
+NAMED = {"clusterSecondaryRangeName": "pods", "servicesSecondaryRangeName": "services"}
+
+
+def _patch(client: Client, ranges: list[Json]) -> tuple[int, Json]:
+    fingerprint = client.ok("GET", SUB)["fingerprint"]
+    return client.send("PATCH", SUB, {"secondaryIpRanges": ranges, "fingerprint": fingerprint})
+
+
+def test_clusters_ranges_are_those_of_its_subnetwork(client: Client) -> None:
+    client.done(client.ok("POST", CLUSTERS, _cluster(**NAMED)))
+    body = client.ok("GET", f"{CLUSTERS}/c1")
+    assert (body["clusterIpv4Cidr"], body["servicesIpv4Cidr"]) == ("10.4.0.0/14", "10.8.0.0/20")
+    policy = body["ipAllocationPolicy"]
+    assert (policy["clusterIpv4CidrBlock"], policy["servicesIpv4CidrBlock"]) == ("10.4.0.0/14", "10.8.0.0/20")
+    pool = body["nodePools"][0]["networkConfig"]
+    assert (pool["podRange"], pool["podIpv4CidrBlock"]) == ("pods", "10.4.0.0/14")
+
+
+def test_ranges_that_google_chooses_are_of_the_cluster_alone(client: Client) -> None:
+    client.done(client.ok("POST", CLUSTERS, _cluster()))
+    two = _cluster()
+    two["cluster"]["name"] = "c2"
+    client.done(client.ok("POST", CLUSTERS, two))
+    shown = [client.ok("GET", f"{CLUSTERS}/{name}") for name in ("c1", "c2")]
+    ranges = [body[field] for body in shown for field in ("clusterIpv4Cidr", "servicesIpv4Cidr")]
+    nets = [ipaddress.ip_network(text) for text in [*ranges, "10.1.0.0/24", "10.4.0.0/14", "10.8.0.0/20"]]
+    for index, one in enumerate(nets):
+        assert not any(one.overlaps(other) for other in nets[index + 1 :]), nets
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({"clusterSecondaryRangeName": "none"}, '"none"'),
+        ({"servicesSecondaryRangeName": "none"}, '"none"'),
+        (
+            {"clusterSecondaryRangeName": "pods", "servicesSecondaryRangeName": "pods"},
+            "should not be the same",
+        ),
+        ({"clusterIpv4CidrBlock": "10.1.0.0/16"}, "conflicts"),
+        ({"clusterIpv4CidrBlock": "nonsense"}, "nonsense"),
+    ],
+)
+def test_cluster_with_ranges_that_are_not_there_is_refused(
+    client: Client, policy: Json, message: str
+) -> None:
+    assert message in client.error(400, "POST", CLUSTERS, _cluster(**policy))
+    assert client.ok("GET", CLUSTERS) == {}
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        [],
+        RANGES[:1],
+        RANGES[1:],
+        [{"rangeName": "pods", "ipCidrRange": "10.16.0.0/14"}, RANGES[1]],
+        [RANGES[0], {"rangeName": "services", "ipCidrRange": "10.8.0.0/21"}],
+        [{"rangeName": "renamed", "ipCidrRange": "10.4.0.0/14"}, RANGES[1]],
+    ],
+)
+def test_range_that_a_cluster_uses_is_not_changed(client: Client, ranges: list[Json]) -> None:
+    client.done(client.ok("POST", CLUSTERS, _cluster(**NAMED)))
+    before = client.ok("GET", SUB)
+    status, body = _patch(client, ranges)
+    assert (status, body["error"]["errors"][0]["reason"]) == (400, "resourceInUseByAnotherResource")
+    assert "clusters/c1'" in body["error"]["message"]
+    assert client.ok("GET", SUB) == before
+    client.done(client.ok("DELETE", f"{CLUSTERS}/c1"))
+    assert _patch(client, ranges)[0] == 200
+
+
+def test_range_that_nobody_uses_is_added_and_removed_beside_one_that_is_used(client: Client) -> None:
+    client.done(client.ok("POST", CLUSTERS, _cluster(**NAMED)))
+    more = [*RANGES, {"rangeName": "more", "ipCidrRange": "10.20.0.0/20"}]
+    for ranges in (more, list(reversed(more)), RANGES):
+        assert _patch(client, ranges)[0] == 200
+        assert client.ok("GET", SUB)["secondaryIpRanges"] == ranges
+
+
+def test_range_of_a_node_pool_is_used_too(client: Client) -> None:
+    more = [*RANGES, {"rangeName": "more", "ipCidrRange": "10.20.0.0/20"}]
+    assert _patch(client, more)[0] == 200
+    client.done(client.ok("POST", CLUSTERS, _cluster(**NAMED)))
+    pool = {"name": "more", "initialNodeCount": 1, "networkConfig": {"podRange": "more"}}
+    client.done(client.ok("POST", f"{CLUSTERS}/c1/nodePools", {"nodePool": pool}))
+    assert _patch(client, RANGES)[0] == 400
+    client.done(client.ok("DELETE", f"{CLUSTERS}/c1/nodePools/more"))
+    assert _patch(client, RANGES)[0] == 200
+
+
+def test_range_that_an_instance_has_addresses_of_is_not_changed(client: Client) -> None:
+    alias = {"ipCidrRange": "10.4.0.0/24", "subnetworkRangeName": "pods"}
+    interface = {"subnetwork": "regions/europe-west1/subnetworks/sub", "aliasIpRanges": [alias]}
+    client.create(f"{ZONE}/instances", instance(networkInterfaces=[interface]))
+    status, body = _patch(client, RANGES[1:])
+    assert (status, body["error"]["errors"][0]["reason"]) == (400, "resourceInUseByAnotherResource")
+    assert _patch(client, RANGES[:1])[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ([("a", "10.1.0.0/28")], "conflicts"),
+        ([("a", "10.9.0.0/16"), ("b", "10.9.1.0/24")], "conflicts"),
+        ([("a", "10.9.0.0/24"), ("a", "10.9.1.0/24")], "rangeName"),
+        ([("a", "10.9.0.1/24")], "ipCidrRange"),
+        ([("a", None)], "ipCidrRange"),
+        ([("Bad", "10.9.0.0/24")], "rangeName"),
+        ([(None, "10.9.0.0/24")], "rangeName' not specified"),
+        ([("a", "10.2.0.0/24")], "conflicts"),
+        ([("a", "10.3.0.0/25")], "conflicts"),
+    ],
+)
+def test_ranges_of_a_network_do_not_overlap(
+    client: Client, named: list[tuple[str | None, str | None]], message: str
+) -> None:
+    ranges: list[Json] = [{"rangeName": name, "ipCidrRange": cidr} for name, cidr in named]
+    other = [{"rangeName": "other", "ipCidrRange": "10.3.0.0/24"}]
+    client.create(SUBNETWORKS, _subnetwork("other", "10.2.0.0/24", other))
+    status, body = _patch(client, ranges)
+    assert status == 400
+    assert message in body["error"]["message"]
+    client.done(client.ok("DELETE", SUB))
+    created = _subnetwork("sub", "10.1.0.0/24", ranges)
+    assert message in client.error(400, "POST", SUBNETWORKS, created)
+
+
+def test_secondary_ranges_are_in_the_way_of_new_subnetworks(client: Client) -> None:
+    assert "conflicts" in client.error(400, "POST", SUBNETWORKS, _subnetwork("two", "10.5.0.0/24"))
+
+
+def test_patch_of_ranges_needs_the_current_fingerprint(client: Client) -> None:
+    client.error(412, "PATCH", SUB, {"secondaryIpRanges": []})
+    client.error(412, "PATCH", SUB, {"secondaryIpRanges": [], "fingerprint": "b2xk"})
+
+
+def test_range_is_expanded_in_place(client: Client) -> None:
+    client.done(client.ok("POST", CLUSTERS, _cluster(**NAMED)))
+    client.create(f"{SUB}/expandIpCidrRange", {"ipCidrRange": "10.1.0.0/20"})
+    body = client.ok("GET", SUB)
+    assert (body["ipCidrRange"], body["secondaryIpRanges"]) == ("10.1.0.0/20", RANGES)
+    for text in ("10.1.0.0/20", "10.1.0.0/21", "10.64.0.0/12", "x", "10.0.0.0/8", "10.1.0.1/16"):
+        client.error(400, "POST", f"{SUB}/expandIpCidrRange", {"ipCidrRange": text})
+    assert client.ok("GET", SUB)["ipCidrRange"] == "10.1.0.0/20"
+    assert client.ok("GET", SUB)["fingerprint"] != ""
+
+
+CIDRS = st.builds(
+    lambda address, bits: ipaddress.IPv4Network((address, bits), strict=False),
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 29),
+)
+
+
+@settings(max_examples=200)
+@given(old=CIDRS, new=CIDRS)
+def test_a_range_expands_into_one_that_has_all_its_addresses_and_more(
+    old: ipaddress.IPv4Network, new: ipaddress.IPv4Network
+) -> None:
+    inside = old[0] in new and old[-1] in new
+    assert expands(old, new) == (inside and new.num_addresses > old.num_addresses)
+    assert expands(old, old.supernet())
+
+
+# What is in use stays, and what Google does not hold for in use goes.
+
+
+def test_subnetwork_and_network_of_a_cluster_stay(client: Client) -> None:
+    client.done(client.ok("POST", CLUSTERS, _cluster(**NAMED)))
+    for path in (SUB, f"{COMPUTE}/global/networks/net"):
+        status, body = client.send("DELETE", path)
+        assert (status, body["error"]["errors"][0]["reason"]) == (400, "resourceInUseByAnotherResource")
+    client.done(client.ok("DELETE", f"{CLUSTERS}/c1"))
+    client.done(client.ok("DELETE", SUB))
+    client.done(client.ok("DELETE", f"{COMPUTE}/global/networks/net"))
+
+
+def test_address_of_an_instance_stays(client: Client) -> None:
+    client.create(f"{REGION}/addresses", {"name": "ip"})
+    address = client.ok("GET", f"{REGION}/addresses/ip")["address"]
+    interface = {"network": "global/networks/default", "accessConfigs": [{"natIP": address}]}
+    client.create(f"{ZONE}/instances", instance(networkInterfaces=[interface]))
+    status, body = client.send("DELETE", f"{REGION}/addresses/ip")
+    assert (status, body["error"]["errors"][0]["reason"]) == (400, "resourceInUseByAnotherResource")
+    client.done(client.ok("DELETE", f"{ZONE}/instances/vm"))
+    client.done(client.ok("DELETE", f"{REGION}/addresses/ip"))
