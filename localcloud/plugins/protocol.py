@@ -9,6 +9,7 @@ update and a delete, has no partial failure (created, but not ready), and puts a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import sys
 import threading
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
@@ -64,6 +65,10 @@ class CancelledError(ProviderError):
     """The user interrupted the update."""
 
 
+class GoneError(ProviderError):
+    """What was created is not there any more."""
+
+
 class InitFailedError(Exception):
     """The resource exists but did not become ready: the engine keeps it in the state, the next update carries
     on.
@@ -79,6 +84,20 @@ class InitFailedError(Exception):
         self.properties = properties
         self.reasons = reasons
         self.inputs = inputs
+
+
+@contextlib.contextmanager
+def kept(resource_id: str, properties: Properties, inputs: Properties) -> Iterator[None]:
+    """For what follows a creation: whatever goes wrong in it, the resource stays in the state."""
+    try:
+        yield
+    except (InitFailedError, GoneError):
+        raise
+    except ProviderError as error:
+        raise InitFailedError(resource_id, properties, [str(error)], inputs) from error
+    except Exception as error:
+        reason = f"bug in the stand-in: {error!r}\n{traceback.format_exc()}"
+        raise InitFailedError(resource_id, properties, [reason], inputs) from error
 
 
 @dataclass(frozen=True)
@@ -149,6 +168,12 @@ class Provider(ABC):
         """Connects to the engine's log."""
         options = [("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES)]
         self._engine = engine_pb2_grpc.EngineStub(grpc.insecure_channel(engine_address, options=options))
+
+    def status(self, message: str) -> None:
+        """Shows at the resource that this thread works on what is waited for."""
+        urn = getattr(_at_work, "urn", "")
+        if urn:
+            self.log(urn, message, status=True)
 
     def log(self, urn: str, message: str, *, warning: bool = False, status: bool = False) -> None:
         """Shows a message at the resource; a `status` one only while the resource is worked on."""
@@ -228,6 +253,9 @@ def config_value(value: Any) -> Any:
     return value
 
 
+# A request runs on one thread, so that what is deep below it can show what it waits for.
+_at_work = threading.local()
+
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 
@@ -238,6 +266,7 @@ def _guarded(
     """Turns what a provider raises into gRPC's statuses, as the engine understands them."""
 
     def call(self: _Servicer, request: Request, context: grpc.ServicerContext) -> Response:
+        _at_work.urn = getattr(request, "urn", "")
         try:
             return method(self, request, context)
         except ProviderError as error:

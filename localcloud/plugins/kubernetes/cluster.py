@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from localcloud.plugins.patience import Patience, TransientError, retry_after
 from localcloud.plugins.protocol import ProviderError
 
 Object = dict[str, Any]
@@ -30,6 +31,10 @@ class Unreachable(ProviderError):  # noqa: N818
     """The API server cannot be reached or does not let us in."""
 
 
+class AwayError(Unreachable, TransientError):
+    """The API server is not there, or went away before it answered."""
+
+
 class ApiError(ProviderError):
     """The API server's refusal: its own message, HTTP status and reason (`NotFound`, `Conflict`, …)."""
 
@@ -37,6 +42,12 @@ class ApiError(ProviderError):
         super().__init__(message)
         self.status = status
         self.reason = reason
+
+
+class OverloadedError(ApiError, TransientError):
+    """The API server answers that it cannot, just now: 429 and 5xx."""
+
+    answered = True
 
 
 @dataclass(frozen=True)
@@ -63,8 +74,9 @@ class Settings:
 class Cluster:
     """A connection, made at the first request."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, patience: Patience) -> None:
         self._settings = settings
+        self._patience = patience
         self._client: Any = None
         self._namespace = "default"
         self._kinds: dict[Kind, tuple[str, bool]] = {}
@@ -75,6 +87,10 @@ class Cluster:
         """The provider's, else the context's, else `default`."""
         self._connect()
         return self._namespace
+
+    def check(self) -> None:
+        """Raises `Unreachable` where the API server does not answer."""
+        self._request("GET", "/version")
 
     def namespaced(self, kind: Kind) -> bool:
         """Whether objects of this type live in a namespace. Raises `ApiError` 404 for a type the server has
@@ -124,7 +140,7 @@ class Cluster:
 
     def states(self, kind: Kind, namespace: str | None, name: str) -> Iterator[Object | None]:
         """The object now and after each change, None when it is not there; a state at least every few
-        seconds.
+        seconds. A watch that breaks is taken up again.
         """
         path, selector = self._path(kind, namespace, None), {"fieldSelector": f"metadata.name={name}"}
         while True:
@@ -136,14 +152,20 @@ class Cluster:
                 "resourceVersion": version,
                 "timeoutSeconds": str(_WATCH_SECONDS),
             }
-            with contextlib.closing(self._stream(path, query)) as events:
-                for event in events:
-                    if event["type"] == "DELETED":
-                        yield None
-                    elif event["type"] in ("ADDED", "MODIFIED"):
-                        yield event["object"]
-                    else:
-                        break  # ERROR (the version is too old) and the like: list again
+            try:
+                with contextlib.closing(self._stream(path, query)) as events:
+                    for event in events:
+                        if event["type"] == "DELETED":
+                            yield None
+                        elif event["type"] in ("ADDED", "MODIFIED"):
+                            yield event["object"]
+                        else:
+                            break  # ERROR (the version is too old) and the like: list again
+            except TransientError:
+                continue  # the list tries for a while
+            except ApiError as error:
+                if error.status != 410:  # the version is too old
+                    raise
 
     def _stream(self, path: str, query: dict[str, str]) -> Generator[Any, None, None]:
         response = self._call("GET", path, query).response
@@ -153,7 +175,7 @@ class Cluster:
                 *lines, rest = (rest + chunk).split(b"\n")
                 yield from (json.loads(line) for line in lines if line.strip())
         except Exception as error:
-            raise Unreachable(f"the watch on {path} broke: {_first_line(error)}") from error
+            raise AwayError(f"the watch on {path} broke: {_first_line(error)}") from error
         finally:
             response.close()
 
@@ -192,9 +214,12 @@ class Cluster:
         body: Any = None,
         content_type: str = "application/json",
     ) -> Any:
-        response = self._call(method, path, query, body, content_type)
-        response.read()
-        return json.loads(response.data or b"{}")
+        """A request and its answer. All that are made here can be made again."""
+
+        def attempt() -> Any:
+            return json.loads(_body(self._call(method, path, query, body, content_type)) or b"{}")
+
+        return self._patience.through(attempt)
 
     def _call(
         self,
@@ -205,7 +230,7 @@ class Cluster:
         content_type: str = "application/json",
     ) -> Any:
         from kubernetes.client.exceptions import ApiException  # noqa: PLC0415
-        from urllib3.exceptions import HTTPError  # noqa: PLC0415
+        from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError  # noqa: PLC0415
 
         client = self._connect()
         headers = {"Accept": "application/json"}
@@ -223,12 +248,13 @@ class Cluster:
             )
         except (ApiException, HTTPError, OSError) as error:
             host = client.configuration.host
-            raise Unreachable(
-                f"the Kubernetes cluster at {host} is unreachable: {_first_line(error)}"
-            ) from error
+            away = AwayError(f"the Kubernetes cluster at {host} is unreachable: {_first_line(error)}")
+            cause = getattr(error, "reason", error)
+            away.maybe_done = not isinstance(cause, NewConnectionError | ConnectTimeoutError)
+            raise away from error
         if not 200 <= response.status <= 299:
-            response.read()
-            raise _api_error(response.status, response.data, client.configuration.host)
+            pause = retry_after(response.getheader("Retry-After"))
+            raise _api_error(response.status, _body(response), client.configuration.host, pause)
         return response
 
     def _connect(self) -> Any:
@@ -309,10 +335,12 @@ def active_context(document: Object) -> Object | None:
     return _named(document.get("contexts"), document.get("current-context"), "context")
 
 
-def active_cluster(document: Object) -> Object | None:
-    """The cluster of a kubeconfig's current context."""
-    context = active_context(document)
-    return _named(document.get("clusters"), context.get("cluster"), "cluster") if context else None
+def active_cluster(document: Object, context: str | None, cluster: str | None) -> Object | None:
+    """The cluster that a kubeconfig leads to, by another context or cluster where they are given."""
+    name = context or document.get("current-context")
+    found = _named(document.get("contexts"), name, "context")
+    wanted = cluster or (found.get("cluster") if found else None)
+    return _named(document.get("clusters"), wanted, "cluster")
 
 
 def _named(items: Any, name: Any, key: str) -> Object | None:
@@ -345,7 +373,20 @@ def _captured_errors() -> Iterator[list[str]]:
         logging.getLogger().removeHandler(handler)
 
 
-def _api_error(status: int, data: bytes, host: str) -> ProviderError:
+def _body(response: Any) -> bytes:
+    """The whole answer. Raises `AwayError` when it breaks off, after the server did what it was asked to."""
+    from urllib3.exceptions import HTTPError  # noqa: PLC0415
+
+    try:
+        response.read()
+    except (HTTPError, OSError) as error:
+        away = AwayError(f"the API server's answer broke off: {_first_line(error)}")
+        away.maybe_done = True
+        raise away from error
+    return bytes(response.data)
+
+
+def _api_error(status: int, data: bytes, host: str, pause: float) -> ProviderError:
     try:
         answer = json.loads(data)
     except ValueError:
@@ -353,6 +394,10 @@ def _api_error(status: int, data: bytes, host: str) -> ProviderError:
     message = answer.get("message") or f"HTTP {status}"
     if status == 401:
         return Unreachable(f"the Kubernetes cluster at {host} does not accept the credentials: {message}")
+    if status == 429 or status >= 500:
+        overloaded = OverloadedError(status, answer.get("reason") or "", message)
+        overloaded.maybe_done, overloaded.retry_after = status != 429, pause
+        return overloaded
     return ApiError(status, answer.get("reason") or "", message)
 
 

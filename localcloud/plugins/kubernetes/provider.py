@@ -8,6 +8,7 @@ initialized.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -25,17 +26,20 @@ from localcloud.plugins.kubernetes.cluster import (
     active_cluster,
     read_kubeconfig,
 )
+from localcloud.plugins.patience import Patience, TransientError
 from localcloud.plugins.protocol import (
     CancelledError,
     Checked,
     Diff,
     Failure,
+    GoneError,
     InitFailedError,
     Provider,
     ProviderError,
     ReadResult,
     Resource,
     config_value,
+    kept,
 )
 from localcloud.plugins.values import (
     UNKNOWN,
@@ -56,6 +60,7 @@ _PATCH_FORCE = "pulumi.com/patchForce"
 _PROPAGATION = "pulumi.com/deletionPropagationPolicy"
 _DELETE_SECONDS = 600
 _RETRY_SECONDS = 30  # for what follows a new namespace within moments: itself, its default service account
+_IF_GONE = "if the cluster is gone for good, PULUMI_K8S_DELETE_UNREACHABLE=true drops what was on it"
 _OPTIONS = {
     "deleteUnreachable": "PULUMI_K8S_DELETE_UNREACHABLE",
     "skipUpdateUnreachable": "PULUMI_K8S_SKIP_UPDATE_UNREACHABLE",
@@ -86,7 +91,7 @@ class KubernetesProvider(Provider):
 
     def __init__(self) -> None:
         super().__init__()
-        self._cluster = Cluster(Settings())
+        self._cluster = Cluster(Settings(), Patience(self.cancelled, self.status))
         self._options: dict[str, bool] = {}
 
     def check_config(self, inputs: Properties) -> Checked:
@@ -104,23 +109,32 @@ class KubernetesProvider(Provider):
         return Checked(inputs, failures)
 
     def diff_config(self, old: Properties, new: Properties) -> Diff:
-        """A kubeconfig that points at another cluster replaces all on it; anything else is an update."""
+        """What leads to another cluster replaces all that is on it; anything else is an update.
+
+        The official plugin's rules: what is not known may be another cluster; where both sides have a
+        `clusterIdentifier`, it decides; a kubeconfig or context that cannot be read decides nothing.
+        """
         changes = compare(old, new)
         before, after = plain(old), plain(new)
-        if before.get("clusterIdentifier") or after.get("clusterIdentifier"):
-            return Diff(changes, frozenset(p for p in changes if p == ("clusterIdentifier",)))
-        elsewhere = ("kubeconfig",) in changes and _other_cluster(before["kubeconfig"], after["kubeconfig"])
-        moved = {("context",), ("cluster",)} | ({("kubeconfig",)} if elsewhere else set())
-        return Diff(changes, frozenset(p for p in changes if p in moved))
+        where = [("kubeconfig",), ("context",), ("cluster",)]
+        unknown = [path for path in where if after.get(path[0]) is UNKNOWN]
+        if unknown:
+            return Diff(changes, frozenset(unknown))
+        identifiers = [side.get("clusterIdentifier") for side in (before, after)]
+        if all(identifiers):
+            moved = UNKNOWN in identifiers or identifiers[0] != identifiers[1]
+        else:
+            clusters = [_cluster_of(side) for side in (before, after)]
+            moved = None not in clusters and clusters[0] != clusters[1]
+        names = {*where, ("clusterIdentifier",)} if all(identifiers) else set(where)
+        return Diff(changes, frozenset(changes) & names if moved else frozenset())
 
     def configure(self, config: Properties) -> None:
         """Keeps the settings; the connection is made at the first use."""
         given: dict[str, Any] = {name: config.get(name) or None for name in _SETTINGS}
         if isinstance(given["kubeconfig"], dict):  # JSON contents, decoded on the way
-            import json  # noqa: PLC0415
-
             given["kubeconfig"] = json.dumps(given["kubeconfig"])
-        self._cluster = Cluster(Settings(**given))
+        self._cluster = Cluster(Settings(**given), Patience(self.cancelled, self.status))
         self._options = {
             name: bool(config.get(name, os.environ.get(variable, "").lower() in ("1", "true")))
             for name, variable in _OPTIONS.items()
@@ -129,6 +143,9 @@ class KubernetesProvider(Provider):
     def check(self, resource: Resource, old: Properties, new: Properties, seed: bytes) -> Checked:
         """Fills in apiVersion, kind, name and namespace; refuses what cannot be an object of this type."""
         kind = self._kind(resource.type)
+        if old and self._options.get("skipUpdateUnreachable") and self._unreachable():
+            self.log(resource.urn, "the cluster is unreachable; left as it was (skipUpdateUnreachable)")
+            return Checked(old)
         inputs = {"apiVersion": kind.api_version, "kind": kind.kind, **new}
         failures = [
             Failure((name,), f"expected {wanted!r}, got {plain(inputs[name])!r}")
@@ -164,8 +181,18 @@ class KubernetesProvider(Provider):
                 if self._cluster.namespaced(kind):
                     named["namespace"] = self._cluster.default_namespace
             except (Unreachable, ApiError):
-                pass  # decided at the apply, when the cluster must be there
+                # A cluster that is away must not look like a move to another namespace. Where there is none
+                # yet, it is decided at the apply, when the cluster must be there.
+                before = (plain(old).get("metadata") or {}).get("namespace")
+                named |= {"namespace": before} if before else {}
         return named
+
+    def _unreachable(self) -> bool:
+        try:
+            self._cluster.check()
+        except Unreachable:
+            return True
+        return False
 
     def diff(self, resource: Resource, state: Properties, old: Properties, new: Properties) -> Diff:
         """Compares what the program wants with what it wanted; a refresh puts drift into the latter."""
@@ -192,11 +219,31 @@ class KubernetesProvider(Provider):
         deadline = time.monotonic() + self._seconds(resource, manifest, ready.default_timeout_seconds(kind))
         try:
             live = self._apply_soon(kind, manifest, resource)
-        except ApiError as error:
+        except (ApiError, Unreachable) as error:
+            if self._may_be_there(kind, manifest, resource, error):
+                reason = f"{_label(kind, manifest)} may have been created; the answer did not come: {error}"
+                raise InitFailedError(_id(manifest), inputs, [reason], inputs) from error
             raise ProviderError(
                 f"{_label(kind, manifest)} was not created by the API server: {error}"
             ) from error
-        return _id(live), self._wait(kind, resource, inputs, live, deadline)
+        with kept(_id(live), _state(live, inputs), inputs):
+            return _id(live), self._wait(kind, resource, inputs, live, deadline)
+
+    def _may_be_there(self, kind: Kind, manifest: Object, resource: Resource, error: ProviderError) -> bool:
+        """Whether a creation that failed did its work all the same: our mark is on the object, or nobody can
+        tell.
+        """
+        if not (isinstance(error, TransientError) and error.maybe_done):
+            return False
+        metadata = manifest["metadata"]
+        try:
+            live = self._cluster.get(kind, metadata.get("namespace"), metadata["name"])
+        except (ApiError, Unreachable):
+            return True
+        managers = [
+            entry.get("manager") for entry in ((live or {}).get("metadata") or {}).get("managedFields", [])
+        ]
+        return _manager(resource) in managers
 
     def read(self, resource: Resource, state: Properties, inputs: Properties) -> ReadResult:
         """Reads the object; one that is not up (a pod) is reported as not initialized."""
@@ -211,8 +258,7 @@ class KubernetesProvider(Provider):
             if self._options.get("skipUpdateUnreachable"):
                 self.log(resource.urn, f"{error}; left as it was (skipUpdateUnreachable)", warning=True)
                 return ReadResult(resource.resource_id, state, inputs)
-            hint = "PULUMI_K8S_DELETE_UNREACHABLE=true takes the resource out of the state"
-            raise ProviderError(f"{error}; {hint} if the cluster is gone for good") from error
+            raise ProviderError(f"{error}; {_IF_GONE}") from error
         except ApiError as error:
             if error.reason == "NoMatch":
                 return ReadResult()
@@ -247,7 +293,8 @@ class KubernetesProvider(Provider):
             live = self._apply(kind, manifest, resource, dry_run=False)
         except ApiError as error:
             raise ProviderError(f"{_label(kind, manifest)} was not updated: {_explained(error)}") from error
-        return self._wait(kind, resource, new, live, deadline)
+        with kept(resource.resource_id, _state(live, new), new):
+            return self._wait(kind, resource, new, live, deadline)
 
     def delete(self, resource: Resource, state: Properties, inputs: Properties) -> None:  # noqa: ARG002
         """Deletes the object and waits until it is gone."""
@@ -262,7 +309,7 @@ class KubernetesProvider(Provider):
                 self._wait_gone(kind, resource, namespace or None, name, time.monotonic() + seconds)
         except Unreachable as error:
             if not self._options.get("deleteUnreachable"):
-                raise
+                raise ProviderError(f"{error}; {_IF_GONE}") from error
             self.log(resource.urn, f"{error}; taken out of the state (deleteUnreachable)", warning=True)
         except ApiError as error:
             if error.status != 404:
@@ -327,9 +374,8 @@ class KubernetesProvider(Provider):
             )
 
     def _apply(self, kind: Kind, manifest: Object, resource: Resource, *, dry_run: bool) -> Object:
-        manager = f"pulumi-kubernetes-{hashlib.sha256(resource.urn.encode()).hexdigest()[:8]}"
         force = self._options.get("enablePatchForce", False) or _annotated(manifest, _PATCH_FORCE) == "true"
-        return self._cluster.apply(kind, manifest, manager, force=force, dry_run=dry_run)
+        return self._cluster.apply(kind, manifest, _manager(resource), force=force, dry_run=dry_run)
 
     def _apply_soon(self, kind: Kind, manifest: Object, resource: Resource) -> Object:
         """Applies, trying again for a while what only needs a moment after a new namespace."""
@@ -354,7 +400,7 @@ class KubernetesProvider(Provider):
         seen, shown = ready.verdict(kind, live), ""
         for current in self._cluster.states(kind, metadata.get("namespace"), metadata["name"]):
             if current is None:
-                raise ProviderError(f"{_label(kind, live)} was deleted by somebody else before it was ready")
+                raise GoneError(f"{_label(kind, live)} was deleted by somebody else before it was ready")
             live = {"apiVersion": kind.api_version, "kind": kind.kind, **current}
             seen = ready.verdict(kind, live)
             if seen.ready:
@@ -391,17 +437,16 @@ class KubernetesProvider(Provider):
         return resource.timeout or (float(annotated) if annotated else default)
 
 
-def _other_cluster(old: Value, new: Value) -> bool:
-    """Whether two kubeconfigs lead to different clusters (the official plugin's rule: the cluster's entry
-    differs).
-    """
-    if UNKNOWN in (old, new):
-        return False
+def _cluster_of(config: Properties) -> Object | None:
+    """The cluster that a provider's configuration leads to: its entry, None where that cannot be told."""
+    if not config.get("kubeconfig"):
+        return None
+    given = config["kubeconfig"]
     try:
-        before, after = (read_kubeconfig(value)[0] for value in (old, new))
+        document, _ = read_kubeconfig(given if isinstance(given, str) else json.dumps(given))
     except ProviderError:
-        return False
-    return active_cluster(before or {}) != active_cluster(after or {})
+        return None
+    return active_cluster(document or {}, config.get("context"), config.get("cluster"))
 
 
 def _metadata_failures(metadata: Mapping[str, Value]) -> list[Failure]:
@@ -441,6 +486,11 @@ def _inputs_of(live: Object) -> Properties:
     """The inputs that would make a live object: for an import."""
     metadata = {k: v for k, v in live.get("metadata", {}).items() if k not in _SERVER_FIELDS}
     return {k: v for k, v in live.items() if k != "status"} | {"metadata": metadata}
+
+
+def _manager(resource: Resource) -> str:
+    """The field manager of a resource, by which its object can be told from anybody else's."""
+    return f"pulumi-kubernetes-{hashlib.sha256(resource.urn.encode()).hexdigest()[:8]}"
 
 
 def _annotated(manifest: Object, annotation: str) -> str:

@@ -257,12 +257,50 @@ def test_a_kubeconfig_is_contents_or_a_path(tmp_path: Path) -> None:
         read_kubeconfig("/nowhere/config")
 
 
-def test_only_another_cluster_replaces_the_provider() -> None:
-    old = {"kubeconfig": kubeconfig("https://a")}
-    other_user = {"kubeconfig": kubeconfig("https://a").replace('"users": []', '"users": [{"name": "u"}]')}
-    assert not provider().diff_config(old, other_user).replace
-    assert provider().diff_config(old, {"kubeconfig": kubeconfig("https://b")}).replace == {("kubeconfig",)}
-    assert not provider().diff_config(old, {"kubeconfig": UNKNOWN}).replace
+def two_contexts(**clusters: str) -> str:
+    entries = [{"name": name, "cluster": {"server": server}} for name, server in clusters.items()]
+    contexts = [{"name": f"to-{name}", "context": {"cluster": name}} for name in clusters]
+    first = contexts[0]["name"]
+    return json.dumps({"clusters": entries, "contexts": contexts, "current-context": first, "users": []})
+
+
+A, B = kubeconfig("https://a"), kubeconfig("https://b")
+TWO = two_contexts(one="https://a", other="https://b")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "replaces"),
+    [
+        ({"kubeconfig": A}, {"kubeconfig": A.replace('"users": []', '"users": [{"name": "u"}]')}, set()),
+        ({"kubeconfig": A}, {"kubeconfig": B}, {"kubeconfig"}),
+        ({"kubeconfig": A}, {"kubeconfig": UNKNOWN}, {"kubeconfig"}),
+        ({"kubeconfig": A}, {"kubeconfig": "/nowhere/config"}, set()),
+        ({}, {"kubeconfig": A}, set()),
+        ({"kubeconfig": A}, {}, set()),
+        ({"kubeconfig": TWO}, {"kubeconfig": TWO, "context": "to-one"}, set()),
+        ({"kubeconfig": TWO}, {"kubeconfig": TWO, "context": "to-other"}, {"context"}),
+        ({"kubeconfig": TWO}, {"kubeconfig": TWO, "context": "nowhere"}, set()),
+        ({"kubeconfig": TWO}, {"kubeconfig": TWO, "context": UNKNOWN}, {"context"}),
+        ({"kubeconfig": TWO}, {"kubeconfig": TWO, "cluster": "other"}, {"cluster"}),
+        ({"kubeconfig": TWO}, {"kubeconfig": TWO, "cluster": "nowhere"}, set()),
+        ({"kubeconfig": TWO}, {"kubeconfig": TWO, "cluster": UNKNOWN}, {"cluster"}),
+        ({"kubeconfig": A}, {"kubeconfig": A, "clusterIdentifier": "x"}, set()),
+        ({"kubeconfig": A, "clusterIdentifier": "x"}, {"kubeconfig": A}, set()),
+        ({"kubeconfig": A, "clusterIdentifier": "x"}, {"kubeconfig": B, "clusterIdentifier": "x"}, set()),
+        (
+            {"kubeconfig": A, "clusterIdentifier": "x"},
+            {"kubeconfig": B, "clusterIdentifier": "y"},
+            {"kubeconfig", "clusterIdentifier"},
+        ),
+        ({"kubeconfig": A}, {"kubeconfig": A, "namespace": "n", "deleteUnreachable": True}, set()),
+    ],
+)
+def test_only_another_cluster_replaces_the_provider(
+    old: Properties, new: Properties, replaces: set[str]
+) -> None:
+    diff = provider().diff_config(old, new)
+    assert diff.changes
+    assert diff.replace == {(name,) for name in replaces}
 
 
 def test_a_setting_that_would_be_ignored_is_refused() -> None:
