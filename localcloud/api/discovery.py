@@ -40,6 +40,7 @@ class Method:
     flat_path: str
     parameters: dict[str, Json]
     request: str | None
+    response: str | None
     document: Document = field(repr=False, compare=False)
 
     @property
@@ -70,6 +71,7 @@ class Document:
                     flat_path=entry.get("flatPath", entry["path"]),
                     parameters=self._globals | entry.get("parameters", {}),
                     request=entry.get("request", {}).get("$ref"),
+                    response=entry.get("response", {}).get("$ref"),
                     document=self,
                 )
             yield from self._methods(resource.get("resources", {}))

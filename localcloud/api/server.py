@@ -33,6 +33,7 @@ from localcloud.api.operations import Operations
 from localcloud.api.service import PROJECT_NUMBER, TABLE, Backends, Call, Services
 from localcloud.api.tokens import webhook_secret
 from localcloud.api.validation import check_body, check_path, check_query
+from localcloud.api.versions import shown
 from localcloud.home import Home
 from localcloud.specs import BackendError
 from localcloud.store import Json, Store
@@ -140,11 +141,12 @@ class Api:
         else:
             raise ApiError(403, f"Permission denied on resource project {project}.")
 
-    def _rendered(self, call: Call, body: Json) -> Json:
-        base, document = self.services.config.url, call.method.document
+    @staticmethod
+    def _rendered(call: Call, body: Json) -> Json:
+        document = call.method.document
         render = {"compute": compute.rendered, "container": container.rendered}.get(document.name)
-        rendered: Json = body if render is None else render(body, base, document.version)
-        return rendered
+        rendered: Json = body if render is None else render(body, document.version)
+        return shown(call.method, rendered)
 
 
 def _short(name: str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -74,7 +75,9 @@ class Localcloud:
     def done(self, operation: dict[str, Any]) -> dict[str, Any]:
         """A Compute Engine operation when it is done; it must have succeeded."""
         answer = requests.post(
-            f"{operation['selfLink']}/wait", headers={"Authorization": f"Bearer {self.token}"}, timeout=130
+            f"{self.url}{urlsplit(operation['selfLink']).path}/wait",
+            headers={"Authorization": f"Bearer {self.token}"},
+            timeout=130,
         )
         body: dict[str, Any] = answer.json()
         assert body["status"] == "DONE", body

@@ -114,7 +114,6 @@ def machine_type(project: str, zone: str, name: str) -> Json | None:
         description=f"{size[0]} vCPUs, {size[1]} MB RAM",
         guestCpus=size[0],
         memoryMb=size[1],
-        imageSpaceGb=0,
         maximumPersistentDisks=128,
         maximumPersistentDisksSizeGb="263168",
         isSharedCpu=name.startswith("e2-") and size[1] <= 4096,

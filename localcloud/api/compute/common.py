@@ -13,7 +13,7 @@ from localcloud.api.service import PROJECT_NUMBER, TABLE, Call, Services, finger
 from localcloud.store import Json, Record, Store
 
 LINK = "https://www.googleapis.com/compute/v1/"
-"""Links are stored as Google spells them; `rendered` gives them this server's address."""
+"""Links are Google's own wherever they are shown: clients compare them with what they wrote down before."""
 
 NAME = r"(?:[a-z](?:[-a-z0-9]{0,61}[a-z0-9])?)"
 _LABEL_KEY = re.compile(r"[a-z][-_a-z0-9]{0,62}")
@@ -32,16 +32,14 @@ def key_of(url: str) -> str:
     return url.removeprefix(LINK)
 
 
-def rendered(value: Any, base: str, version: str) -> Any:
-    """A response with its links below this server, except in what users wrote themselves."""
+def rendered(value: Any, version: str) -> Any:
+    """A response with its links in the spelling of an API's version, but for what users wrote themselves."""
     if isinstance(value, str):
-        return f"{base}/compute/{version}/{key_of(value)}" if value.startswith(LINK) else value
+        return LINK.replace("/v1/", f"/{version}/") + key_of(value) if value.startswith(LINK) else value
     if isinstance(value, list):
-        return [rendered(item, base, version) for item in value]
+        return [rendered(item, version) for item in value]
     if isinstance(value, dict):
-        return {
-            key: item if key in _USER_TEXT else rendered(item, base, version) for key, item in value.items()
-        }
+        return {key: item if key in _USER_TEXT else rendered(item, version) for key, item in value.items()}
     return value
 
 

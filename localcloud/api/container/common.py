@@ -23,14 +23,14 @@ def spellings(*methods: str) -> list[str]:
     ]
 
 
-def rendered(value: Any, base: str, version: str) -> Any:
-    """A response with its links below this server."""
+def rendered(value: Any, version: str) -> Any:
+    """A response with its links in the spelling of an API's version."""
     if isinstance(value, str) and value.startswith(LINK):
-        return f"{base}/container/{version}/{value.removeprefix(LINK)}"
+        return LINK.replace("/v1/", f"/{version}/") + value.removeprefix(LINK)
     if isinstance(value, list):
-        return [rendered(item, base, version) for item in value]
+        return [rendered(item, version) for item in value]
     if isinstance(value, dict):
-        return {key: rendered(item, base, version) for key, item in value.items()}
+        return {key: rendered(item, version) for key, item in value.items()}
     return value
 
 

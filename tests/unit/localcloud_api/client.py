@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from localcloud.api import discovery
 from localcloud.api.server import Api, Message
 from localcloud.specs import BackendError, Cluster, ClusterSpec, InstanceSpec
+from tests.unit.localcloud_api.conformance import problems
 
 TOKEN = "developer-token"
 
@@ -82,7 +85,11 @@ class Client:
         """The status and body of one request; `path` is below the root (`/compute/v1/…`)."""
         content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
         headers = {"authorization": f"Bearer {self.token if token is None else token}"}
-        return self.api.answer(Message(verb, path, query, content, headers))
+        status, answer = self.api.answer(Message(verb, path, query, content, headers))
+        if status == 200 and "fields=" not in query:
+            found = problems(discovery.match(verb, path)[0], answer)
+            assert not found, found[:5]
+        return status, answer
 
     def ok(self, verb: str, path: str, body: object = None, *, query: str = "") -> dict[str, Any]:
         status, answer = self.send(verb, path, body, query=query)
@@ -100,7 +107,9 @@ class Client:
 
     def done(self, operation: dict[str, Any]) -> dict[str, Any]:
         """A Compute Engine or Kubernetes Engine operation when it is done."""
-        path = operation["selfLink"].removeprefix(self.api.services.config.url)
+        path = "/" + re.sub(r"https://(?:www|(\w+))\.googleapis\.com/", r"\1/", operation["selfLink"]).lstrip(
+            "/"
+        )
         if path.startswith("/compute/"):
             return self.ok("POST", f"{path}/wait")
         return self._wait(path, lambda body: body["status"] == "DONE")

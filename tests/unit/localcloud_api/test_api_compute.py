@@ -9,7 +9,7 @@ import pytest
 from tests.unit.localcloud_api.client import ACCOUNTS, COMPUTE, REGION, ZONE, Client, instance
 
 NETWORKS, FIREWALLS = f"{COMPUTE}/global/networks", f"{COMPUTE}/global/firewalls"
-URL = "http://127.0.0.1:1234/compute/v1/projects/localcloud-dev"
+URL = "https://www.googleapis.com/compute/v1/projects/localcloud-dev"
 
 
 @pytest.fixture
