@@ -1,4 +1,4 @@
-"""localcloud's command line: `python -m localcloud start|stop|status|reset|env`."""
+"""localcloud's command line: `python -m localcloud start|stop|status|reset|faults|env`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from localcloud import faults
 from localcloud.backends.ports import choose_port
 from localcloud.backends.processes import end, marked
 from localcloud.backends.supervisor import Supervisor, python_program
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = commands.add_parser("status", help="show what runs and what is stored")
     status.add_argument("--json", action="store_true", help="for machines")
     commands.add_parser("reset", help="stop it and delete everything that is stored")
+    faults.add_parser(commands)
     commands.add_parser("env", help="print the shell commands that point clients at it")
     commands.add_parser("serve", help="run the API server in the foreground (used by the supervisor)")
     options = parser.parse_args(arguments)
@@ -59,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "status":
             return show_status(home, as_json=options.json)
+        if options.command == "faults":
+            return faults.run(home, options)
         return run[options.command](home)
     except (HomeError, BackendError) as error:
         sys.stderr.write(f"localcloud: {error}\n")

@@ -7,6 +7,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+from localcloud import endpoints
 from localcloud.home import Config, Home
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -15,22 +16,14 @@ STAND_INS = ("gcp", "kubernetes", "command")
 
 def variables(home: Home, config: Config) -> dict[str, str]:
     """Every variable to set, with its whole value (PATH too)."""
-    url = config.url
     stand_ins = [name for name in STAND_INS if not _official(name)]
     values = {
         "LOCALCLOUD_HOME": str(home.root),
         "GOOGLE_OAUTH_ACCESS_TOKEN": config.token,
-        "GOOGLE_COMPUTE_CUSTOM_ENDPOINT": f"{url}/compute/beta/",
-        "GOOGLE_CONTAINER_CUSTOM_ENDPOINT": f"{url}/container/v1beta1/",
-        "GOOGLE_ARTIFACT_REGISTRY_CUSTOM_ENDPOINT": f"{url}/artifactregistry/v1/",
-        "GOOGLE_IAM_CUSTOM_ENDPOINT": f"{url}/iam/v1/",
+        **endpoints.of_plugin(config.url),
         "PULUMI_GCP_SKIP_REGION_VALIDATION": "true",
         "CLOUDSDK_AUTH_ACCESS_TOKEN": config.token,
-        "CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE": f"{url}/compute/v1/",
-        "CLOUDSDK_API_ENDPOINT_OVERRIDES_CONTAINER": f"{url}/container/",
-        "CLOUDSDK_API_ENDPOINT_OVERRIDES_ARTIFACTREGISTRY": f"{url}/artifactregistry/",
-        "CLOUDSDK_API_ENDPOINT_OVERRIDES_IAM": f"{url}/iam/",
-        "CLOUDSDK_API_ENDPOINT_OVERRIDES_SERVICEUSAGE": f"{url}/serviceusage/",
+        **endpoints.of_gcloud(config.url),
         "CLOUDSDK_CORE_PROJECT": config.project,
         "CLOUDSDK_COMPUTE_REGION": config.region,
         "CLOUDSDK_COMPUTE_ZONE": config.zone,

@@ -12,7 +12,8 @@ from urllib.parse import quote
 from localcloud.api.compute.catalog import ZONES
 from localcloud.api.errors import ApiError
 from localcloud.api.iam import find_account
-from localcloud.api.listing import matching, page
+from localcloud.api.listing import listing
+from localcloud.api.masks import update
 from localcloud.api.policy import REPOSITORY_ROLES, get_policy, set_policy, test_permissions
 from localcloud.api.service import TABLE, Call, Services
 from localcloud.specs import BackendError
@@ -85,7 +86,6 @@ def _create(call: Call) -> Json:
         "mode": "STANDARD_REPOSITORY",
         "createTime": _time(),
         "updateTime": _time(),
-        "satisfiesPzs": False,
         "registryUri": "",
         "vulnerabilityScanningConfig": {
             "enablementState": "SCANNING_DISABLED",
@@ -124,43 +124,15 @@ def _get(call: Call) -> Json:
 @TABLE.serves("artifactregistry.projects.locations.repositories.list")
 def _list(call: Call) -> Json:
     items = [record.body for record in call.store.list(REPOSITORY, f"{_parent(call)}/")]
-    return _page(call, "repositories", matching(items, call.query.get("filter")))
-
-
-def _page(call: Call, name: str, items: list[Json]) -> Json:
-    chosen, following = page(items, call.query.get("pageSize"), call.query.get("pageToken"), default=100)
-    return ({name: chosen} if chosen else {}) | ({"nextPageToken": following} if following else {})
+    return listing(call, "repositories", items)
 
 
 @TABLE.serves("artifactregistry.projects.locations.repositories.patch")
 def _patch(call: Call) -> Json:
     record = _find(call)
-    paths = [_camel(path) for path in call.query.get("updateMask", "").split(",") if path]
-    for path in paths or [field for field in call.body if field in _CHANGEABLE]:
-        field, _, inner = path.partition(".")
-        if field not in _CHANGEABLE:
-            raise ApiError(400, f'field "{field}" cannot be updated')
-        if inner:
-            given = call.body.get(field, {})
-            if not isinstance(given, dict) or not isinstance(record.body.get(field, {}), dict):
-                raise ApiError(400, f'field "{field}" has no part "{inner}"')
-            _assign(record.body.setdefault(field, {}), inner, given.get(inner))
-        else:
-            _assign(record.body, field, call.body.get(field))
+    update(record.body, call.body, call.query.get("updateMask", ""), _CHANGEABLE)
     record.body["updateTime"] = _time()
     return call.store.put(record).body
-
-
-def _assign(body: Json, field: str, value: object) -> None:
-    """Set a field as a mask demands: what the mask names and the body lacks is cleared."""
-    if value in (None, "", {}, []):
-        body.pop(field, None)
-    else:
-        body[field] = value
-
-
-def _camel(path: str) -> str:
-    return re.sub(r"_([a-z])", lambda match: match[1].upper(), path)
 
 
 @TABLE.serves("artifactregistry.projects.locations.repositories.delete")
@@ -226,7 +198,7 @@ def _images(call: Call, record: Record) -> list[Json]:
 
 @TABLE.serves("artifactregistry.projects.locations.repositories.dockerImages.list")
 def _list_images(call: Call) -> Json:
-    return _page(call, "dockerImages", _images(call, _find(call)))
+    return listing(call, "dockerImages", _images(call, _find(call)))
 
 
 @TABLE.serves("artifactregistry.projects.locations.repositories.dockerImages.get")
@@ -249,7 +221,7 @@ def _list_locations(call: Call) -> Json:
     items: list[Json] = [
         {"name": f"projects/{call.project}/locations/{name}", "locationId": name} for name in LOCATIONS
     ]
-    return _page(call, "locations", items)
+    return listing(call, "locations", items)
 
 
 def _begin(call: Call, target: Record, task: str) -> Json:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from localcloud.api import enums
 from localcloud.api.errors import ApiError
 from localcloud.store import Json
 
@@ -28,6 +29,8 @@ SERVED = {
     ("artifactregistry", "v1beta2"),
     ("iam", "v1"),
     ("serviceusage", "v1"),
+    ("cloudresourcemanager", "v1"),
+    ("cloudresourcemanager", "v3"),
 }
 
 
@@ -55,6 +58,7 @@ class Document:
         self.name: str = content["name"]
         self.version: str = content["version"]
         self.schemas: dict[str, Json] = content["schemas"]
+        enums.annotate(self.schemas)
         self._globals: dict[str, Json] = content["parameters"]
         self.prefix: str = content["servicePath"] or f"{self.name}/"
         self.methods = list(self._methods(content["resources"]))
@@ -123,6 +127,7 @@ def _names(method: Method) -> list[str]:
     return re.findall(r"\{\+?(\w+)\}", method.flat_path)
 
 
+_VERSION = re.compile(r"(v\d+\w{0,12}|alpha|beta)")
 _loading = threading.Lock()
 
 
@@ -130,10 +135,13 @@ def document(name: str, version: str) -> Document:
     """One served document, read when it is first asked for.
 
     Raises:
-        ApiError: 404, no such service or version.
+        ApiError: 404, a served service has no such version; 501, a service or version that is not served.
     """
     if (name, version) not in SERVED:
-        raise ApiError(404, f"localcloud serves no API '{name}/{version}'")
+        is_served = any(name == served for served, _ in SERVED)
+        if not _VERSION.fullmatch(version) or (is_served and not _path(name, version).exists()):
+            raise ApiError(404, f"localcloud serves no API '{name}/{version}'")
+        raise ApiError(501, f"localcloud does not serve the API {name} {version}")
     with _loading:  # two first requests read it once
         return _document(name, version)
 
@@ -156,10 +164,13 @@ def match(http_method: str, path: str) -> tuple[Method, dict[str, str]]:
     return found
 
 
-def _read(name: str, version: str) -> Json:
+def _path(name: str, version: str) -> Path:
     package = importlib.util.find_spec("googleapiclient")
     if package is None or package.origin is None:
         raise RuntimeError("the package google-api-python-client is not installed")
-    documents = Path(package.origin).parent / "discovery_cache" / "documents"
-    content: Json = json.loads((documents / f"{name}.{version}.json").read_bytes())
+    return Path(package.origin).parent / "discovery_cache" / "documents" / f"{name}.{version}.json"
+
+
+def _read(name: str, version: str) -> Json:
+    content: Json = json.loads(_path(name, version).read_bytes())
     return content

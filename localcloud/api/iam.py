@@ -6,7 +6,7 @@ import re
 import secrets
 
 from localcloud.api.errors import ApiError
-from localcloud.api.listing import page
+from localcloud.api.listing import listing
 from localcloud.api.policy import get_policy, set_policy, test_permissions
 from localcloud.api.service import PROJECT_NUMBER, TABLE, Call, fingerprint
 from localcloud.store import Json, Record, Store
@@ -84,8 +84,7 @@ def _get(call: Call) -> Json:
 @TABLE.serves("iam.projects.serviceAccounts.list")
 def _list(call: Call) -> Json:
     items = [record.body for record in call.store.list(ACCOUNT, f"projects/{call.project}/")]
-    chosen, following = page(items, call.query.get("pageSize"), call.query.get("pageToken"), default=20)
-    return ({"accounts": chosen} if chosen else {}) | ({"nextPageToken": following} if following else {})
+    return listing(call, "accounts", items, default=20)
 
 
 @TABLE.serves("iam.projects.serviceAccounts.patch")

@@ -1,14 +1,18 @@
-"""What lists have in common: filters, pages, and the partial responses of `fields`."""
+"""What lists have in common: filters, and pages."""
 
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from localcloud.api.errors import ApiError
 from localcloud.store import Json
+
+if TYPE_CHECKING:
+    from localcloud.api.service import Call
 
 Predicate = Callable[[Json], bool]
 
@@ -18,32 +22,83 @@ _TOKEN = re.compile(
 )
 _WORD_OPERATORS = {"eq", "ne"}
 _MOST_LEVELS = 50
-"""Of a filter or a field mask; what is nested deeper is no question but a load."""
+"""Of a filter; what is nested deeper is no question but a load."""
 
 
 def page(
-    items: list[Json], size: int | None, token: str | None, default: int = 500
+    items: list[Json], size: int | None, token: str | None, key: str, default: int = 500
 ) -> tuple[list[Json], str]:
-    """One page of a list and the token of the next one (empty at the end).
+    """One page of a list in the order of the items' field `key`, which no two have in common, and the token
+    of the next one (empty at the end).
+
+    A token says after which item the next page begins, so that what comes or goes between two requests moves
+    no other item from one page to another.
 
     Raises:
-        ApiError: 400, a token that no page gave.
+        ApiError: 400, a token that no page gave, or a negative size.
     """
+    return ordered_page(items, size, token, [key], default)
+
+
+def ordered_page(
+    items: list[Json],
+    size: int | None,
+    token: str | None,
+    keys: list[str],
+    default: int = 500,
+    *,
+    down: bool = False,
+) -> tuple[list[Json], str]:
+    """Like `page`, in the order of several fields, or against it."""
+    if size is not None and size < 0:
+        raise ApiError(400, f"Invalid page size: {size}. It must not be negative.", reason="invalid")
+
+    def place(item: Json) -> list[str]:
+        return [str(item.get(key, "")) for key in keys]
+
+    rest = sorted(items, key=place, reverse=down)
+    if token:
+        last = _read_token(token, len(keys))
+        rest = [item for item in rest if (place(item) < last if down else place(item) > last)]
+    chosen = rest[: size or default]
+    return chosen, _token(place(chosen[-1])) if len(chosen) < len(rest) else ""
+
+
+def _token(place: list[str]) -> str:
+    return base64.urlsafe_b64encode(json.dumps(place).encode()).decode()
+
+
+def _read_token(token: str, length: int) -> list[str]:
     try:
-        start = int(base64.urlsafe_b64decode(token)) if token else 0
-        if start < 0:
-            raise ValueError(start)  # noqa: TRY301
+        place = json.loads(base64.urlsafe_b64decode(token))
+        if not isinstance(place, list) or len(place) != length or not all(isinstance(p, str) for p in place):
+            raise ValueError(token)  # noqa: TRY301
     except ValueError as error:
         raise ApiError(
             400, f"Invalid value for field 'pageToken': '{token}'. Invalid page token.", reason="invalid"
         ) from error
-    end = start + (size or default)
-    following = base64.urlsafe_b64encode(str(end).encode()).decode() if end < len(items) else ""
-    return items[start:end], following
+    return place
+
+
+def listing(
+    call: Call,
+    name: str,
+    items: list[Json],
+    *,
+    key: str = "name",
+    default: int = 100,
+    expression: str | None = None,
+) -> Json:
+    """The answer of a list in the newer APIs' manner (AIP-132): filtered, in pages, and without the field if
+    there is nothing to show.
+    """
+    found = matching(items, expression if expression is not None else call.query.get("filter"))
+    chosen, following = page(found, call.query.get("pageSize"), call.query.get("pageToken"), key, default)
+    return ({name: chosen} if chosen else {}) | ({"nextPageToken": following} if following else {})
 
 
 def matching(items: list[Json], expression: str | None) -> list[Json]:
-    """The items that a filter lets pass: `name = a`, `labels.x:y AND status != RUNNING`, `name eq a.*`, ….
+    """The items that a filter lets pass: `name = a`, `labels.x:y AND -status = RUNNING`, `name eq a.*`, ….
 
     Raises:
         ApiError: 400, not such an expression.
@@ -55,7 +110,11 @@ def matching(items: list[Json], expression: str | None) -> list[Json]:
 
 
 class _Filter:
-    """Google's list filters (AIP-160, and Compute Engine's older `eq` and `ne` with regular expressions)."""
+    """Google's list filters (AIP-160, and Compute Engine's older `eq` and `ne` with regular expressions).
+
+    OR binds tighter than AND, and terms beside each other are an AND, as https://google.aip.dev/160 has it
+    and as Compute Engine's own example is meant (`(cpu = a) OR (cpu = b) AND (restart = true)`).
+    """
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -68,34 +127,44 @@ class _Filter:
             kind = "text" if match.lastgroup in ("double", "single") else match.lastgroup
             self._tokens.append((kind, re.sub(r"\\(.)", r"\1", match[match.lastgroup])))
             position = match.end()
-        if sum(token in (("mark", "("), ("word", "NOT")) for token in self._tokens) > _MOST_LEVELS:
+        if self._depth() > _MOST_LEVELS:
             raise self._invalid()
 
+    def _depth(self) -> int:
+        """How deep the terms are nested, at the deepest."""
+        open_marks = negations = deepest = 0
+        for kind, text in self._tokens:
+            open_marks += (text == "(") - (text == ")") if kind == "mark" else 0
+            is_negation = kind == "word" and text in ("NOT", "-")
+            negations = negations + 1 if is_negation else 0
+            deepest = max(deepest, open_marks + negations)
+        return deepest
+
     def parse(self) -> Predicate:
-        result = self._any_of()
+        result = self._all_of()
         if self._tokens:
             raise self._invalid()
         return result
 
-    def _any_of(self) -> Predicate:
-        parts = [self._all_of()]
-        while self._take("word", "OR"):
-            parts.append(self._all_of())
-        return lambda item: any(part(item) for part in parts)
-
     def _all_of(self) -> Predicate:
-        parts = [self._term()]
-        while self._tokens and self._tokens[0] not in (("mark", ")"), ("word", "OR")):
+        parts = [self._any_of()]
+        while self._tokens and self._tokens[0] != ("mark", ")"):
             self._take("word", "AND")
-            parts.append(self._term())
+            parts.append(self._any_of())
         return lambda item: all(part(item) for part in parts)
 
+    def _any_of(self) -> Predicate:
+        parts = [self._term()]
+        while self._take("word", "OR"):
+            parts.append(self._term())
+        return lambda item: any(part(item) for part in parts)
+
     def _term(self) -> Predicate:
-        if self._take("word", "NOT"):
+        if self._take("word", "NOT") or self._take_minus():
             negated = self._term()
             return lambda item: not negated(item)
         if self._take("mark", "("):
-            inner = self._any_of()
+            inner = self._all_of()
             if not self._take("mark", ")"):
                 raise self._invalid()
             return inner
@@ -121,6 +190,14 @@ class _Filter:
             del self._tokens[0]
             return True
         return False
+
+    def _take_minus(self) -> bool:
+        """Take a minus before a term: `-a = b`, `-(a = b)`."""
+        kind, text = self._tokens[0] if self._tokens else ("", "")
+        if kind != "word" or not text.startswith("-"):
+            return False
+        self._tokens[:1] = [("word", text[1:])] if text != "-" else []
+        return True
 
     def _next(self) -> tuple[str, str]:
         if not self._tokens:
@@ -159,7 +236,7 @@ def _comparison(operator: str, value: str) -> Callable[[Any], bool]:
     if operator == ":":
         if value == "*":
             return lambda found: found is not None
-        return lambda found: _has(_text(found), value)
+        return lambda found: _has(found, value)
     wildcard = re.compile(".*".join(re.escape(part) for part in value.split("*")))
     return lambda found: bool(wildcard.fullmatch(_text(found))) == (operator == "=")
 
@@ -173,7 +250,10 @@ def _ordered(operator: str, found: str, value: str) -> bool:
     return bool({">": left > right, "<": left < right, ">=": left >= right, "<=": left <= right}[operator])
 
 
-def _has(found: str, value: str) -> bool:
+def _has(whole: Any, value: str) -> bool:
+    if isinstance(whole, dict):
+        return value in whole  # a map has a key
+    found = _text(whole)
     if value.endswith("*"):
         return found.lower().startswith(value[:-1].lower())
     return value.lower() in found.lower()
@@ -183,51 +263,3 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return "" if value is None else str(value)
-
-
-def partial(body: Json, mask: str) -> Json:
-    """The part of a response that a `fields` parameter selects: `items(name,id),nextPageToken`, `a/b`, `*`.
-
-    Raises:
-        ApiError: 400, not such an expression.
-    """
-    tree, rest = _mask(mask) if mask.count("(") + mask.count("/") <= _MOST_LEVELS else ({}, mask)
-    if rest:
-        raise ApiError(400, f"Invalid field selection {mask}", reason="invalidParameter")
-    selected: Json = _select(body, tree)
-    return selected
-
-
-def _mask(text: str) -> tuple[Json, str]:
-    tree: Json = {}
-    while True:
-        match = re.match(r"[^,/()]+", text)
-        if match is None:
-            raise ApiError(400, f"Invalid field selection {text}", reason="invalidParameter")
-        name, text = match[0].strip(), text[match.end() :]
-        inner: Json = {}
-        if text.startswith("/"):
-            # What follows a slash ends at the next comma, which the caller's loop goes on with.
-            nested = re.match(r"/([^,()]+(\([^()]*\))?)", text)
-            if nested is None:
-                raise ApiError(400, f"Invalid field selection {text}", reason="invalidParameter")
-            inner, text = _mask(nested[1])[0], text[nested.end() :]
-        elif text.startswith("("):
-            inner, text = _mask(text[1:])
-            if not text.startswith(")"):
-                raise ApiError(400, f"Invalid field selection {name}", reason="invalidParameter")
-            text = text[1:]
-        tree[name] = inner
-        if not text.startswith(","):
-            return tree, text
-        text = text[1:]
-
-
-def _select(value: Any, tree: Json) -> Any:
-    if not tree or not isinstance(value, dict | list):
-        return value
-    if isinstance(value, list):
-        return [_select(item, tree) for item in value]
-    if "*" in tree:
-        return {key: _select(item, tree["*"]) for key, item in value.items()}
-    return {key: _select(value[key], inner) for key, inner in tree.items() if key in value}

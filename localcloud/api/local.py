@@ -31,6 +31,9 @@ class LocalBackends:
     def delete_cluster(self, name: str) -> None:
         cluster.delete_cluster(self._home, self._supervisor, name)
 
+    def suspend_cluster(self, name: str) -> None:
+        cluster.suspend_cluster(self._supervisor, name)
+
     def cluster_version(self) -> str:
         return cluster.cluster_version()
 

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from localcloud.api.errors import ApiError
+from localcloud.api.faults import operation_fails, work_fails
 from localcloud.specs import BackendError
 from localcloud.store import Json, Record, Store
 
@@ -56,6 +57,8 @@ class Operations:
             "done": False,
             "order": time.time_ns(),
         }
+        if operation_fails.get():
+            record.private["fails"] = True
         self._store.put(record)
         self._forget_old(record.kind)
         self._store.after_commit(lambda: self.schedule(target, partial(self._do, record.key)))
@@ -127,8 +130,11 @@ class Operations:
             return
         response: Json | None = None
         error: ApiError | None = None
+        work_fails.set(record.private.get("fails", False))
         try:
             response = self._tasks[record.private["task"]](self._services, record.private["arguments"])
+            if work_fails.get():  # no backend had a part in it
+                raise ApiError(500, "fault: the work was done, and the operation is to fail")  # noqa: TRY301
         except ApiError as raised:
             error = raised
         except BackendError as raised:
@@ -136,6 +142,8 @@ class Operations:
         except Exception as raised:
             logger.exception("operation %s failed", key)
             error = ApiError(500, f"Internal error: {type(raised).__name__}: {raised}")
+        finally:
+            work_fails.set(False)
         with self._store.transaction():
             record = self._store.get(key)
             if record is not None:

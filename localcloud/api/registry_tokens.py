@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 
 from localcloud.api.artifactregistry import repository_of
 from localcloud.api.auth import identify
+from localcloud.api.faults import due
 from localcloud.api.policy import granted
 from localcloud.api.service import Principal, Services
 from localcloud.api.tokens import (
@@ -114,6 +115,12 @@ def _allowed(
         is_owner = principal is not None and principal.is_developer
         member = principal.member if principal else None
         held = set(_PERMISSIONS.values()) if is_owner else granted(record, member)
+    if (
+        record is not None
+        and set(wanted) != {"pull"}
+        and due(services.store, ("read-only-registry",), record.name)
+    ):
+        held = {_PERMISSIONS["pull"]}
     allowed = [action for action in wanted if _PERMISSIONS[action] in held]
     missing = next((action for action in wanted if action not in allowed), "pull")
     return allowed, f'Permission "{_PERMISSIONS[missing]}" denied on resource "{shown}" (or it may not exist)'

@@ -10,7 +10,8 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import cast
 from urllib.parse import parse_qsl, unquote
 
 from starlette.applications import Starlette
@@ -19,7 +20,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from localcloud.api import artifactregistry, discovery, iam, registry_tokens, serviceusage, token_review
+from localcloud.api import (
+    artifactregistry,
+    discovery,
+    enums,
+    faults,
+    iam,
+    registry_tokens,
+    resourcemanager,
+    serviceusage,
+    token_review,
+)
 from localcloud.api.auth import authenticate, authorize
 from localcloud.api.compute import catalog, instance_groups, instances, machines, networks
 from localcloud.api.compute import common as compute
@@ -28,11 +39,13 @@ from localcloud.api.container import clusters, control_planes
 from localcloud.api.container import common as container
 from localcloud.api.container import operations as container_operations
 from localcloud.api.errors import ApiError
-from localcloud.api.listing import partial
+from localcloud.api.faults import Before, ControlPlanes, FaultyBackends, operation_fails
+from localcloud.api.masks import partial
+from localcloud.api.message import LARGEST_BODY, Message, read, too_large
 from localcloud.api.operations import Operations
 from localcloud.api.service import PROJECT_NUMBER, TABLE, Backends, Call, Services
 from localcloud.api.tokens import webhook_secret
-from localcloud.api.validation import check_body, check_path, check_query
+from localcloud.api.validation import NUMERIC_ENUMS, check_body, check_path, check_query
 from localcloud.api.versions import shown
 from localcloud.home import Home
 from localcloud.specs import BackendError
@@ -41,20 +54,18 @@ from localcloud.store import Json, Store
 logger = logging.getLogger("localcloud.api")
 
 _VERBS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
-_LARGEST_BODY = 10 * 2**20
-_SERVED_MODULES = (compute_operations, instance_groups, instances, clusters, serviceusage)
+_SERVED_MODULES = (compute_operations, instance_groups, instances, clusters, resourcemanager, serviceusage)
 """Imported for what they put into the table."""
 
 
 @dataclass(frozen=True)
-class Message:
-    """An HTTP request as the API sees it; `path` is as it was sent, percent-encoded."""
+class Reply:
+    """What a request gets; nothing at all if it is lost."""
 
-    verb: str
-    path: str
-    query: str
-    body: bytes
-    headers: dict[str, str] = field(default_factory=dict)
+    status: int
+    body: Json
+    headers: tuple[tuple[str, str], ...] = ()
+    is_lost: bool = False
 
 
 class Api:
@@ -69,8 +80,12 @@ class Api:
             artifactregistry.OPERATION: artifactregistry.finish,
         }
         operations = Operations(store, TABLE.tasks, kinds)
-        self.services = Services(home, config, store, backends, operations)
+        faulty = cast("Backends", FaultyBackends(backends, store))
+        self.services = Services(home, config, store, faulty, operations)
         operations.attach(self.services)
+        self.control_planes = ControlPlanes(
+            backends.suspend_cluster, lambda: control_planes.reconcile(self.services)
+        )
 
     def restore(self) -> None:
         """Take up what an earlier process left, and bring the backends to what the store says."""
@@ -85,12 +100,19 @@ class Api:
 
     def answer(self, message: Message) -> tuple[int, Json]:
         """The status and the body that answer a request; errors too."""
+        reply = self.reply(message)
+        return reply.status, reply.body
+
+    def reply(self, message: Message) -> Reply:
+        """The whole answer to a request."""
         started = time.monotonic()
         name = f"{message.verb} {message.path}"
+        headers: tuple[tuple[str, str], ...] = ()
+        is_lost = False
         try:
-            status, body = 200, self._answer(message)
+            status, (body, is_lost) = 200, self._answer(message)
         except ApiError as error:
-            status, body = error.code, error.body()
+            status, body, headers = error.code, error.body(), error.headers
             logger.info("%s: %s", name, error.message)
         except BackendError as error:
             status, body = 503, ApiError(503, str(error)).body()
@@ -98,10 +120,13 @@ class Api:
         except Exception as error:
             logger.exception("%s failed", name)
             status, body = 500, ApiError(500, f"Internal error encountered: {type(error).__name__}").body()
-        logger.info("%s %d %.0f ms", name, status, (time.monotonic() - started) * 1000)
-        return status, body
+        lost = " (the answer is lost)" if is_lost else ""
+        logger.info("%s %d %.0f ms%s", name, status, (time.monotonic() - started) * 1000, lost)
+        return Reply(status, body, headers, is_lost)
 
-    def _answer(self, message: Message) -> Json:
+    def _answer(self, message: Message) -> tuple[Json, bool]:
+        """The body of an answer, and whether it is lost on its way."""
+        message = read(message)
         query = parse_qsl(message.query, keep_blank_values=True)
         given = dict(query)
         principal = authenticate(
@@ -115,6 +140,8 @@ class Api:
         call = Call(method, path, checked, check_body(method, message.body), principal, self.services)
         self._check_project(call)
         authorize(call)
+        fault = Before(self.services.store, method.id, time.sleep)
+        operation_fails.set(fault.operation_fails)
         if message.verb == "GET" or method.id.endswith(".wait"):
             body = TABLE.answer(call)
         else:
@@ -122,7 +149,11 @@ class Api:
             with self.services.store.transaction():
                 body = compute.repeated(call) or TABLE.answer(call)
         body = self._rendered(call, body)
-        return partial(body, checked["fields"]) if checked.get("fields") else body
+        mask = checked.get("fields") or message.headers.get("x-goog-fieldmask", "")
+        body = partial(method, body, mask) if mask else body
+        if checked.get(NUMERIC_ENUMS) and method.response:
+            body = enums.as_numbers(method.document.schemas, {"$ref": method.response}, body)
+        return body, fault.answer_is_lost
 
     def _check_project(self, call: Call) -> None:
         """There is one project, known by its id and by its number."""
@@ -199,8 +230,26 @@ def application(api: Api) -> Starlette:
             return _json(error.code, error.body())
 
     async def batch(request: Request) -> Response:
-        content = await _body(request)
+        message = Message("POST", "", "", await _body(request), dict(request.headers))
+        try:
+            content = read(message).body
+        except ApiError as error:
+            return _json(error.code, error.body())
         return await run_in_threadpool(_batch, api, request.headers, content)
+
+    async def all_faults(request: Request) -> Response:
+        content = await _body(request)
+
+        def work() -> Json:
+            authorization = request.headers.get("authorization", "")
+            if not authenticate(api.services, authorization, "").is_developer:
+                raise ApiError(403, "Only the developer may make faults.")
+            return _faults(api, request.method, request.path_params.get("name", ""), content)
+
+        try:
+            return JSONResponse(await run_in_threadpool(work))
+        except ApiError as error:
+            return _json(error.code, error.body())
 
     async def rest(request: Request) -> Response:
         try:
@@ -213,7 +262,10 @@ def application(api: Api) -> Starlette:
             )
         except ApiError as error:
             return _json(error.code, error.body())
-        return _json(*await run_in_threadpool(api.answer, message))
+        reply = await run_in_threadpool(api.reply, message)
+        if reply.is_lost:
+            await _cut(request)
+        return _json(reply.status, reply.body, reply.headers)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -226,6 +278,8 @@ def application(api: Api) -> Starlette:
             Route("/healthz", healthz),
             Route("/v2/token", registry_token, methods=["GET", "POST"]),
             Route("/kubernetes/tokenreview/{secret}", token_webhook, methods=["POST"]),
+            Route("/localcloud/faults", all_faults, methods=["GET", "POST", "DELETE"]),
+            Route("/localcloud/faults/{name}", all_faults, methods=["DELETE"]),
             Route("/batch", batch, methods=["POST"]),
             Route("/batch/{rest:path}", batch, methods=["POST"]),
             Route("/{rest:path}", rest, methods=_VERBS),
@@ -234,8 +288,42 @@ def application(api: Api) -> Starlette:
     )
 
 
-def _json(status: int, body: Json) -> Response:
-    headers = {"WWW-Authenticate": 'Bearer realm="https://accounts.google.com/"'} if status == 401 else None
+async def _cut(request: Request) -> None:
+    """Break the connection of a request in place of an answer to it."""
+    # The web server has no call for it: what it gives requests to read from knows the connection.
+    transport = getattr(getattr(request.receive, "__self__", None), "transport", None)
+    if transport is not None:
+        transport.abort()
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+
+def _faults(api: Api, method: str, name: str, content: bytes) -> Json:
+    """What the server's own address for faults does: list them, make one, or clear one or all."""
+    services = api.services
+    if method == "GET":
+        return {"faults": faults.faults(services.store)}
+    if method == "DELETE":
+        ended = faults.clear(services.store, name)
+        api.control_planes.end(ended)
+        return {"cleared": [fault["name"] for fault in ended]}
+    try:
+        given = json.loads(content)
+        if not isinstance(given, dict):
+            raise TypeError("no JSON object")  # noqa: TRY301
+    except (ValueError, TypeError) as error:
+        raise ApiError(400, f"a fault is a JSON object: {error}") from error
+    fault = faults.add(services.store, given)
+    if fault["kind"] == "no-control-plane":
+        clusters = [record.name for record in services.store.list(container.CLUSTER)]
+        api.control_planes.begin(services.store, fault, clusters)
+    return fault
+
+
+def _json(status: int, body: Json, extra: tuple[tuple[str, str], ...] = ()) -> Response:
+    headers = dict(extra)
+    if status == 401:
+        headers["WWW-Authenticate"] = 'Bearer realm="https://accounts.google.com/"'
     content = json.dumps(body, indent=2, ensure_ascii=False).encode() + b"\n"
     return Response(content, status, headers, media_type="application/json; charset=UTF-8")
 
@@ -248,10 +336,8 @@ async def _body(request: Request) -> bytes:
     content = b""
     async for chunk in request.stream():
         content += chunk
-        if len(content) > _LARGEST_BODY:
-            raise ApiError(
-                413, "Request payload size exceeds the limit: 10485760 bytes.", reason="uploadTooLarge"
-            )
+        if len(content) > LARGEST_BODY:
+            raise too_large()
     return content
 
 

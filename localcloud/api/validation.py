@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from localcloud.api import enums
 from localcloud.api.discovery import Document, Method
 from localcloud.api.errors import ApiError
 from localcloud.store import Json
@@ -29,9 +30,13 @@ _PACKAGES = {
     "artifactregistry": "google.devtools.artifactregistry",
     "iam": "google.iam.admin",
     "serviceusage": "google.api.serviceusage",
+    "cloudresourcemanager": "google.cloud.resourcemanager",
 }
 _PARTIAL_SUCCESS = "returnPartialSuccess"
 """gcloud sends it to every list, and Google takes it there, though some lists' documents do not name it."""
+_SYSTEM = {"alt", "fields", "key", "prettyPrint", "userProject", "quotaUser", "callback", "uploadType"}
+NUMERIC_ENUMS = "$numericEnums"
+"""Where `check_query` notes that the client wants numbers: no parameter has this name."""
 _MOST_LEVELS = 100
 _OUTPUT_ONLY = re.compile(r"\[?output only", re.IGNORECASE)
 _DATETIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)")
@@ -61,13 +66,19 @@ def check_query(method: Method, items: Sequence[tuple[str, str]]) -> Json:
     """
     values: Json = {}
     problems: list[tuple[str, str]] = []
-    for name, text in items:
+    for given, text in items:
+        # System parameters may have a dollar before them: Google's newer clients write `$alt`.
+        name = given.removeprefix("$") if given.removeprefix("$") in _SYSTEM else given
+        if name == "alt":
+            text, encoding = _alt(text)  # noqa: PLW2901
+            if encoding:
+                values[NUMERIC_ENUMS] = True
         schema = method.parameters.get(name)
         if schema is None:
             # Google takes both spellings, and the official gcp plugin sends `repository_id`.
             camel = re.sub(r"_([a-z])", lambda found: found[1].upper(), name)
             if camel in method.parameters:
-                name, schema = camel, method.parameters[camel]  # noqa: PLW2901
+                name, schema = camel, method.parameters[camel]
         if schema is None and name == _PARTIAL_SUCCESS and method.service == "compute":
             continue
         if schema is None or schema.get("location") != "query":
@@ -79,6 +90,8 @@ def check_query(method: Method, items: Sequence[tuple[str, str]]) -> Json:
                 )
             )
             continue
+        if "enum" in schema and text.isdecimal():
+            text = enums.name(schema, int(text)) or text  # noqa: PLW2901
         value = _Checker(method.document, problems).scalar(schema, text, name)
         if schema.get("repeated"):
             values.setdefault(name, []).append(value)
@@ -86,6 +99,20 @@ def check_query(method: Method, items: Sequence[tuple[str, str]]) -> Json:
             values[name] = value
     _raise(problems)
     return values
+
+
+def _alt(text: str) -> tuple[str, bool]:
+    """The form that an answer is to have, and whether with the numbers of enums' values.
+
+    Raises:
+        ApiError: 501, another form than JSON; 400, an encoding that Google does not know.
+    """
+    form, _, encoding = text.partition(";")
+    if form in ("media", "proto"):
+        raise ApiError(501, f"localcloud answers in JSON only, not in {form}")
+    if encoding not in ("", "enum-encoding=int"):
+        raise ApiError(400, f"Invalid value for field 'alt': '{text}'.", reason="invalidParameter")
+    return form, encoding != ""
 
 
 def check_body(method: Method, content: bytes) -> Json:
@@ -254,6 +281,8 @@ class _Checker:
             return self._wrong(where, "TYPE_DOUBLE", value)
 
     def _string(self, schema: Json, value: Any, where: str) -> Any:
+        if "enum" in schema and isinstance(value, int) and not isinstance(value, bool):
+            value = enums.name(schema, value) or value
         if not isinstance(value, str):
             return self._wrong(where, "TYPE_STRING", value)
         if "enum" in schema and value not in schema["enum"]:

@@ -37,6 +37,8 @@ def _value(own: Document, others: list[Document], field: Json, value: Any) -> An
     if isinstance(value, list):
         return [_value(own, others, field.get("items", {}), item) for item in value]
     if isinstance(value, dict):
+        if "@type" in value:
+            return _message(own, others, value["@type"].rpartition(".")[2], value)
         if "$ref" in field:
             return _message(own, others, field["$ref"], value)
         inner = field.get("additionalProperties", {})

@@ -84,6 +84,11 @@ def delete_cluster(home: Home, supervisor: Supervisor, name: str) -> None:
     supervisor.remove_logs(_program(name, ""))
 
 
+def suspend_cluster(supervisor: Supervisor, name: str) -> None:
+    """End a cluster's API server and nothing else; `create_cluster` brings it back."""
+    supervisor.remove(_program(name, "apiserver"))
+
+
 @functools.cache
 def cluster_version() -> str:
     """The version of the kube-apiserver on PATH, like `1.37.2`.

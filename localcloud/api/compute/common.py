@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from localcloud.api.errors import ApiError, already_exists, invalid_value, not_found
-from localcloud.api.listing import matching, page
+from localcloud.api.listing import matching, ordered_page, page
 from localcloud.api.service import PROJECT_NUMBER, TABLE, Call, Services, fingerprint, new_id, now
 from localcloud.store import Json, Record, Store
 
@@ -125,10 +125,16 @@ def new_body(key: str, kind: str) -> Json:
 
 def listed(call: Call, items: list[Json], kind: str, path: str) -> Json:
     """A list's response: filtered, in pages."""
-    chosen, following = page(
-        _ordered(matching(items, call.query.get("filter")), call.query.get("orderBy")),
+    order = call.query.get("orderBy")
+    if order not in (None, "", "name", "creationTimestamp desc"):
+        raise invalid_value("orderBy", order, "Only 'name' and 'creationTimestamp desc' are supported.")
+    by_time = order == "creationTimestamp desc"
+    chosen, following = ordered_page(
+        matching(items, call.query.get("filter")),
         call.query.get("maxResults"),
         call.query.get("pageToken"),
+        ["creationTimestamp", "insertTime", "name"] if by_time else ["name"],
+        down=by_time,
     )
     body: Json = {"kind": kind, "id": path, "items": chosen, "selfLink": link(path)}
     if not chosen:
@@ -136,21 +142,11 @@ def listed(call: Call, items: list[Json], kind: str, path: str) -> Json:
     return body | ({"nextPageToken": following} if following else {})
 
 
-def _ordered(items: list[Json], order: str | None) -> list[Json]:
-    if not order:
-        return items
-    if order not in ("name", "creationTimestamp desc"):
-        raise invalid_value("orderBy", order, "Only 'name' and 'creationTimestamp desc' are supported.")
-    field = order.split()[0]
-    return sorted(items, key=lambda item: str(item.get(field, "")), reverse=order.endswith("desc"))
-
-
 def aggregated(call: Call, items: list[Json], kind: str, collection: str, scopes: list[str]) -> Json:
     """A list of all scopes (`zones/Z`), each with its items or Google's warning that there are none."""
     groups: dict[str, list[Json]] = {}
-    chosen, following = page(
-        matching(items, call.query.get("filter")), call.query.get("maxResults"), call.query.get("pageToken")
-    )
+    found = matching(items, call.query.get("filter"))
+    chosen, following = page(found, call.query.get("maxResults"), call.query.get("pageToken"), "selfLink")
     for item in chosen:
         parts = key_of(item["selfLink"]).split("/")
         groups.setdefault("global" if parts[2] == "global" else "/".join(parts[2:4]), []).append(item)

@@ -130,7 +130,9 @@ def test_method_that_is_not_served_is_named(client: Client) -> None:
     assert message == "localcloud does not serve the method compute.backendServices.list"
 
 
-@pytest.mark.parametrize("path", ["/compute/v1/projects", "/compute/v9/projects/x", "/storage/v1/b", "/"])
+@pytest.mark.parametrize(
+    "path", ["/compute/v1/projects", "/compute/v9/projects/x", "/x/y/z", "/storage", "/"]
+)
 def test_path_that_google_does_not_have_is_404(client: Client, path: str) -> None:
     client.error(404, "GET", path)
 

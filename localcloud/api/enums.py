@@ -1,0 +1,138 @@
+"""The numbers of enums' values: Google's newer client libraries send and ask for them (`enum-encoding=int`).
+
+The discovery documents have the values in the order of their numbers, but not the numbers: those that are not
+their place in the list are below, from the protocol buffers that Google's clients are made of.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from localcloud.store import Json
+
+_CODES = {
+    "UNAUTHENTICATED": 16,
+    "RESOURCE_EXHAUSTED": 8,
+    "FAILED_PRECONDITION": 9,
+    "ABORTED": 10,
+    "OUT_OF_RANGE": 11,
+    "UNIMPLEMENTED": 12,
+    "INTERNAL": 13,
+    "UNAVAILABLE": 14,
+    "DATA_LOSS": 15,
+}
+_NUMBERS: dict[tuple[str, str], dict[str, int]] = {
+    ("AdvancedDatapathObservabilityConfig", "relayMode"): {"INTERNAL_VPC_LB": 3, "EXTERNAL_LB": 4},
+    ("AutopilotConversionStatus", "state"): {"DONE": 5},
+    ("BinaryAuthorization", "evaluationMode"): {
+        "POLICY_BINDINGS": 5,
+        "POLICY_BINDINGS_AND_PROJECT_SINGLETON_POLICY_ENFORCE": 6,
+    },
+    ("BlueGreenInfo", "phase"): {
+        "WAITING_TO_DRAIN_BLUE_POOL": 8,
+        "DRAINING_BLUE_POOL": 4,
+        "NODE_POOL_SOAKING": 5,
+        "DELETING_BLUE_POOL": 6,
+        "ROLLBACK_STARTED": 7,
+    },
+    ("ClusterUpgradeInfo", "autoUpgradeStatus"): {"MINOR_UPGRADE_PAUSED": 4, "UPGRADE_PAUSED": 5},
+    ("ClusterUpgradeInfo", "pausedReason"): {
+        "MAINTENANCE_EXCLUSION_NO_UPGRADES": 5,
+        "MAINTENANCE_EXCLUSION_NO_MINOR_UPGRADES": 6,
+        "CLUSTER_DISRUPTION_BUDGET_MINOR_UPGRADE": 7,
+        "SYSTEM_CONFIG": 8,
+    },
+    ("DatabaseEncryption", "currentState"): {
+        "CURRENT_STATE_ENCRYPTED": 7,
+        "CURRENT_STATE_ALL_OBJECTS_ENCRYPTION_ENABLED": 8,
+        "CURRENT_STATE_ALL_OBJECTS_ENCRYPTION_PENDING": 9,
+        "CURRENT_STATE_ALL_OBJECTS_ENCRYPTION_ERROR": 10,
+    },
+    ("DataplaneV2Config", "scalabilityMode"): {"DISABLED": 3, "SCALE_OPTIMIZED": 4},
+    ("GPUDirectConfig", "gpuDirectStrategy"): {"RDMA": 2},
+    ("GatewayAPIConfig", "channel"): {"CHANNEL_EXPERIMENTAL": 3, "CHANNEL_STANDARD": 4},
+    ("LoggingComponentConfig", "enableComponents"): {
+        "KCP_SSHD": 7,
+        "KCP_CONNECTION": 8,
+        "KCP_HPA": 9,
+        "KCP_VPA": 10,
+    },
+    ("MonitoringComponentConfig", "enableComponents"): {
+        "APISERVER": 3,
+        "SCHEDULER": 4,
+        "CONTROLLER_MANAGER": 5,
+        "STORAGE": 7,
+        "HPA": 8,
+        "POD": 9,
+        "DAEMONSET": 10,
+        "DEPLOYMENT": 11,
+        "STATEFULSET": 12,
+        "CADVISOR": 13,
+        "KUBELET": 14,
+        "DCGM": 15,
+        "JOBSET": 16,
+    },
+    ("Operation", "operationType"): {"RESIZE_CLUSTER": 18, "FLEET_FEATURE_UPGRADE": 19},
+    ("StatusCondition", "canonicalCode"): _CODES,
+    ("StatusCondition", "code"): {
+        "CLOUD_KMS_KEY_ERROR": 7,
+        "CA_EXPIRING": 9,
+        "NODE_SERVICE_ACCOUNT_MISSING_PERMISSIONS": 10,
+        "CLOUD_KMS_KEY_DESTROYED": 11,
+    },
+    ("UpgradeInfoEvent", "state"): {"STARTED": 3, "SUCCEEDED": 4, "FAILED": 5, "CANCELED": 6},
+    ("UpgradeSettings", "strategy"): {"BLUE_GREEN": 2, "SURGE": 3, "SHORT_LIVED": 5},
+    ("WorkloadConfig", "auditMode"): {"BASIC": 4, "BASELINE": 2, "RESTRICTED": 3},
+    ("ProjectSettings", "legacyRedirectionState"): {
+        "REDIRECTION_FROM_GCR_IO_ENABLED_AND_COPYING": 5,
+        "REDIRECTION_FROM_GCR_IO_PARTIAL_AND_COPYING": 6,
+    },
+    ("Repository", "format"): {
+        "APT": 5,
+        "YUM": 6,
+        "PYTHON": 8,
+        "KFP": 9,
+        "GO": 10,
+        "GENERIC": 11,
+        "RUBY": 12,
+    },
+}
+
+
+def number(field: Json, value: str) -> int | None:
+    """The number of one of a field's values."""
+    numbers: dict[str, int] = field.get("numbers", {})
+    found = numbers.get(value)
+    if found is None and value in field["enum"]:
+        return int(field["enum"].index(value))
+    return found
+
+
+def name(field: Json, wanted: int) -> str | None:
+    """The value of a field that has this number."""
+    for value in field["enum"]:
+        if number(field, value) == wanted:
+            return str(value)
+    return None
+
+
+def annotate(schemas: dict[str, Json]) -> None:
+    """Write the numbers that are not an enum's own order beside it in a document's schemas."""
+    for (schema, field), numbers in _NUMBERS.items():
+        found = schemas.get(schema, {}).get("properties", {}).get(field)
+        if found is not None:
+            found.get("items", found)["numbers"] = numbers
+
+
+def as_numbers(schemas: dict[str, Json], field: Json, value: Any) -> Any:
+    """An answer with numbers in place of the names of enums' values."""
+    if isinstance(value, list):
+        return [as_numbers(schemas, field.get("items", {}), item) for item in value]
+    if isinstance(value, dict):
+        schema = schemas.get(field["$ref"], {}) if "$ref" in field else field
+        properties, extra = schema.get("properties", {}), schema.get("additionalProperties", {})
+        return {key: as_numbers(schemas, properties.get(key, extra), item) for key, item in value.items()}
+    if "enum" in field and isinstance(value, str):
+        found = number(field, value)
+        return value if found is None else found
+    return value
