@@ -11,7 +11,7 @@ from localcloud.store import Json
 
 _MOST_LEVELS = 50
 """Of a mask; what is nested deeper is no question but a load."""
-_NAME = re.compile(r"\s*([^,/()\s]+)\s*")
+_NAME = re.compile(r"([^,/()]+)")
 
 Tree = dict[str, Any]
 """The names of a mask, each with the tree of what is wanted of it; an empty one wants all."""
@@ -35,7 +35,7 @@ class _Selection:
     """
 
     def __init__(self, text: str) -> None:
-        self._text = text
+        self._text = re.sub(r"\s+", "", text)
         self._position = 0
 
     def parse(self) -> Tree:

@@ -185,3 +185,25 @@ def test_every_method_that_is_served_has_an_answer_to_an_empty_request(client: C
     for method, path in served:
         status, answer = client.send(method.http_method, path, b"{}" if method.request else None)
         assert status in (200, 400, 404, 412), (method.id, answer)
+
+
+@pytest.mark.parametrize(
+    "path", ["/storage/v1/b", "/pubsub/v1/projects/x/topics", "/iam/v2/policies", "/apphub/v1/x"]
+)
+def test_a_product_that_is_not_served_is_named(client: Client, path: str) -> None:
+    _, product, version, *_ = path.split("/")
+    assert client.error(501, "GET", path) == f"localcloud does not serve the API {product} {version}"
+
+
+def test_resource_manager_knows_the_one_project(client: Client) -> None:
+    listed = client.ok("GET", "/cloudresourcemanager/v1/projects", query="filter=lifecycleState:ACTIVE")
+    assert [project["projectId"] for project in listed["projects"]] == ["localcloud-dev"]
+    assert client.ok("GET", "/cloudresourcemanager/v1/projects", query="filter=projectId:other") == {}
+    number = listed["projects"][0]["projectNumber"]
+    for name in ("localcloud-dev", number):
+        assert client.ok("GET", f"/cloudresourcemanager/v1/projects/{name}")["projectNumber"] == number
+        assert client.ok("GET", f"/cloudresourcemanager/v3/projects/{name}")["name"] == f"projects/{number}"
+    assert client.ok("GET", "/cloudresourcemanager/v3/projects:search")["projects"][0]["state"] == "ACTIVE"
+    client.error(403, "GET", "/cloudresourcemanager/v1/projects/other")
+    policy = client.ok("POST", "/cloudresourcemanager/v1/projects/localcloud-dev:getIamPolicy", {})
+    assert policy["bindings"][0]["role"] == "roles/owner"

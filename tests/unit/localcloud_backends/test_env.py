@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,22 @@ def test_a_second_env_gives_what_the_first_one_gave(home: Home, monkeypatch: pyt
 
 def test_a_value_reaches_the_shell_as_it_is(home: Home) -> None:
     assert "export GOOGLE_OAUTH_ACCESS_TOKEN='it'\"'\"'s secret'\n" in exports(home, CONFIG)
+
+
+def test_no_product_that_the_sdk_knows_is_left_to_a_real_host(home: Home) -> None:
+    """Every setting of an endpoint that the SDK has is set, and is what the plugin takes for one."""
+    found = variables(home, CONFIG)
+    module = importlib.util.find_spec("pulumi_gcp.config.vars")
+    assert module is not None
+    assert module.origin is not None
+    tree = ast.parse(Path(module.origin).read_text())
+    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    settings = {name for name in names if name.endswith("_custom_endpoint")}
+    assert len(settings) > 150
+    for setting in settings:
+        url = found[f"GOOGLE_{setting.upper()}"]
+        assert re.fullmatch(r"http://127\.0\.0\.1:1234/.*[^/]+/", url), url
+    assert found["GOOGLE_IAM_BETA_CUSTOM_ENDPOINT"] == "http://127.0.0.1:1234/iam/v1/"
+    assert found["GOOGLE_COMPUTE_CUSTOM_ENDPOINT"] == "http://127.0.0.1:1234/compute/beta/"
+    for api in ("CLOUDRESOURCEMANAGER", "STORAGE", "PUBSUB", "LOGGING", "IAMCREDENTIALS", "COMPUTE"):
+        assert found[f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{api}"].startswith("http://127.0.0.1:1234/")
