@@ -7,7 +7,6 @@ import secrets
 import uuid
 from datetime import UTC, datetime
 from functools import partial
-from urllib.parse import quote
 
 from localcloud.api.compute.catalog import ZONES
 from localcloud.api.errors import ApiError
@@ -38,7 +37,7 @@ def _parent(call: Call) -> str:
     return f"projects/{call.project}/locations/{location}"
 
 
-def _find(call: Call) -> Record:
+def find_repository(call: Call) -> Record:
     """
     Raises:
         ApiError: 404, no such repository.
@@ -107,29 +106,39 @@ def _do_create(services: Services, arguments: Json) -> Json | None:
         record = services.store.get(arguments["key"])
         if record is None:
             return None
-        record.body["registryUri"] = f"{address}/{_prefix(record)}"
+        record.body["registryUri"] = f"{address}/{prefix_of(record)}"
         services.store.put(record)
     return record.body | {"@type": f"{_TYPE}{arguments['version']}.Repository"}
 
 
-def _prefix(record: Record) -> str:
+def prefix_of(record: Record) -> str:
     return f"{record.key.split('/')[1]}/{record.name}"
 
 
 @TABLE.serves("artifactregistry.projects.locations.repositories.get")
 def _get(call: Call) -> Json:
-    return _find(call).body
+    return _sized(call.services, find_repository(call))
+
+
+def _sized(services: Services, record: Record) -> Json:
+    """A repository with the bytes that it takes at the moment; what images share counts once."""
+    blobs = {
+        blob["digest"]: blob["size"]
+        for manifest in services.backends.list_manifests(prefix_of(record))
+        for blob in manifest["blobs"]
+    }
+    return record.body | ({"sizeBytes": str(sum(blobs.values()))} if blobs else {})
 
 
 @TABLE.serves("artifactregistry.projects.locations.repositories.list")
 def _list(call: Call) -> Json:
-    items = [record.body for record in call.store.list(REPOSITORY, f"{_parent(call)}/")]
+    items = [_sized(call.services, record) for record in call.store.list(REPOSITORY, f"{_parent(call)}/")]
     return listing(call, "repositories", items)
 
 
 @TABLE.serves("artifactregistry.projects.locations.repositories.patch")
 def _patch(call: Call) -> Json:
-    record = _find(call)
+    record = find_repository(call)
     update(record.body, call.body, call.query.get("updateMask", ""), _CHANGEABLE)
     record.body["updateTime"] = _time()
     return call.store.put(record).body
@@ -137,7 +146,7 @@ def _patch(call: Call) -> Json:
 
 @TABLE.serves("artifactregistry.projects.locations.repositories.delete")
 def _delete(call: Call) -> Json:
-    record = _find(call)
+    record = find_repository(call)
     record.private["deleting"] = True
     call.store.put(record)
     return _begin(call, record, "artifactregistry.repositories.delete")
@@ -148,7 +157,7 @@ def _do_delete(services: Services, arguments: Json) -> Json | None:
     record = services.store.get(arguments["key"])
     if record is not None:
         try:
-            services.backends.delete_repository(_prefix(record))
+            services.backends.delete_repository(prefix_of(record))
         except BackendError:
             # It is there, then, and can be used or deleted again.
             record.private.pop("deleting", None)
@@ -160,12 +169,12 @@ def _do_delete(services: Services, arguments: Json) -> Json | None:
 
 @TABLE.serves("artifactregistry.projects.locations.repositories.getIamPolicy")
 def _get_policy(call: Call) -> Json:
-    return get_policy(_find(call))
+    return get_policy(find_repository(call))
 
 
 @TABLE.serves("artifactregistry.projects.locations.repositories.setIamPolicy")
 def _set_policy(call: Call) -> Json:
-    record = _find(call)
+    record = find_repository(call)
     return set_policy(
         call, record, REPOSITORY_ROLES, lambda email: find_account(call.store, "-", email) is not None
     )
@@ -173,42 +182,7 @@ def _set_policy(call: Call) -> Json:
 
 @TABLE.serves("artifactregistry.projects.locations.repositories.testIamPermissions")
 def _test_permissions(call: Call) -> Json:
-    return test_permissions(call, _find(call))
-
-
-def _images(call: Call, record: Record) -> list[Json]:
-    """The repository's images, as the registry has them now."""
-    images = []
-    for manifest in call.services.backends.list_manifests(_prefix(record)):
-        path = manifest["name"].removeprefix(f"{_prefix(record)}/")
-        reference = f"{path}@{manifest['digest']}"
-        images.append(
-            {
-                "name": f"{record.key}/dockerImages/{quote(reference, safe='@:')}",
-                "uri": f"{record.body['registryUri']}/{reference}",
-                "tags": manifest["tags"],
-                "imageSizeBytes": str(manifest["size"]),
-                "mediaType": manifest["media_type"],
-                "uploadTime": manifest["uploaded"],
-                "updateTime": manifest["uploaded"],
-            }
-        )
-    return images
-
-
-@TABLE.serves("artifactregistry.projects.locations.repositories.dockerImages.list")
-def _list_images(call: Call) -> Json:
-    return listing(call, "dockerImages", _images(call, _find(call)))
-
-
-@TABLE.serves("artifactregistry.projects.locations.repositories.dockerImages.get")
-def _get_image(call: Call) -> Json:
-    record = _find(call)
-    name = f"{record.key}/dockerImages/{quote(call.path['dockerImage'], safe='@:')}"
-    for image in _images(call, record):
-        if image["name"] == name:
-            return image
-    raise ApiError(404, f"Image {name} not found")
+    return test_permissions(call, find_repository(call))
 
 
 @TABLE.serves("artifactregistry.projects.locations.get")
@@ -259,5 +233,5 @@ def _restore(services: Services) -> None:
     address = services.backends.ensure_registry()
     with services.store.transaction():
         for record in services.store.list(REPOSITORY):
-            record.body["registryUri"] = f"{address}/{_prefix(record)}"
+            record.body["registryUri"] = f"{address}/{prefix_of(record)}"
             services.store.put(record)

@@ -7,7 +7,7 @@ import secrets
 
 from localcloud.api.errors import ApiError
 from localcloud.api.listing import listing
-from localcloud.api.policy import get_policy, set_policy, test_permissions
+from localcloud.api.policy import forget_member, get_policy, set_policy, test_permissions
 from localcloud.api.service import PROJECT_NUMBER, TABLE, Call, fingerprint
 from localcloud.store import Json, Record, Store
 
@@ -118,7 +118,10 @@ def _update(call: Call, fields: Json, paths: list[str]) -> Json:
 
 @TABLE.serves("iam.projects.serviceAccounts.delete")
 def _delete(call: Call) -> Json:
-    call.store.delete(_require(call).key)
+    """Delete an account. What it was granted stays its own: one of the same name is another account."""
+    record = _require(call)
+    call.store.delete(record.key)
+    forget_member(call.store, f"serviceAccount:{record.body['email']}", record.body["uniqueId"])
     return {}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 
 from localcloud.api.errors import ApiError
 from localcloud.api.service import Call, fingerprint
-from localcloud.store import Json, Record
+from localcloud.store import Json, Record, Store
 
 _READ = {
     "artifactregistry.repositories.get",
@@ -15,6 +15,11 @@ _READ = {
     "artifactregistry.repositories.downloadArtifacts",
     "artifactregistry.dockerimages.get",
     "artifactregistry.dockerimages.list",
+    *(
+        f"artifactregistry.{collection}.{verb}"
+        for collection in ("packages", "versions", "tags", "files")
+        for verb in ("get", "list")
+    ),
 }
 _WRITE = _READ | {"artifactregistry.repositories.uploadArtifacts"}
 _ADMIN = _WRITE | {
@@ -33,8 +38,9 @@ REPOSITORY_ROLES: dict[str, set[str]] = {
     "roles/editor": _WRITE,
     "roles/owner": _ADMIN,
 }
+_WITH_POLICIES = ("artifactregistry.repositories", "iam.serviceAccounts")
 _MEMBER = re.compile(
-    r"allUsers|allAuthenticatedUsers|(user|serviceAccount|group):[^@\s:]+@[^@\s:]+|domain:[^@\s:]+\.[^@\s:]+"
+    r"deleted:serviceAccount:[^@\s:]+@[^@\s:?]+\?uid=\d+|allUsers|allAuthenticatedUsers|(user|serviceAccount|group):[^@\s:]+@[^@\s:]+|domain:[^@\s:]+\.[^@\s:]+"
     r"|principal(Set)?://\S+|project(Owner|Editor|Viewer):\S+"
 )
 
@@ -82,6 +88,19 @@ def set_policy(
     record.private["policy"] = kept
     call.store.put(record)
     return get_policy(record)
+
+
+def forget_member(store: Store, member: str, unique: str) -> None:
+    """Show in every policy that a member was deleted, as Google does: `deleted:serviceAccount:…?uid=…`."""
+    for kind in _WITH_POLICIES:
+        for record in store.list(kind):
+            bindings = record.private.get("policy", {}).get("bindings", [])
+            if any(member in binding["members"] for binding in bindings):
+                gone = f"deleted:{member}?uid={unique}"
+                for binding in bindings:
+                    members = {gone if item == member else item for item in binding["members"]}
+                    binding["members"] = sorted(members)
+                store.put(record)
 
 
 def _check_member(member: str, account_exists: Callable[[str], bool]) -> None:

@@ -22,10 +22,12 @@ from starlette.routing import Route
 
 from localcloud.api import (
     artifactregistry,
+    artifacts,
     discovery,
     enums,
     faults,
     iam,
+    identity,
     registry_tokens,
     resourcemanager,
     serviceusage,
@@ -54,7 +56,15 @@ from localcloud.store import Json, Store
 logger = logging.getLogger("localcloud.api")
 
 _VERBS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
-_SERVED_MODULES = (compute_operations, instance_groups, instances, clusters, resourcemanager, serviceusage)
+_SERVED_MODULES = (
+    artifacts,
+    compute_operations,
+    instance_groups,
+    instances,
+    clusters,
+    resourcemanager,
+    serviceusage,
+)
 """Imported for what they put into the table."""
 
 
@@ -202,6 +212,9 @@ def application(api: Api) -> Starlette:
             }
         )
 
+    async def certs(_request: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(identity.certificates, api.services.home))
+
     async def registry_token(request: Request) -> Response:
         form: Json = dict(parse_qsl((await _body(request)).decode(errors="replace")))
         scopes = [*request.query_params.getlist("scope"), *([form["scope"]] if "scope" in form else [])]
@@ -278,6 +291,7 @@ def application(api: Api) -> Starlette:
             Route("/healthz", healthz),
             Route("/v2/token", registry_token, methods=["GET", "POST"]),
             Route("/kubernetes/tokenreview/{secret}", token_webhook, methods=["POST"]),
+            Route("/oauth2/v3/certs", certs),
             Route("/localcloud/faults", all_faults, methods=["GET", "POST", "DELETE"]),
             Route("/localcloud/faults/{name}", all_faults, methods=["DELETE"]),
             Route("/batch", batch, methods=["POST"]),

@@ -148,7 +148,7 @@ def _mac(home: Home, payload: str) -> bytes:
 
 
 def _secret(home: Home) -> bytes:
-    return _made_once(home, "secret.key", lambda: secrets.token_bytes(32))
+    return made_once(home, "secret.key", lambda: secrets.token_bytes(32))
 
 
 def _key_id(home: Home) -> str:
@@ -161,7 +161,7 @@ def _key_id(home: Home) -> str:
 
 
 def _registry_key(home: Home) -> ec.EllipticCurvePrivateKey:
-    pem = _made_once(home, "registry.pem", _new_registry_key)
+    pem = made_once(home, "registry.pem", _new_registry_key)
     key = serialization.load_pem_private_key(pem, password=None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise TypeError(f"{home.keys / 'registry.pem'} is not an EC key")
@@ -174,7 +174,7 @@ def _new_registry_key() -> bytes:
     )
 
 
-def _made_once(home: Home, name: str, make: Callable[[], bytes]) -> bytes:
+def made_once(home: Home, name: str, make: Callable[[], bytes]) -> bytes:
     """The content of a key file; the first caller of all processes makes it."""
     path = home.keys / name
     if not path.exists():

@@ -19,10 +19,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from localcloud.api.identity import mint_identity_token
 from localcloud.api.service import PROJECT_NUMBER
 from localcloud.api.tokens import AccessToken, mint_access_token
 from localcloud.backends.rootfs import Rootfs
@@ -31,6 +33,7 @@ from localcloud.specs import InstanceSpec
 from localcloud.store import Store, instance_key
 
 _FLAVOR = "Metadata-Flavor"
+_UNIVERSE = "googleapis.com"
 # Google's server gives out a cached token until five minutes before its end.
 _TOKEN_MARGIN_SECONDS = 300
 _POLL_SECONDS = 0.1
@@ -46,9 +49,11 @@ class Lines:
 
 @dataclass(frozen=True)
 class Hidden:
-    """A value that is made when it is asked for, and left out of recursive answers."""
+    """A value that is made when it is asked for, of the question's parameters, and left out of recursive
+    answers.
+    """
 
-    make: Callable[[], Any]
+    make: Callable[[dict[str, list[str]]], Answer]
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,7 @@ class Metadata:
                 "numeric-project-id": int(PROJECT_NUMBER),
                 "project-id": spec.project,
             },
+            "universe": {"universe-domain": _UNIVERSE},
         }
 
     def _interface(self) -> dict[str, Node]:
@@ -162,17 +168,44 @@ class Metadata:
             "aliases": Lines(("default",)),
             "email": email,
             "scopes": Lines(scopes),
-            "token": Hidden(lambda: self._access_token(email, scopes)),
+            "token": Hidden(lambda _query: self._access_token(email, scopes)),
+            "identity": Hidden(lambda query: self._identity(email, body, query)),
         }
         return {email: account, "default": account}
 
-    def _access_token(self, email: str, scopes: tuple[str, ...]) -> dict[str, Any]:
+    def _identity(self, email: str, body: dict[str, Any], query: dict[str, list[str]]) -> Answer:
+        """An identity token for an audience; `format=full` says of which instance."""
+        audience = query.get("audience", [""])[-1]
+        if not audience:
+            return _page(400, "Bad Request", "non-empty audience parameter required")
+        form = query.get("format", ["standard"])[-1].lower()
+        if form not in ("standard", "full"):
+            return _page(400, "Bad Request", "The value of format must be standard or full.")
+        account = self._store.get(f"projects/{self._spec.project}/serviceAccounts/{email}")
+        subject = account.body["uniqueId"] if account is not None else email
+        claims: dict[str, Any] = {"aud": audience, "azp": subject, "sub": subject}
+        claims |= {"email": email, "email_verified": True}
+        if form == "full":
+            claims["google"] = {
+                "compute_engine": {
+                    "instance_creation_timestamp": _seconds(body.get("creationTimestamp", "")),
+                    "instance_id": self._spec.id,
+                    "instance_name": self._spec.name,
+                    "project_id": self._spec.project,
+                    "project_number": int(PROJECT_NUMBER),
+                    "zone": self._spec.zone,
+                }
+            }
+        return Answer(200, mint_identity_token(self._home, claims), "text/html")
+
+    def _access_token(self, email: str, scopes: tuple[str, ...]) -> Answer:
         with self._lock:
             token = self._token
             known = token is not None and (token.email, token.scopes) == (email, scopes)
             if token is None or not known or token.expires_in <= _TOKEN_MARGIN_SECONDS:
                 token = self._token = mint_access_token(self._home, email, scopes)
-        return {"access_token": token.value, "expires_in": token.expires_in, "token_type": "Bearer"}
+        body = {"access_token": token.value, "expires_in": token.expires_in, "token_type": "Bearer"}
+        return Answer(200, json.dumps(body), "application/json")
 
 
 def answer(tree: dict[str, Node], path: str, query: dict[str, list[str]]) -> Answer:
@@ -192,7 +225,7 @@ def answer(tree: dict[str, Node], path: str, query: dict[str, list[str]]) -> Ans
         recursive = query.get("recursive", ["false"])[-1].lower() == "true"
         return _directory_answer(node, path, alternative, recursive=recursive)
     if isinstance(node, Hidden):
-        return Answer(200, json.dumps(node.make()), "application/json")
+        return node.make(query)
     if alternative == "json":
         return Answer(200, json.dumps(_plain(node)), "application/json")
     return Answer(200, _text(node))
@@ -274,6 +307,13 @@ def forbidden() -> Answer:
         "Forbidden",
         f"Your client does not have permission to get this URL: missing {_FLAVOR}: Google header.",
     )
+
+
+def _seconds(time_stamp: str) -> int:
+    try:
+        return int(datetime.fromisoformat(time_stamp).timestamp())
+    except ValueError:
+        return 0
 
 
 def _page(status: int, title: str, text: str) -> Answer:

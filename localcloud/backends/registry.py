@@ -108,7 +108,7 @@ def list_manifests(home: Home, prefix: str) -> list[dict[str, Any]]:
     """Every manifest below PROJECT/REPOSITORY, by name and digest.
 
     Each with `name` (PROJECT/REPOSITORY/IMAGE), `digest`, `tags`, `size` (bytes of config and layers),
-    `media_type` and `uploaded` (RFC 3339).
+    `blobs` (digest and size of itself and of each of those), `media_type` and `uploaded` (RFC 3339).
     """
     found = []
     for revisions in sorted(_repository(home, prefix).glob("**/_manifests/revisions/sha256")):
@@ -126,7 +126,8 @@ def list_manifests(home: Home, prefix: str) -> list[dict[str, Any]]:
                         "name": name,
                         "digest": digest,
                         "tags": tags.get(digest, []),
-                        "size": _size(document),
+                        "size": _size(home, document),
+                        "blobs": [{"digest": digest, "size": _length(home, digest)}, *_parts(document)],
                         "media_type": document.get("mediaType", ""),
                         "uploaded": datetime.fromtimestamp(link.stat().st_mtime, UTC).isoformat(),
                     }
@@ -147,17 +148,38 @@ def _repository(home: Home, prefix: str) -> Path:
 def _manifest(home: Home, digest: str) -> dict[str, Any] | None:
     if not _DIGEST.fullmatch(digest):
         return None
-    value = digest.removeprefix("sha256:")
-    blob = home.registry / "storage/docker/registry/v2/blobs/sha256" / value[:2] / value / "data"
     try:
-        document: dict[str, Any] = json.loads(blob.read_text())
+        document: dict[str, Any] = json.loads(_blob(home, digest).read_text())
     except (OSError, ValueError):
         return None
     return document
 
 
-def _size(manifest: dict[str, Any]) -> int:
-    return sum(int(item["size"]) for item in [manifest.get("config"), *manifest.get("layers", [])] if item)
+def _blob(home: Home, digest: str) -> Path:
+    value = digest.removeprefix("sha256:")
+    return home.registry / "storage/docker/registry/v2/blobs/sha256" / value[:2] / value / "data"
+
+
+def _length(home: Home, digest: str) -> int:
+    try:
+        return _blob(home, digest).stat().st_size
+    except OSError:
+        return 0
+
+
+def _parts(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The blobs that a manifest names, each with its digest and size."""
+    items = [manifest.get("config"), *manifest.get("layers", [])]
+    return [{"digest": item["digest"], "size": int(item["size"])} for item in items if item]
+
+
+def _size(home: Home, manifest: dict[str, Any], levels: int = 2) -> int:
+    """The bytes of config and layers; of an index, those of the manifests in it."""
+    own: int = sum(part["size"] for part in _parts(manifest))
+    for item in manifest.get("manifests", []) if levels else []:
+        inner = _manifest(home, item["digest"])
+        own += _size(home, inner, levels - 1) if inner is not None else 0
+    return own
 
 
 def _secret(directory: Path) -> str:

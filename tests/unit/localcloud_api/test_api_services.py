@@ -187,6 +187,7 @@ def test_images_are_what_the_registry_has(client: Client) -> None:
         "digest": "sha256:" + "0" * 64,
         "tags": ["v1"],
         "size": 5,
+        "blobs": [{"digest": "sha256:" + "0" * 64, "size": 5}],
         "media_type": "application/vnd.oci.image.manifest.v1+json",
         "uploaded": "2026-01-01T00:00:00Z",
     }
@@ -213,6 +214,24 @@ def test_service_account_lives_and_dies(client: Client) -> None:
     assert {item["email"] for item in client.ok("GET", ACCOUNTS)["accounts"]} > {email}
     assert client.ok("DELETE", f"{ACCOUNTS}/{email}") == {}
     assert client.error(404, "GET", f"{ACCOUNTS}/{email}") == f"Unknown service account: {email}"
+
+
+def test_what_a_deleted_account_was_granted_is_not_the_next_ones(client: Client) -> None:
+    client.done_registry(client.ok("POST", REPOSITORIES, {"format": "DOCKER"}, query="repositoryId=app"))
+    path, email = f"{REPOSITORIES}/app", "robot1@localcloud-dev.iam.gserviceaccount.com"
+    account = client.ok("POST", ACCOUNTS, {"accountId": "robot1"})
+    binding = {"role": "roles/artifactregistry.reader", "members": [f"serviceAccount:{email}"]}
+    client.ok("POST", f"{path}:setIamPolicy", {"policy": {"bindings": [binding]}})
+    client.ok("DELETE", f"{ACCOUNTS}/{email}")
+    gone = f"deleted:serviceAccount:{email}?uid={account['uniqueId']}"
+    shown = client.ok("GET", f"{path}:getIamPolicy")
+    assert shown["bindings"][0]["members"] == [gone]
+    # A policy that was read can be written again, as a client does that adds a member of its own.
+    again = client.ok("POST", ACCOUNTS, {"accountId": "robot1"})
+    assert again["uniqueId"] != account["uniqueId"]
+    both = binding | {"members": [gone, f"serviceAccount:{email}"]}
+    written = client.ok("POST", f"{path}:setIamPolicy", {"policy": shown | {"bindings": [both]}})
+    assert written["bindings"][0]["members"] == sorted(both["members"])
 
 
 @pytest.mark.parametrize("name", ["", "short", "Upper-case", "a" * 31, "ends-with-"])

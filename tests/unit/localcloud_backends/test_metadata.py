@@ -1,5 +1,6 @@
 """The metadata server's paths, forms and rules."""
 
+import base64
 import http.client
 import json
 import socket
@@ -9,7 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from google.auth import jwt
 
+from localcloud.api.identity import certificates
 from localcloud.api.tokens import read_access_token
 from localcloud.backends.metadata import Answer, Metadata, MetadataServer, answer
 from localcloud.home import Config, Home
@@ -89,7 +94,7 @@ def test_the_zone_is_a_path_with_the_projects_number(metadata: Metadata) -> None
 
 
 def test_a_directory_lists_its_entries_and_marks_directories(metadata: Metadata) -> None:
-    assert get(metadata, "").body == "instance/\nproject/\n"
+    assert get(metadata, "").body == "instance/\nproject/\nuniverse/\n"
     assert get(metadata, "instance/attributes/").body == "a-key\nb\n"
     assert get(metadata, "instance/network-interfaces/").body == "0/\n"
     assert "token\n" in get(metadata, "instance/service-accounts/default/").body
@@ -221,3 +226,37 @@ def test_a_path_that_is_none_is_refused(server: MetadataServer) -> None:
     with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=30) as connection:
         connection.sendall(b"GET http://[ HTTP/1.0\r\n\r\n")
         assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("form", ["standard", "full"])
+def test_an_identity_token_is_for_its_audience_and_checked_by_googles_library(
+    metadata: Metadata, home: Home, form: str
+) -> None:
+    path = f"instance/service-accounts/{SPEC.service_account_email}/identity"
+    reply = get(metadata, path, audience="https://example.com", format=form)
+    assert reply.status == 200
+    assert jwt.decode_header(reply.body)["alg"] == "RS256"  # type: ignore[no-untyped-call]
+    (key,) = certificates(home)["keys"]
+    numbers = [int.from_bytes(base64.urlsafe_b64decode(key[name] + "=="), "big") for name in ("e", "n")]
+    public = rsa.RSAPublicNumbers(*numbers).public_key()
+    pem = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    claims = jwt.decode(reply.body, certs=pem, audience="https://example.com")  # type: ignore[no-untyped-call]
+    assert (claims["iss"], claims["email"]) == ("https://accounts.google.com", SPEC.service_account_email)
+    assert 3500 < claims["exp"] - time.time() <= 3600
+    if form == "full":
+        assert claims["google"]["compute_engine"]["instance_name"] == "vm-1"
+    else:
+        assert "google" not in claims
+
+
+def test_an_identity_token_needs_an_audience_and_is_in_no_recursive_answer(metadata: Metadata) -> None:
+    path = "instance/service-accounts/default/identity"
+    assert get(metadata, path).status == 400
+    assert "non-empty audience parameter required" in get(metadata, path).body
+    assert get(metadata, path, audience="a", format="short").status == 400
+    assert "identity" not in get(metadata, "", recursive="true").body
+    assert "identity\n" in get(metadata, "instance/service-accounts/default/").body
+
+
+def test_the_universe_is_googles(metadata: Metadata) -> None:
+    assert get(metadata, "universe/universe-domain").body == "googleapis.com"
