@@ -31,6 +31,11 @@ _GCLOUD_PATHS = {"compute": "compute/v1/"}
 _SETTING = re.compile(r"def (\w+)_custom_endpoint\(")
 
 
+def is_variable(name: str) -> bool:
+    """Whether an environment variable says where a product is, to the plugin or to gcloud."""
+    return re.fullmatch(r"GOOGLE_\w+_CUSTOM_ENDPOINT|CLOUDSDK_API_ENDPOINT_OVERRIDES_\w+", name) is not None
+
+
 def of_plugin(url: str) -> dict[str, str]:
     """The variables of the official gcp plugin: one for each product that the installed SDK knows."""
     values = {}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from localcloud import endpoints
 from localcloud import environment as localcloud
 from localcloud.home import Config, Home
 from scripts.lib import paths, rust, toolchain, venv
@@ -121,6 +122,8 @@ def for_google() -> dict[str, str]:
         if not Path(entry).is_relative_to(paths.REPOSITORY / "localcloud")
     ]
     names = {*localcloud.variables(Home(paths.LOCALCLOUD_HOME), Config(0, "")), "KUBECONFIG"}
+    # Which products have a variable depends on the packages that localcloud's own Python sees.
+    names |= {name for name in os.environ if endpoints.is_variable(name)}
     users = (
         {} if "LOCALCLOUD_HOME" in os.environ else {key: os.environ[key] for key in names & os.environ.keys()}
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from localcloud import endpoints
 from localcloud.home import Config, Home
 from scripts.lib import environment, paths, toolchain, venv
 from scripts.lib.steps import StepError
@@ -43,6 +44,9 @@ def test_the_environment_for_google_takes_out_what_would_lead_to_localcloud(
     local = environment.complete()
     for key, value in local.items():
         monkeypatch.setenv(key, value)
+    # This is asked by a Python that does not have the packages of the one that localcloud runs on.
+    monkeypatch.setattr(endpoints, "_products", set)
+    monkeypatch.setattr(endpoints, "_apis", set)
     found = environment.for_google()
     assert not [key for key, value in found.items() if "1234" in value and key in local]
     assert not {"GOOGLE_OAUTH_ACCESS_TOKEN", "KUBECONFIG", "LOCALCLOUD_HOME"} & found.keys()
