@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import ClassVar
 
 from localcloud.plugins.gcp.fields import Field, Json, Update, to_rest
 from localcloud.plugins.gcp.resources import Change, Resource
-from localcloud.plugins.gcp.rest import FailedOperationError
 from localcloud.plugins.protocol import Failure, ProviderError
 from localcloud.plugins.values import Properties, Value
 
@@ -27,20 +25,15 @@ class Cluster(Resource):
         "minMasterVersion": "desiredMasterVersion",
     }
 
-    def create(self, inputs: Properties, known: Properties, deadline: float) -> str:
+    def create(self, inputs: Properties, known: Properties, deadline: float) -> None:
         path = self.spec.collection.format_map(known)
         body = {"parent": path.removesuffix("/clusters"), "cluster": self.body(inputs, known)}
-        item = self.item(known)
-        try:
-            self._operate("POST", path, deadline, body)
-        except FailedOperationError:
-            # What Google could not finish stays in the state ERROR and in the way of the next try.
-            with suppress(ProviderError):
-                self._operate("DELETE", item, deadline)
-            raise
-        if inputs.get("removeDefaultNodePool"):
-            self._operate("DELETE", f"{item}/nodePools/default-pool", deadline)
-        return item
+        self._operate("POST", path, deadline, body)
+
+    def finish(self, inputs: Properties, item: str, deadline: float) -> None:
+        pool = f"{item}/nodePools/default-pool"
+        if inputs.get("removeDefaultNodePool") and self.google.get(self.spec.service, pool) is not None:
+            self._operate("DELETE", pool, deadline)
 
     def body(self, inputs: Properties, known: Properties) -> Json:
         body = super().body(inputs, known)
@@ -99,11 +92,10 @@ class NodePool(Resource):
     def item(self, known: Mapping[str, Value]) -> str:
         return self.spec.item.format_map(_with_cluster(known))
 
-    def create(self, inputs: Properties, known: Properties, deadline: float) -> str:
+    def create(self, inputs: Properties, known: Properties, deadline: float) -> None:
         path = self.spec.collection.format_map(_with_cluster(known))
         body = {"parent": path.removesuffix("/nodePools"), "nodePool": self.body(inputs, known)}
         self._operate("POST", path, deadline, body)
-        return self.item(known)
 
     def body(self, inputs: Properties, known: Properties) -> Json:
         body = super().body(inputs, known)

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 from localcloud.plugins.gcp import fields, resources
-from localcloud.plugins.gcp.fields import Type, Update
+from localcloud.plugins.gcp.fields import Json, Type, Update
 from localcloud.plugins.gcp.resources import Change, at, deadline_in, declarations
-from localcloud.plugins.gcp.rest import ENDPOINT_RULE, SERVICES, Google, GoogleError, StillRunningError
+from localcloud.plugins.gcp.rest import (
+    ENDPOINT_RULE,
+    SERVICES,
+    FailedOperationError,
+    Google,
+    GoogleError,
+    StillRunningError,
+)
 from localcloud.plugins.gcp.served import CLASSES
 from localcloud.plugins.gcp.tables import TYPES, ResourceType
+from localcloud.plugins.patience import TransientError
 from localcloud.plugins.protocol import (
     Checked,
     Diff,
     Failure,
+    GoneError,
     InitFailedError,
     Provider,
     ProviderError,
     ReadResult,
     Resource,
+    kept,
 )
 from localcloud.plugins.values import (
     UNKNOWN,
@@ -37,6 +50,9 @@ from localcloud.plugins.values import (
 CLIENT_CONFIG = "gcp:organizations/getClientConfig:getClientConfig"
 # The official plugin's own note of which inputs it made up, kept so that a state can move between the two.
 _DEFAULTS = "__defaults"
+# Ours, in the state of what was begun and not seen to its end.
+_UNFINISHED = "__unfinished"
+_TRIES = 3
 _LONGEST_NAME = 63
 _ENVIRONMENT = {
     "project": ("GOOGLE_PROJECT", "GOOGLE_CLOUD_PROJECT", "GCLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT"),
@@ -55,6 +71,24 @@ _NOT_SERVED = {
 }
 
 
+class UnfinishedError(ProviderError):
+    """What failed left something behind."""
+
+
+@contextlib.contextmanager
+def _kept_unless_refused(item: str, state: Properties, inputs: Properties) -> Iterator[None]:
+    """For the request that creates: what may be there stays in the state, what was refused does not."""
+    try:
+        yield
+    except (StillRunningError, UnfinishedError) as error:
+        raise InitFailedError(item, state, [str(error)], inputs) from error
+    except TransientError as error:
+        if not error.maybe_done:
+            raise
+        reason = f"it may have been created; the answer did not come: {error}"
+        raise InitFailedError(item, state, [reason], inputs) from error
+
+
 class GcpProvider(Provider):
     """The plugin 'gcp'."""
 
@@ -63,7 +97,7 @@ class GcpProvider(Provider):
 
     def __init__(self) -> None:
         super().__init__()
-        self._google = Google({}, None, self.cancelled)
+        self._google = Google({}, None, self.cancelled, self.status)
         self._settings: Properties = {}
 
     def check_config(self, inputs: Properties) -> Checked:
@@ -132,21 +166,78 @@ class GcpProvider(Provider):
         known = {**given, **self._scope(served.spec, given)}
         if preview:
             return "", with_secrets_of(fields.computed(served.spec.fields, known), inputs)
+        item = served.item(known)
         deadline = deadline_in(resource.timeout or served.spec.minutes[0] * 60)
+        unfinished = with_secrets_of({**known, _UNFINISHED: True}, inputs)
+        with self._explained(f"creating {_label(served.spec, known)}"):
+            if served.exclusive and served.read(item) is not None:
+                raise ProviderError("it already exists; `pulumi import` takes it over")
+            with _kept_unless_refused(item, unfinished, inputs):
+                self._begin(served, item, given, known, deadline)
+        with kept(item, unfinished, inputs):
+            return item, self._finish(served, item, inputs, known, deadline)
+
+    def _begin(
+        self, served: resources.Resource, item: str, given: Properties, known: Properties, deadline: float
+    ) -> None:
+        """Creates, and finds out what became of it where no answer tells.
+
+        There was nothing a moment ago: what is there after a request of ours, as we asked for it, is ours.
+        """
+        began, pause, lost = time.monotonic(), 0.1, False
+        while True:
+            try:
+                return served.create(given, known, deadline)
+            except FailedOperationError as failed:
+                with contextlib.suppress(ProviderError):
+                    served.discard(item, deadline)
+                if self._there(served, item, failed) is not None:
+                    raise UnfinishedError(str(failed)) from failed
+                raise
+            except ProviderError as error:
+                lost = lost or (isinstance(error, TransientError) and error.maybe_done)
+                refused = isinstance(error, GoogleError) and not isinstance(error, TransientError)
+                if not lost or (isinstance(error, GoogleError) and refused and error.status != 409):
+                    raise
+                live = self._there(served, item, error)
+                if live is not None and not served.as_asked(live, given, known):
+                    raise ProviderError(f"{error}; somebody else created another one meanwhile") from error
+                if live is not None:
+                    return served.settle(item, deadline)
+                pause = max(pause, getattr(error, "retry_after", 0.0))
+                late = time.monotonic() + pause > began + self._google.patience.seconds
+                if late or self.cancelled.wait(pause):
+                    raise ProviderError(f"{error}; there is none") from error
+                pause = min(pause * 2, 2)
+
+    @staticmethod
+    def _there(served: resources.Resource, item: str, after: ProviderError) -> Json | None:
+        """What there is after a request whose end is not known; `UnfinishedError` if nobody can tell."""
         try:
-            item = served.create(given, known, deadline)
-        except StillRunningError as error:
-            raise InitFailedError(
-                served.item(known), with_secrets_of(known, inputs), [str(error)], inputs
-            ) from error
-        except GoogleError as error:
-            raise ProviderError(f"creating {_label(served.spec, known)}: {error}") from error
+            return served.read(item)
+        except ProviderError as error:
+            raise UnfinishedError(f"{after}; {error}") from error
+
+    @staticmethod
+    def _finish(
+        served: resources.Resource, item: str, inputs: Properties, known: Properties, deadline: float
+    ) -> Properties:
+        served.finish(plain(inputs), item, deadline)
         live = served.read(item)
         if live is None:
-            raise ProviderError(
-                f"creating {_label(served.spec, known)}: it was gone right after its creation"
-            )
-        return item, with_secrets_of(served.outputs(live, known), inputs)
+            raise GoneError(f"{_label(served.spec, known)} was gone right after its creation")
+        return with_secrets_of(served.outputs(live, known), inputs)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _explained(what: str) -> Iterator[None]:
+        """Says in an error what was being done."""
+        try:
+            yield
+        except StillRunningError:
+            raise
+        except ProviderError as error:
+            raise ProviderError(f"{what}: {error}") from error
 
     def read(self, resource: Resource, state: Properties, inputs: Properties) -> ReadResult:
         """Reads what is there."""
@@ -184,18 +275,45 @@ class GcpProvider(Provider):
                 served.plan(change)
             kept = {k: v for k, v in plain(state).items() if k not in names}
             return with_secrets_of({**kept, **{k: v for k, v in given.items() if k in names}}, new)
-        live = served.read(resource.resource_id)
+        deadline = deadline_in(resource.timeout or served.spec.minutes[1] * 60)
+        item, unfinished = resource.resource_id, _UNFINISHED in state
+        if unfinished:
+            served.settle(item, deadline)
+        live = served.read(item)
+        if unfinished and live is not None and live.get("status") == "ERROR":
+            served.discard(item, deadline)
+            live = None
         if live is None:
+            if unfinished:  # it never came to be
+                return self.create(resource, new, preview=False)[1]
             raise ProviderError(
                 f"{_label(served.spec, known)} is gone; `pulumi refresh` takes it out of the state"
             )
-        deadline = deadline_in(resource.timeout or served.spec.minutes[1] * 60)
-        try:
-            served.update(replace(change, live=live, deadline=deadline))
-        except GoogleError as error:
-            raise ProviderError(f"updating {_label(served.spec, known)}: {error}") from error
-        outputs = served.outputs(served.read(resource.resource_id) or live, known)
+        with self._explained(f"updating {_label(served.spec, known)}"):
+            if unfinished:
+                served.finish(given, item, deadline)
+            self._change(served, replace(change, deadline=deadline))
+            outputs = served.outputs(served.read(item) or {}, known)
         return with_secrets_of(outputs, new)
+
+    @staticmethod
+    def _change(served: resources.Resource, change: Change) -> None:
+        """Brings changes to Google, once more from what is live where an answer was lost."""
+        for attempt in range(_TRIES):
+            if attempt:
+                served.settle(change.item, change.deadline)
+            live = served.read(change.item)
+            if live is None:
+                raise ProviderError("it is gone")
+            try:
+                served.update(replace(change, live=live))
+            except (TransientError, GoogleError) as error:
+                lost = isinstance(error, TransientError) and error.maybe_done
+                moved = isinstance(error, GoogleError) and error.status == 412  # its fingerprint
+                if not (lost or moved) or attempt + 1 == _TRIES:
+                    raise
+            else:
+                return
 
     def delete(self, resource: Resource, state: Properties, inputs: Properties) -> None:  # noqa: ARG002
         """Deletes and waits for the operation."""
@@ -209,10 +327,16 @@ class GcpProvider(Provider):
         if policy == "ABANDON":
             return
         deadline = deadline_in(resource.timeout or served.spec.minutes[2] * 60)
-        try:
-            served.delete(resource.resource_id, plain(state), deadline)
-        except GoogleError as error:
-            raise ProviderError(f"deleting {resource.resource_id}: {error}") from error
+        with self._explained(f"deleting {resource.resource_id}"):
+            try:
+                served.delete(resource.resource_id, plain(state), deadline)
+            except GoogleError as error:
+                if error.status not in (400, 409):
+                    raise
+                # A deletion whose answer was lost, or one that somebody else began, may be under way.
+                served.settle(resource.resource_id, deadline)
+                if served.read(resource.resource_id) is not None:
+                    raise
 
     def invoke(self, token: str, args: Properties) -> Properties:
         """`getClientConfig`: who and where the provider is."""

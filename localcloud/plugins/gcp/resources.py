@@ -65,13 +65,32 @@ class Resource:
     def plan(self, change: Change) -> None:
         """Raises `ProviderError` where an update would be refused, so that a preview says so."""
 
-    def create(self, inputs: Properties, known: Properties, deadline: float) -> str:
-        """Creates; returns the id."""
+    exclusive = True
+    """Whether a creation fails where there is one already."""
+
+    def create(self, inputs: Properties, known: Properties, deadline: float) -> None:
+        """Begins the resource; one request, after which there is something to keep in the state."""
         query = {parameter: known[name] for parameter, name in self.spec.create_query}
         self._operate(
             "POST", self.spec.collection.format_map(known), deadline, self.body(inputs, known), query
         )
-        return self.item(known)
+
+    def finish(self, inputs: Properties, item: str, deadline: float) -> None:
+        """What a creation needs beside its request; done again after it broke off, it does no harm."""
+
+    def settle(self, item: str, deadline: float) -> None:
+        """Waits for what is going on with the resource, whoever began it."""
+        for operation in self.google.running(self.spec.service, item):
+            self.google.follow(self.spec.service, operation, item, deadline)
+
+    def discard(self, item: str, deadline: float) -> None:
+        """Takes away what a failed operation left, which would be in the way of the next one."""
+        self._operate("DELETE", item, deadline)
+
+    def as_asked(self, live: Json, inputs: Properties, known: Properties) -> bool:
+        """Whether what is there has what was asked for."""
+        outputs = self.outputs(live, known)
+        return all(_agrees(v, outputs.get(k)) for k, v in inputs.items() if k in outputs)
 
     def body(self, inputs: Properties, known: Properties) -> Json:  # noqa: ARG002
         """What is sent to create it."""
@@ -154,6 +173,7 @@ class RepositoryIamMember(Resource):
     """One member of one role in a repository's policy, changed by read, modify, write with its etag."""
 
     _TRIES = 10
+    exclusive = False
 
     def item(self, known: Mapping[str, Value]) -> str:
         return f"{self._repository(known)}/{known['role']}/{known['member']}"
@@ -162,9 +182,8 @@ class RepositoryIamMember(Resource):
         name = str(known["repository"]).rsplit("/", 1)[-1]
         return f"projects/{known['project']}/locations/{known['location']}/repositories/{name}"
 
-    def create(self, inputs: Properties, known: Properties, deadline: float) -> str:  # noqa: ARG002
+    def create(self, inputs: Properties, known: Properties, deadline: float) -> None:  # noqa: ARG002
         self._modify(self._repository(known), known["role"], known["member"], present=True)
-        return self.item(known)
 
     def read(self, item: str) -> Json | None:
         repository, role, member = _split_member(item)
@@ -234,14 +253,18 @@ class Account(Resource):
         domain = ".".join(reversed(str(known["project"]).split(":")))
         return super().item({"email": f"{known['accountId']}@{domain}.iam.gserviceaccount.com", **known})
 
-    def create(self, inputs: Properties, known: Properties, deadline: float) -> str:  # noqa: ARG002
+    def create(self, inputs: Properties, known: Properties, deadline: float) -> None:  # noqa: ARG002
         account = {k: inputs[k] for k in ("displayName", "description") if inputs.get(k)}
         body = {"accountId": inputs["accountId"], "serviceAccount": account}
         path = self.spec.collection.format_map(known)
-        item = str(self.google.call(self.spec.service, "POST", path, body)["name"])
+        self.google.call(self.spec.service, "POST", path, body)
+
+    def finish(self, inputs: Properties, item: str, deadline: float) -> None:  # noqa: ARG002
         if inputs.get("disabled"):
             self.google.call(self.spec.service, "POST", f"{item}:disable", {})
-        return item
+
+    def discard(self, item: str, deadline: float) -> None:
+        self.delete(item, {}, deadline)
 
     def outputs(self, live: Json, known: Properties) -> Properties:
         email = live["email"]
@@ -268,6 +291,17 @@ class Account(Resource):
         except GoogleError as error:
             if error.status != 404:
                 raise
+
+
+def _agrees(wanted: Value, actual: Value) -> bool:
+    """Whether an answer says what an input said; a resource may be given by its link, path or name."""
+    if isinstance(wanted, dict) and isinstance(actual, dict):
+        return all(_agrees(v, actual.get(k)) for k, v in wanted.items() if k in actual)
+    if isinstance(wanted, list) and isinstance(actual, list):
+        return len(wanted) == len(actual) and all(map(_agrees, wanted, actual))
+    if isinstance(wanted, str) and isinstance(actual, str):
+        return wanted == actual or wanted.rsplit("/", 1)[-1] == actual.rsplit("/", 1)[-1]
+    return bool(wanted == actual)
 
 
 def declarations(fields: tuple[Field, ...], path: Path) -> list[Field]:

@@ -44,13 +44,16 @@ JSON_TYPES = {
 class Recorder:
     """Google as far as a test needs it: answers by path, and what was asked."""
 
-    def __init__(self, **answers: Any) -> None:
+    def __init__(self, *, creates: str = "", **answers: Any) -> None:
+        self.creates = creates  # what is there only after the first request
         self.answers = answers
         self.calls: list[tuple[str, str, Any]] = []
         self.queries: list[Any] = []
         self.cancelled = GcpProvider().cancelled
 
     def get(self, service: str, path: str, query: Any = None) -> Any:  # noqa: ARG002
+        if self.creates and path.endswith(self.creates) and not self.calls:
+            return None
         found = [v for k, v in self.answers.items() if path.endswith(k.replace("__", "/"))]
         return found[0] if found else None
 
@@ -225,7 +228,7 @@ def test_saying_what_is_there_anyway_is_no_change() -> None:
 
 
 def test_an_instance_is_what_google_wants() -> None:
-    google = Recorder(global__images__family__debian_12=None, instances__vm=LIVE)
+    google = Recorder(creates="instances/vm", instances__vm=LIVE)
     google.answers["global__images__family__debian-12"] = {"name": "debian-12-v1"}
     item, state = provider(google).create(
         resource(tables.INSTANCE), {**INSTANCE, "metadata": Secret({"k": "v"})}, preview=False
@@ -331,7 +334,9 @@ def test_a_node_pool_is_made_in_its_cluster_and_counts_what_its_groups_are_to_ha
         "instanceGroupUrls": [group("one"), group("two")],
         "config": {"labels": {"a": "b"}},
     }
-    google = Recorder(nodePools__linux=live, one={"targetSize": 2}, two={"targetSize": 2})
+    google = Recorder(
+        creates="nodePools/linux", nodePools__linux=live, one={"targetSize": 2}, two={"targetSize": 2}
+    )
     item, state = provider(google).create(resource(tables.NODE_POOL), POOL_INPUTS, preview=False)
     config = {"machineType": "e2-small", "labels": {"a": "b"}}
     parent = POOL.removesuffix("/nodePools/linux")
@@ -507,20 +512,27 @@ def test_an_operation_that_cannot_be_asked_about_may_still_come_to_its_end() -> 
 
 def test_a_cluster_that_could_not_be_made_is_not_left_in_the_way_of_the_next_one() -> None:
     failed = {"name": "operation-1", "status": "DONE", "error": {"code": 13, "message": "no etcd"}}
-    google = Answers(failed, {"name": "operation-2", "status": "DONE"})
+    gone = GoogleError(404, "Not found")
+    google = Answers(gone, failed, {"name": "operation-2", "status": "DONE"}, gone)
     made = provider()
     made._google = google
     inputs: Properties = {"name": "c", "location": "europe-west1-b", "initialNodeCount": 1}
     with pytest.raises(ProviderError, match="creating Cluster c: googleapi: Error 13: no etcd"):
         made.create(resource(tables.CLUSTER), inputs, preview=False)
-    assert google.calls[-1] == ("DELETE", "projects/p/locations/europe-west1-b/clusters/c")
+    assert google.calls[-2:] == [
+        ("DELETE", "projects/p/locations/europe-west1-b/clusters/c"),
+        ("GET", "projects/p/locations/europe-west1-b/clusters/c"),
+    ]
 
 
-def test_a_cluster_of_that_name_that_was_there_before_is_not_touched() -> None:
-    google = Answers(GoogleError(409, "Already exists"))
+@pytest.mark.parametrize(
+    "answers", [[{"name": "c"}], [GoogleError(404, "Not found"), GoogleError(409, "Already exists")]]
+)
+def test_a_cluster_of_that_name_that_was_there_before_is_not_touched(answers: list[Any]) -> None:
+    google = Answers(*answers)
     made = provider()
     made._google = google
     inputs: Properties = {"name": "c", "location": "europe-west1-b", "initialNodeCount": 1}
-    with pytest.raises(ProviderError, match="Already exists"):
+    with pytest.raises(ProviderError, match=r"[Aa]lready exists"):
         made.create(resource(tables.CLUSTER), inputs, preview=False)
-    assert [method for method, _ in google.calls] == ["POST"]
+    assert "DELETE" not in [method for method, _ in google.calls]

@@ -38,6 +38,9 @@ class ApiServer(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.reset()
+
+    def reset(self) -> None:
         self.objects: dict[str, Any] = {}
         self.faults: dict[str, list[str]] = {}
         self.seen: list[str] = []
@@ -135,8 +138,8 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
 
-@pytest.fixture
-def server() -> Iterator[ApiServer]:
+@pytest.fixture(scope="module")
+def api_server() -> Iterator[ApiServer]:
     made = ApiServer()
     thread = threading.Thread(target=made.serve_forever, args=(0.02,))
     thread.start()
@@ -146,17 +149,19 @@ def server() -> Iterator[ApiServer]:
     made.server_close()
 
 
+@pytest.fixture
+def server(api_server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> ApiServer:
+    monkeypatch.setattr(patience, "_FIRST_PAUSE_SECONDS", 0.01)
+    api_server.reset()
+    return api_server
+
+
 def provider(server: ApiServer, seconds: float = 20) -> KubernetesProvider:
     made = KubernetesProvider()
     made.configure({"kubeconfig": server.kubeconfig})
     made._cluster._patience.seconds = seconds
     made._cluster.check()  # it answered before: the first request of all is not what is tested
     return made
-
-
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "_FIRST_PAUSE_SECONDS", 0.01)
 
 
 FAULTS = ("lost", "answer lost", "answer cut", "503", "429", "500", "503 after the work")
