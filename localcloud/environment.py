@@ -9,6 +9,7 @@ from pathlib import Path
 
 from localcloud import endpoints
 from localcloud.home import Config, Home
+from localcloud.plugins import official
 
 _PACKAGE = Path(__file__).resolve().parent
 STAND_INS = ("gcp", "kubernetes", "command")
@@ -16,7 +17,7 @@ STAND_INS = ("gcp", "kubernetes", "command")
 
 def variables(home: Home, config: Config) -> dict[str, str]:
     """Every variable to set, with its whole value (PATH too)."""
-    stand_ins = [name for name in STAND_INS if not _official(name)]
+    plugins = {name: _official(name) for name in STAND_INS}
     values = {
         "LOCALCLOUD_HOME": str(home.root),
         "GOOGLE_OAUTH_ACCESS_TOKEN": config.token,
@@ -27,9 +28,9 @@ def variables(home: Home, config: Config) -> dict[str, str]:
         "CLOUDSDK_CORE_PROJECT": config.project,
         "CLOUDSDK_COMPUTE_REGION": config.region,
         "CLOUDSDK_COMPUTE_ZONE": config.zone,
-        "PATH": _path(stand_ins),
+        "PATH": _path(plugins),
     }
-    if stand_ins:
+    if None in plugins.values():
         values["PULUMI_DISABLE_AUTOMATIC_PLUGIN_ACQUISITION"] = "true"
     return values
 
@@ -44,12 +45,10 @@ def _quoted(value: str) -> str:
     return quoted if quoted.startswith("'") else f"'{quoted}'"
 
 
-def _official(name: str) -> bool:
-    """Whether Pulumi would find the official plugin by itself: installed, or an executable on PATH."""
+def _official(name: str) -> Path | None:
+    """Where the official plugin is, if there is one that pulumi would take."""
     home = Path(os.environ.get("PULUMI_HOME") or Path.home() / ".pulumi")
-    if any(path.is_dir() for path in (home / "plugins").glob(f"resource-{name}-v*")):
-        return True
-    return shutil.which(f"pulumi-resource-{name}", path=os.pathsep.join(_foreign_path())) is not None
+    return official.directory(name, home, _foreign_path())
 
 
 def _foreign_path() -> list[str]:
@@ -58,6 +57,14 @@ def _foreign_path() -> list[str]:
     return [entry for entry in entries if entry and not Path(entry).is_relative_to(_PACKAGE)]
 
 
-def _path(stand_ins: list[str]) -> str:
-    own = [str(_PACKAGE / "bin"), *(str(_PACKAGE / "plugins" / name) for name in stand_ins)]
-    return os.pathsep.join([*own, *_foreign_path()])
+def _path(plugins: dict[str, Path | None]) -> str:
+    """PATH with the stand-ins first, and official plugins where another version would be found before."""
+    foreign = _foreign_path()
+    own = [str(_PACKAGE / "bin")]
+    for name, found in plugins.items():
+        first = shutil.which(f"pulumi-resource-{name}", path=os.pathsep.join(foreign))
+        if found is None:
+            own.append(str(_PACKAGE / "plugins" / name))
+        elif first is not None and Path(first).parent != found:
+            own.append(str(found))
+    return os.pathsep.join([*own, *foreign])

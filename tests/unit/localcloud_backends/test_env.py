@@ -6,12 +6,21 @@ import ast
 import importlib.util
 import os
 import re
+import shutil
+import struct
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+import localcloud
 from localcloud.environment import STAND_INS, exports, variables
 from localcloud.home import Config, Home
+from localcloud.plugins import official
+from localcloud.plugins.command.provider import CommandProvider
+from localcloud.plugins.gcp.provider import GcpProvider
+from localcloud.plugins.kubernetes.provider import KubernetesProvider
 
 CONFIG = Config(port=1234, token="it's secret")
 
@@ -21,6 +30,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     """A machine without any plugin."""
     monkeypatch.setenv("PULUMI_HOME", str(tmp_path / "pulumi"))
     monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.delenv(official.WHATEVER_VERSION, raising=False)
     return Home(tmp_path / "home")
 
 
@@ -35,18 +45,123 @@ def test_every_plugin_that_is_missing_has_a_stand_in(home: Home) -> None:
     assert variables(home, CONFIG)["PULUMI_DISABLE_AUTOMATIC_PLUGIN_ACQUISITION"] == "true"
 
 
-def test_an_official_plugin_that_is_installed_or_on_path_is_used_instead(
+def plugin(directory: Path, name: str, content: bytes = b"#!/bin/sh\n") -> Path:
+    """A plugin's executable in a directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"pulumi-resource-{name}"
+    path.write_bytes(content)
+    path.chmod(0o755)
+    return path
+
+
+def installed(tmp_path: Path, name: str, version: str) -> Path:
+    """Where pulumi installs a plugin."""
+    return tmp_path / "pulumi/plugins" / f"resource-{name}-v{version}"
+
+
+def speaking(version: str, name: str) -> bytes:
+    """A plugin that says that it is of a version."""
+    package = Path(localcloud.__file__).parents[1]
+    lines = [
+        f"#!{sys.executable}",
+        "import sys",
+        f"sys.path.insert(0, {str(package)!r})",
+        "from localcloud.plugins.command.provider import CommandProvider",
+        "from localcloud.plugins.protocol import serve",
+        f"CommandProvider.name, CommandProvider.version = {name!r}, {version!r}",
+        "serve(CommandProvider())",
+    ]
+    return "\n".join(lines).encode()
+
+
+def elf(machine: int) -> bytes:
+    """The head of a little-endian ELF program."""
+    return b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HH", 2, machine) + bytes(44)
+
+
+def test_the_installed_sdks_say_which_version_they_ask_for() -> None:
+    for name, provider in (
+        ("gcp", GcpProvider),
+        ("kubernetes", KubernetesProvider),
+        ("command", CommandProvider),
+    ):
+        assert official.asked_for(name) == metadata.version(f"pulumi-{name}") == provider.version
+    assert official.asked_for("nothing") == ""
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_the_official_plugin_of_the_version_that_is_asked_for_is_used(
+    home: Home, tmp_path: Path, name: str
+) -> None:
+    plugin(installed(tmp_path, name, official.asked_for(name)), name)
+    assert stand_ins(home) == set(STAND_INS) - {name}
+
+
+def test_with_all_of_them_pulumi_may_look_for_plugins_by_itself(home: Home, tmp_path: Path) -> None:
+    for name in STAND_INS:
+        plugin(installed(tmp_path, name, official.asked_for(name)), name)
+    assert "PULUMI_DISABLE_AUTOMATIC_PLUGIN_ACQUISITION" not in variables(home, CONFIG)
+
+
+@pytest.mark.parametrize("version", ["7.0.0", "10.2.1", "10.2", "10.2.0-alpha.1", "10.2.0.partial", "99.0.0"])
+def test_one_of_another_version_changes_nothing(home: Home, tmp_path: Path, version: str) -> None:
+    plugin(installed(tmp_path, "gcp", version), "gcp")
+    assert stand_ins(home) == set(STAND_INS)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>", elf(0), elf(40), b"MZ\x90\x00", b"\xce\xfa\xed\xfe" + bytes(40)]
+)
+def test_what_does_not_run_here_is_no_plugin(home: Home, tmp_path: Path, content: bytes) -> None:
+    plugin(installed(tmp_path, "gcp", official.asked_for("gcp")), "gcp", content)
+    assert stand_ins(home) == set(STAND_INS)
+
+
+def test_a_download_that_is_not_through_is_no_plugin(home: Home, tmp_path: Path) -> None:
+    place = installed(tmp_path, "gcp", official.asked_for("gcp"))
+    place.mkdir(parents=True)
+    assert stand_ins(home) == set(STAND_INS)
+    plugin(place, "gcp").chmod(0o644)
+    assert stand_ins(home) == set(STAND_INS)
+    plugin(place, "gcp")
+    place.with_name(f"{place.name}.lock").touch()  # which stays when it is through
+    assert stand_ins(home) == set(STAND_INS) - {"gcp"}
+    place.with_name(f"{place.name}.partial").touch()
+    assert stand_ins(home) == set(STAND_INS)
+
+
+def test_a_program_of_this_machine_is_one(home: Home, tmp_path: Path) -> None:
+    place = installed(tmp_path, "gcp", official.asked_for("gcp"))
+    plugin(place, "gcp", Path(sys.executable).resolve().read_bytes())
+    assert stand_ins(home) == set(STAND_INS) - {"gcp"}
+
+
+def test_one_on_path_is_asked_for_its_version(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "pulumi/plugins/resource-kubernetes-v4.34.2").mkdir(parents=True)
-    assert stand_ins(home) == {"gcp", "command"}
-    for name in ("gcp", "command"):
-        plugin = tmp_path / f"pulumi-resource-{name}"
-        plugin.write_text("#!/bin/sh\n")
-        plugin.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin")
-    assert stand_ins(home) == set()
-    assert "PULUMI_DISABLE_AUTOMATIC_PLUGIN_ACQUISITION" not in variables(home, CONFIG)
+    plugin(tmp_path, "gcp", speaking("7.0.0", "gcp"))
+    plugin(tmp_path, "command", speaking(f"v{official.asked_for('command')}", "command"))
+    assert stand_ins(home) == {"gcp", "kubernetes"}
+    # where the right one is installed, pulumi would still take the one on PATH
+    place = installed(tmp_path, "gcp", official.asked_for("gcp"))
+    plugin(place, "gcp")
+    first = variables(home, CONFIG)["PATH"]
+    assert shutil.which("pulumi-resource-gcp", path=first) == str(place / "pulumi-resource-gcp")
+    monkeypatch.setenv("PATH", first)
+    again = variables(home, CONFIG)["PATH"]
+    assert sorted(again.split(os.pathsep)) == sorted(first.split(os.pathsep))
+    assert shutil.which("pulumi-resource-gcp", path=again) == str(place / "pulumi-resource-gcp")
+
+
+def test_whatever_version_is_there_is_used_where_the_user_says_so(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin(installed(tmp_path, "gcp", "9.35.0"), "gcp")
+    plugin(tmp_path, "command")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin")
+    monkeypatch.setenv(official.WHATEVER_VERSION, "gcp,command")
+    assert stand_ins(home) == {"kubernetes"}
 
 
 def test_a_second_env_gives_what_the_first_one_gave(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
