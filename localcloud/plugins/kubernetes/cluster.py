@@ -138,6 +138,12 @@ class Cluster:
         items = self._request("GET", path, query).get("items", [])
         return sorted(items, key=lambda e: str(e.get("lastTimestamp") or e.get("eventTime") or ""))
 
+    def pods(self, namespace: str | None, selector: str) -> list[Object]:
+        """The pods with these labels."""
+        path = self._path(Kind("v1", "Pod"), namespace, None)
+        pods: list[Object] = self._request("GET", path, {"labelSelector": selector}).get("items", [])
+        return pods
+
     def states(self, kind: Kind, namespace: str | None, name: str) -> Iterator[Object | None]:
         """The object now and after each change, None when it is not there; a state at least every few
         seconds. A watch that breaks is taken up again.

@@ -396,8 +396,8 @@ class KubernetesProvider(Provider):
         """Waits until the object is up; returns its state, or raises `InitFailedError` with the reasons."""
         if _annotated(live, _SKIP_AWAIT) == "true" or ready.verdict(kind, live).ready:
             return _state(live, inputs)
-        metadata = live["metadata"]
-        seen, shown = ready.verdict(kind, live), ""
+        metadata, began = live["metadata"], time.monotonic()
+        seen, waiting = ready.verdict(kind, live), ready.Waiting(_label(kind, live))
         for current in self._cluster.states(kind, metadata.get("namespace"), metadata["name"]):
             if current is None:
                 raise GoneError(f"{_label(kind, live)} was deleted by somebody else before it was ready")
@@ -405,17 +405,31 @@ class KubernetesProvider(Provider):
             seen = ready.verdict(kind, live)
             if seen.ready:
                 return _state(live, inputs)
-            if _joined(seen) != shown:
-                shown = _joined(seen)
-                self.log(resource.urn, f"waiting: {shown}", status=True)
+            reasons, events = self._details(live, seen)
+            status = waiting.status(reasons, events, time.monotonic() - began)
+            if status:
+                self.log(resource.urn, status, status=True)
+            for line in waiting.warnings(events):
+                self.log(resource.urn, f"{_label(kind, live)}: {line}", warning=True)
             if seen.hopeless:
                 break
             if time.monotonic() > deadline or self.cancelled.is_set():
                 break
         how = "was interrupted" if self.cancelled.is_set() else "failed" if seen.hopeless else "timed out"
-        reason = f"{_label(kind, live)} was created, but waiting for it {how}: {_joined(seen)}"
-        lines = ready.event_lines(self._cluster.events(live))
+        reasons, events = self._details(live, seen)
+        reason = f"{_label(kind, live)} was created, but waiting for it {how}: {'; '.join(reasons)}"
+        lines = ready.event_lines(events)
         raise InitFailedError(_id(live), _state(live, inputs), [reason, *lines], inputs)
+
+    def _details(self, live: Object, seen: ready.Verdict) -> tuple[tuple[str, ...], list[Object]]:
+        """Why an object is not up, with what its pods say, and the events; as far as the server tells."""
+        namespace, selector = live["metadata"].get("namespace"), ready.selector(live)
+        try:
+            pods = self._cluster.pods(namespace, selector) if selector else []
+            events = [event for each in (live, *pods[:3]) for event in self._cluster.events(each)]
+        except (Unreachable, ApiError):
+            return seen.reasons, []
+        return (*seen.reasons, *ready.pod_reasons(pods)), events
 
     def _wait_gone(
         self, kind: Kind, resource: Resource, namespace: str | None, name: str, deadline: float

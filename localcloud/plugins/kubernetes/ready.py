@@ -12,6 +12,8 @@ from typing import Any
 from localcloud.plugins.kubernetes.cluster import Kind, Object
 
 _EVENTS_SHOWN = 5
+_PODS_SHOWN = 5
+_SIGN_OF_LIFE_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,47 @@ _RULES: dict[Kind, Callable[[Object], Verdict]] = {
     ),
     Kind("batch/v1", "Job"): _job,
 }
+
+
+def selector(live: Object) -> str:
+    """The label selector of the pods that an object makes; empty where it makes none."""
+    spec = live.get("spec") or {}
+    labels = (spec.get("selector") or {}).get("matchLabels") if "template" in spec else None
+    return ",".join(f"{key}={value}" for key, value in (labels or {}).items())
+
+
+def pod_reasons(pods: list[Object]) -> tuple[str, ...]:
+    """Why the pods of an object are not up, as they say it."""
+    seen = [(pod["metadata"]["name"], _pod(pod)) for pod in pods]
+    lines = [f"pod {name}: {reason}" for name, found in seen if not found.ready for reason in found.reasons]
+    return tuple(lines[:_PODS_SHOWN])
+
+
+class Waiting:
+    """What to say while an object is waited for, and when: at once what is new, and now and then that it is
+    still so. `label` names the object, times are in seconds since it began.
+    """
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._text, self._at = "", 0.0
+        self._warned: set[str] = set()
+
+    def status(self, reasons: tuple[str, ...], events: list[Object], seconds: float) -> str | None:
+        """The line for now; None where it would only repeat the last one."""
+        last = event_lines(events)[-1:]
+        text = "; ".join((*reasons, *(f"last event: {line}" for line in last)))
+        if text == self._text and seconds - self._at < _SIGN_OF_LIFE_SECONDS:
+            return None
+        self._text, self._at = text, seconds
+        return f"waiting for {self._label}, for {seconds:.0f} s now: {text}"
+
+    def warnings(self, events: list[Object]) -> list[str]:
+        """Warnings that were not given yet; unlike a status, they stay on the screen."""
+        lines = event_lines([event for event in events if event.get("type") == "Warning"])
+        new = [line for line in lines if line not in self._warned]
+        self._warned |= set(new)
+        return new
 
 
 def event_lines(events: list[Object]) -> list[str]:

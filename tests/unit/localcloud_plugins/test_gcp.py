@@ -536,3 +536,20 @@ def test_a_cluster_of_that_name_that_was_there_before_is_not_touched(answers: li
     with pytest.raises(ProviderError, match=r"[Aa]lready exists"):
         made.create(resource(tables.CLUSTER), inputs, preview=False)
     assert "DELETE" not in [method for method, _ in google.calls]
+
+
+def test_an_operation_shows_its_name_status_and_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, *(float(t) for second in range(40) for t in (second, second))])
+    monkeypatch.setattr("localcloud.plugins.gcp.rest.time.monotonic", lambda: next(clock))
+    running = {"name": "operation-1", "operationType": "insert", "status": "RUNNING", "progress": 0}
+    later = {**running, "progress": 40, "statusMessage": "Booting"}
+    google = Answers(*[running] * 4, *[later] * 14, {**later, "status": "DONE"})
+    shown: list[str] = []
+    google.tell = shown.append
+    monkeypatch.setattr(google.cancelled, "wait", lambda _: False)
+    google.follow("compute", running, "projects/p/zones/z/instances/vm", 1000)
+    assert shown == [
+        "waiting for insert operation-1: RUNNING 0 %, for 1 s now",
+        "waiting for insert operation-1: RUNNING 40 % (Booting), for 5 s now",
+        "waiting for insert operation-1: RUNNING 40 % (Booting), for 15 s now",
+    ]

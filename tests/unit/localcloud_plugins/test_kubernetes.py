@@ -308,3 +308,63 @@ def test_a_setting_that_would_be_ignored_is_refused() -> None:
         provider().check_config({"enableServerSideApply": "false", "kubecfg": "x", "namespace": "n"}).failures
     )
     assert [f.path for f in failures] == [("enableServerSideApply",), ("kubecfg",)]
+
+
+def event(kind: str, reason: str, message: str) -> Object:
+    return {"type": kind, "reason": reason, "message": message}
+
+
+def test_what_is_waited_for_is_said_at_once_and_from_time_to_time() -> None:
+    waiting = ready.Waiting("Pod demo/web")
+    normal = [event("Normal", "Pulled", "pulled it")]
+    assert waiting.status(("Ready is not true",), normal, 0.2) == (
+        "waiting for Pod demo/web, for 0 s now: Ready is not true; last event: Normal Pulled: pulled it"
+    )
+    assert waiting.status(("Ready is not true",), normal, 3) is None
+    in_use = [*normal, event("Warning", "PortInUse", "8080 is in use")]
+    said = waiting.status(("container c: [PortInUse] 8080 is in use",), in_use, 4)
+    assert said is not None
+    assert said.endswith("last event: Warning PortInUse: 8080 is in use")
+    assert waiting.status(("container c: [PortInUse] 8080 is in use",), in_use, 13) is None
+    assert waiting.status(("container c: [PortInUse] 8080 is in use",), in_use, 15) is not None
+    assert waiting.warnings(in_use) == ["Warning PortInUse: 8080 is in use"]
+    assert waiting.warnings(in_use) == []
+
+
+def test_a_wait_shows_its_reasons_and_warnings_in_pulumis_own_output(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster, made = OneCluster(), None
+    held = pod(image="a")
+    held["status"] = {"containerStatuses": [{"name": "c", "state": {"waiting": {"reason": "PortInUse"}}}]}
+    cluster.next = [held, is_ready(held)]
+    made = provider(cluster)
+    shown: list[tuple[str, bool]] = []
+    monkeypatch.setattr(
+        made,
+        "log",
+        lambda _urn, text, *, warning=False, status=False: shown.append((text, status)),  # noqa: ARG005
+    )
+    made.create(RESOURCE, pod(image="a"), preview=False)
+    assert shown == [
+        (
+            "waiting for Pod demo/web, for 0 s now: container c: [PortInUse]; PodScheduled is not true; "
+            "last event: Warning Failed: no key signed it",
+            True,
+        ),
+        ("Pod demo/web: Warning Failed: no key signed it", False),
+    ]
+
+
+def test_a_deployment_says_what_its_pods_say() -> None:
+    live: Object = {"spec": {"selector": {"matchLabels": {"a": "b", "c": "d"}}, "template": {}}}
+    assert ready.selector(live) == "a=b,c=d"
+    assert ready.selector({"spec": {"selector": {"a": "b"}}}) == ""  # a Service's
+    failing = {
+        "metadata": {"name": "web-1"},
+        "status": {"containerStatuses": [{"name": "c", "state": {"waiting": {"reason": "InvalidImage"}}}]},
+    }
+    assert ready.pod_reasons([failing, {**is_ready(pod(image="a")), "metadata": {"name": "web-2"}}]) == (
+        "pod web-1: container c: [InvalidImage]",
+        "pod web-1: PodScheduled is not true",
+    )
