@@ -123,7 +123,11 @@ if config.get_bool("pod"):
         spec={
             "scheduler_name": "nobody",  # the test plays scheduler and kubelet
             "containers": [
-                {"name": "c", "image": "example.invalid/c:1", "resources": {"limits": {"cpu": "1000m"}}}
+                {
+                    "name": "c",
+                    "image": "example.invalid/c:1",
+                    "resources": {"limits": {"cpu": config.get("cpu") or "1000m"}},
+                }
             ]
         },
         opts=pulumi.ResourceOptions(
@@ -160,7 +164,7 @@ class Stack:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,  # a busy machine
             check=False,
         )
         assert (ended.returncode != 0) == fails, ended.stdout + ended.stderr
@@ -290,6 +294,14 @@ def test_a_stack_goes_through_its_life(stack: Stack) -> None:
     # the pod that was there but not ready is taken up, not made anew
     assert stack.up() == {"same": 14, "update": 1}
     assert stack.up() == {"same": 15}
+
+    # what a pod cannot change is a new one, of which the living one's server has no complaint
+    stack.set(cpu="500m")
+    preview = stack.run("preview", "--diff")
+    assert "1 to replace" in preview, preview
+    assert "would be refused" not in preview
+    stack.set(cpu="-1")
+    assert "would be refused" in stack.run("preview", fails=True)
 
     state = stack.run("stack", "export")
     assert "hush" not in state

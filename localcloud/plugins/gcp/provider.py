@@ -242,11 +242,14 @@ class GcpProvider(Provider):
     def read(self, resource: Resource, state: Properties, inputs: Properties) -> ReadResult:
         """Reads what is there."""
         served = self._served(resource)
-        live = served.read(resource.resource_id)
+        item = (
+            resource.resource_id if state else served.full(resource.resource_id, self._scope(served.spec, {}))
+        )
+        live = served.read(item)
         if live is None:
             return ReadResult()
         recorded = plain(state)
-        known = {**_from_item(served.spec, resource.resource_id), **plain(inputs), **recorded}
+        known = {**_from_item(served.spec, item), **plain(inputs), **recorded}
         outputs = served.outputs(live, known)
         if not inputs:
             taken = {
@@ -259,7 +262,7 @@ class GcpProvider(Provider):
             notes = {_DEFAULTS: inputs[_DEFAULTS]} if _DEFAULTS in inputs else {}
             own = {k: v for k, v in inputs.items() if k != _DEFAULTS}
             current = {**drift(own, recorded, outputs), **notes}
-        return ReadResult(resource.resource_id, with_secrets_of(outputs, {**state, **inputs}), current)
+        return ReadResult(item, with_secrets_of(outputs, {**state, **inputs}), current)
 
     def update(
         self, resource: Resource, state: Properties, old: Properties, new: Properties, *, preview: bool

@@ -6,6 +6,7 @@ official plugin.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 from localcloud.plugins.gcp.fields import Field, Json, Type, Update, from_rest, to_rest
 from localcloud.plugins.gcp.rest import Google, GoogleError
 from localcloud.plugins.gcp.tables import ResourceType
-from localcloud.plugins.protocol import Failure
+from localcloud.plugins.protocol import Failure, ProviderError
 from localcloud.plugins.values import Path, Properties, Value
 
 ATTRIBUTION = {"goog-pulumi-provisioned": "true"}
@@ -52,6 +53,25 @@ class Resource:
 
     def item(self, known: Mapping[str, Value]) -> str:
         """The resource's path, which is its Pulumi id."""
+        return self.spec.item.format_map(known)
+
+    def full(self, given: str, scope: Mapping[str, Value]) -> str:
+        """The id that an import gives in one of the official plugin's forms: the path, a link, or the names
+        alone, of which the first may be left out where the provider's configuration has them.
+        """
+        if "projects/" in given:
+            return given[given.index("projects/") :]
+        names = re.findall(r"{(\w+)}", self.spec.item)
+        parts = given.split("/")
+        missing = len(names) - len(parts)
+        if missing < 0 or not all(parts):
+            raise ProviderError(f"{given!r} is no id of a {self.spec.token}; it takes {self.spec.item}")
+        known = {
+            **{name: scope.get(name, "") for name in names},
+            **dict(zip(names[missing:], parts, strict=True)),
+        }
+        if not all(known.values()):
+            raise ProviderError(f"{given!r} does not say which of all; give {self.spec.item}")
         return self.spec.item.format_map(known)
 
     def replaces(self, path: Path, before: Properties, after: Properties) -> bool:  # noqa: ARG002
@@ -177,6 +197,21 @@ class RepositoryIamMember(Resource):
 
     def item(self, known: Mapping[str, Value]) -> str:
         return f"{self._repository(known)}/{known['role']}/{known['member']}"
+
+    def full(self, given: str, scope: Mapping[str, Value]) -> str:
+        """Repository, role and member, with spaces between, as the official plugin takes them."""
+        if " " not in given:
+            return super().full(given, scope)
+        repository, role, member = given.split(" ", 2)
+        path = repository if repository.startswith("projects/") else None
+        if path is None:
+            parts = repository.split("/")
+            place = {
+                **scope,
+                **dict(zip(("project", "location")[3 - len(parts) :], parts[:-1], strict=False)),
+            }
+            path = self._repository({**place, "repository": parts[-1]})
+        return f"{path}/{role}/{member}"
 
     def _repository(self, known: Mapping[str, Value]) -> str:
         name = str(known["repository"]).rsplit("/", 1)[-1]

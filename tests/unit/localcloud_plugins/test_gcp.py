@@ -553,3 +553,59 @@ def test_an_operation_shows_its_name_status_and_progress(monkeypatch: pytest.Mon
         "waiting for insert operation-1: RUNNING 40 % (Booting), for 5 s now",
         "waiting for insert operation-1: RUNNING 40 % (Booting), for 15 s now",
     ]
+
+
+MEMBER = "roles/artifactregistry.reader serviceAccount:a@p.iam.gserviceaccount.com"
+IMPORTED = [
+    (tables.NETWORK, "projects/p/global/networks/n", ["p/n", "n"]),
+    (tables.FIREWALL, "projects/p/global/firewalls/n", ["p/n", "n"]),
+    (
+        tables.SUBNETWORK,
+        "projects/p/regions/europe-west1/subnetworks/n",
+        ["p/europe-west1/n", "europe-west1/n", "n"],
+    ),
+    (
+        tables.ADDRESS,
+        "projects/p/regions/europe-west1/addresses/n",
+        ["p/europe-west1/n", "europe-west1/n", "n"],
+    ),
+    (tables.DISK, "projects/p/zones/europe-west1-b/disks/n", ["p/europe-west1-b/n", "europe-west1-b/n", "n"]),
+    (tables.INSTANCE, "projects/p/zones/europe-west1-b/instances/n", ["p/europe-west1-b/n", "n"]),
+    (tables.CLUSTER, "projects/p/locations/l/clusters/c", ["p/l/c", "l/c"]),
+    (tables.NODE_POOL, "projects/p/locations/l/clusters/c/nodePools/n", ["p/l/c/n", "l/c/n"]),
+    (tables.REPOSITORY, "projects/p/locations/europe-west1/repositories/r", ["p/europe-west1/r", "r"]),
+    (
+        tables.ACCOUNT,
+        "projects/p/serviceAccounts/a@p.iam.gserviceaccount.com",
+        ["p/a@p.iam.gserviceaccount.com"],
+    ),
+    (
+        tables.REPOSITORY_IAM_MEMBER,
+        f"projects/p/locations/europe-west1/repositories/r/{MEMBER.replace(' ', '/')}",
+        [
+            f"projects/p/locations/europe-west1/repositories/r {MEMBER}",
+            f"p/europe-west1/r {MEMBER}",
+            f"europe-west1/r {MEMBER}",
+            f"r {MEMBER}",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("spec", "item", "shorter"), IMPORTED, ids=lambda v: getattr(v, "token", None))
+def test_an_import_takes_every_form_of_an_id_that_the_official_plugin_takes(
+    spec: ResourceType, item: str, shorter: list[str]
+) -> None:
+    made = provider(Recorder())
+    served = made._served(resource(spec))
+    scope = made._scope(spec, {})
+    forms = [item, *shorter]
+    if spec.service == "compute":
+        forms.append(f"https://www.googleapis.com/compute/v1/{item}")
+    assert {served.full(form, scope) for form in forms} == {item}
+    with pytest.raises(ProviderError, match="is no id of"):
+        served.full("a/b/c/d/e/f/g", scope)
+
+
+def test_every_type_that_is_served_can_be_imported() -> None:
+    assert {spec.token for spec, _, _ in IMPORTED} == set(tables.TYPES)
