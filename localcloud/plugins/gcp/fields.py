@@ -32,6 +32,14 @@ class Type(enum.Enum):
     OBJECTS = "a list of objects"
 
 
+class Form(enum.Enum):
+    """How a value may be written that an answer writes otherwise."""
+
+    ANY = "as it is"
+    LINK = "a resource by its name, path or link"
+    IMAGE = "an image or a family, with its project or without"
+
+
 class Update(enum.Enum):
     """What a changed input needs."""
 
@@ -43,7 +51,9 @@ class Update(enum.Enum):
 
 @dataclass(frozen=True)
 class Field:
-    """A property. `rest` is its field in REST (dots go deeper; None: Google has no such field)."""
+    """A property. `rest` is its field in REST (dots go deeper; None: Google has no such field). One that is
+    `decided` by Google where it is left out stays what it is when it is.
+    """
 
     name: str
     type: Type = Type.STRING
@@ -54,11 +64,26 @@ class Field:
     default: Value = None
     enum: tuple[str, ...] = ()
     fields: tuple[Field, ...] = ()
+    form: Form = Form.ANY
+    decided: bool = False
 
     @property
     def path(self) -> tuple[str, ...]:
         """The way to it in REST."""
         return () if self.rest is None else tuple((self.rest or self.name).split("."))
+
+
+def same(form: Form, given: str, answered: str) -> bool:
+    """Whether what was given means what Google answers with."""
+    name, actual = given.rsplit("/", 1)[-1], answered.rsplit("/", 1)[-1]
+    if form is Form.LINK:
+        paths = [text[text.index("projects/") :] for text in (given, answered) if "projects/" in text]
+        return len(set(paths)) == 1 if len(paths) == 2 else name == actual and "/" not in given
+    if form is Form.IMAGE:
+        owner = given.rpartition("/")[0].removesuffix("/global/images").removesuffix("/global/images/family")
+        owned = not owner or f"/{owner.rsplit('/', 1)[-1]}/" in answered
+        return owned and (name == actual or actual.startswith(f"{name}-"))
+    return given == answered
 
 
 def check(fields: tuple[Field, ...], given: Mapping[str, Value], where: Path = ()) -> Iterator[Failure]:
@@ -169,6 +194,21 @@ def _value_from_rest(declared: Field, value: Any, before: Value) -> Value:
             for v, o in zip(value, padded, strict=False)
         ]
     return value
+
+
+def inputs_of(fields: tuple[Field, ...], outputs: Mapping[str, Value]) -> Properties:
+    """The inputs that would have made what an import found: what is set, and is no output or ours alone."""
+    inputs: Properties = {}
+    for declared in fields:
+        value = outputs.get(declared.name)
+        if declared.output or declared.update is Update.LOCAL or value in ([], {}, "", None):
+            continue
+        if declared.type is Type.OBJECT and isinstance(value, dict):
+            value = inputs_of(declared.fields, value)
+        elif declared.type is Type.OBJECTS and isinstance(value, list):
+            value = [inputs_of(declared.fields, item) for item in value]
+        inputs[declared.name] = value
+    return inputs
 
 
 def computed(fields: tuple[Field, ...], inputs: Mapping[str, Value]) -> Properties:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from localcloud.plugins.gcp import fields, resources
-from localcloud.plugins.gcp.fields import Json, Type, Update
+from localcloud.plugins.gcp.fields import Form, Json, Type
 from localcloud.plugins.gcp.resources import Change, at, deadline_in, declarations
 from localcloud.plugins.gcp.rest import (
     ENDPOINT_RULE,
@@ -252,12 +252,7 @@ class GcpProvider(Provider):
         known = {**_from_item(served.spec, item), **plain(inputs), **recorded}
         outputs = served.outputs(live, known)
         if not inputs:
-            taken = {
-                f.name: outputs[f.name]
-                for f in served.spec.fields
-                if not f.output and f.update is not Update.LOCAL and f.name in outputs
-            }
-            current = {k: v for k, v in taken.items() if v not in ([], {}, "", None)}
+            current = fields.inputs_of(served.spec.fields, outputs)
         else:
             notes = {_DEFAULTS: inputs[_DEFAULTS]} if _DEFAULTS in inputs else {}
             own = {k: v for k, v in inputs.items() if k != _DEFAULTS}
@@ -408,12 +403,14 @@ def _from_item(spec: ResourceType, item: str) -> Properties:
 def _as_it_is(spec: ResourceType, path: Path, after: Properties, state: Properties) -> bool:
     """Whether a changed input says (or, left out, means) what the resource has already."""
     declared = declarations(spec.fields, path)
-    wanted, actual = at(after, path), at(state, path)
+    if not declared:
+        return False
+    last, wanted, actual = declared[-1], at(after, path), at(state, path)
     if wanted is None:
-        last = declared[-1] if declared else None
-        if last is None or len(path) > 1 or last.type is Type.MAP:
-            return False
-        return last.default is not None and actual == last.default
+        meant = False if last.default is None and last.type is Type.BOOL else last.default
+        return last.decided or (last.type is not Type.MAP and meant is not None and actual == meant)
+    if isinstance(wanted, str) and isinstance(actual, str) and last.form is not Form.ANY:
+        return fields.same(last.form, wanted, actual)
     return (
         not has_unknown(wanted)
         and wanted == actual

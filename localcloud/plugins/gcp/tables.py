@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from localcloud.plugins.gcp.fields import Field, Type, Update
+from localcloud.plugins.gcp.fields import Field, Form, Type, Update
 
 S, INT, I64, B = Type.STRING, Type.INT, Type.INT64, Type.BOOL
 MAP, STRS, OBJ, OBJS = Type.MAP, Type.STRINGS, Type.OBJECT, Type.OBJECTS
@@ -39,7 +39,7 @@ def _out(name: str, kind: Type = S, rest: str | None = "", fields: tuple[Field, 
     return Field(name, kind, rest, output=True, fields=fields)
 
 
-_PROJECT = Field("project", rest=None)
+_PROJECT = Field("project", rest=None, decided=True)
 # Terraform's, which the official plugin has as it is: PREVENT refuses to delete, ABANDON deletes nothing.
 _DELETION_POLICY = Field(
     "deletionPolicy", rest=None, update=LOCAL, enum=("DELETE", "PREVENT", "ABANDON"), default="DELETE"
@@ -58,7 +58,7 @@ REPOSITORY = ResourceType(
     "projects/{project}/locations/{location}/repositories/{repositoryId}",
     (
         _PROJECT,
-        Field("location", rest=None),
+        Field("location", rest=None, decided=True),
         Field("repositoryId", rest=None, required=True),
         Field("format", required=True),
         Field("mode", default="STANDARD_REPOSITORY"),
@@ -83,7 +83,7 @@ REPOSITORY_IAM_MEMBER = ResourceType(
     "projects/{project}/locations/{location}/repositories/{repository}/{role}/{member}",
     (
         _PROJECT,
-        Field("location", rest=None),
+        Field("location", rest=None, decided=True),
         Field("repository", rest=None, required=True),
         Field("role", rest=None, required=True),
         Field("member", rest=None, required=True),
@@ -140,16 +140,16 @@ SUBNETWORK = ResourceType(
     "projects/{project}/regions/{region}/subnetworks/{name}",
     (
         _PROJECT,
-        Field("region", rest=None),
+        Field("region", rest=None, decided=True),
         Field("name"),
-        Field("network", required=True),
+        Field("network", required=True, form=Form.LINK),
         Field("ipCidrRange", update=OWN),
         Field("description"),
         Field("privateIpGoogleAccess", B, update=OWN),
-        Field("purpose", update=PATCH),
+        Field("purpose", update=PATCH, decided=True),
         Field("role", update=PATCH),
         _DELETION_POLICY,
-        Field("stackType", update=PATCH),
+        Field("stackType", update=PATCH, decided=True),
         Field(
             "secondaryIpRanges",
             OBJS,
@@ -174,9 +174,9 @@ FIREWALL = ResourceType(
     (
         _PROJECT,
         Field("name"),
-        Field("network", required=True, update=PATCH),
+        Field("network", required=True, update=PATCH, form=Form.LINK),
         Field("description", update=PATCH),
-        Field("direction", enum=("INGRESS", "EGRESS")),
+        Field("direction", enum=("INGRESS", "EGRESS"), decided=True),
         Field("priority", INT, default=1000, update=PATCH),
         _DELETION_POLICY,
         Field("disabled", B, update=PATCH),
@@ -200,17 +200,17 @@ ADDRESS = ResourceType(
     "projects/{project}/regions/{region}/addresses/{name}",
     (
         _PROJECT,
-        Field("region", rest=None),
+        Field("region", rest=None, decided=True),
         Field("name"),
-        Field("address"),
+        Field("address", decided=True),
         Field("addressType", default="EXTERNAL", enum=("INTERNAL", "EXTERNAL")),
         Field("description"),
-        Field("networkTier", enum=("PREMIUM", "STANDARD")),
-        Field("network"),
-        Field("subnetwork"),
-        Field("purpose"),
+        Field("networkTier", enum=("PREMIUM", "STANDARD"), decided=True),
+        Field("network", form=Form.LINK),
+        Field("subnetwork", form=Form.LINK, decided=True),
+        Field("purpose", decided=True),
         _DELETION_POLICY,
-        Field("prefixLength", INT),
+        Field("prefixLength", INT, decided=True),
         *_LABELS,
         _out("labelFingerprint"),
         _out("users", STRS),
@@ -225,15 +225,15 @@ DISK = ResourceType(
     "projects/{project}/zones/{zone}/disks/{name}",
     (
         _PROJECT,
-        Field("zone", rest=None),
+        Field("zone", rest=None, decided=True),
         Field("name"),
         Field("description"),
-        Field("size", I64, rest="sizeGb", update=OWN),
+        Field("size", I64, rest="sizeGb", update=OWN, decided=True),
         Field("type", rest=None, default="pd-standard"),
-        Field("image", rest=None),
+        Field("image", rest=None, form=Form.IMAGE),
         Field("snapshot", rest="sourceSnapshot"),
-        Field("architecture"),
-        Field("physicalBlockSizeBytes", I64),
+        Field("architecture", decided=True),
+        Field("physicalBlockSizeBytes", I64, decided=True),
         *_LABELS,
         _DELETION_POLICY,
         _out("diskId", rest="id"),
@@ -253,7 +253,7 @@ INSTANCE = ResourceType(
     "projects/{project}/zones/{zone}/instances/{name}",
     (
         _PROJECT,
-        Field("zone", rest=None),
+        Field("zone", rest=None, decided=True),
         Field("name"),
         Field("machineType", rest=None, required=True, update=OWN),
         Field("description", update=OWN),
@@ -270,16 +270,16 @@ INSTANCE = ResourceType(
             required=True,
             fields=(
                 Field("autoDelete", B, default=True, update=OWN),
-                Field("deviceName"),
+                Field("deviceName", decided=True),
                 Field("mode", default="READ_WRITE", enum=("READ_WRITE", "READ_ONLY")),
-                Field("source"),
+                Field("source", form=Form.LINK, decided=True),
                 Field(
                     "initializeParams",
                     OBJ,
                     fields=(
-                        Field("image", rest="sourceImage"),
-                        Field("size", I64, rest="diskSizeGb", update=OWN),
-                        Field("type", rest="diskType"),
+                        Field("image", rest="sourceImage", form=Form.IMAGE, decided=True),
+                        Field("size", I64, rest="diskSizeGb", update=OWN, decided=True),
+                        Field("type", rest="diskType", decided=True),
                         Field("labels", MAP, update=OWN),
                     ),
                 ),
@@ -290,15 +290,18 @@ INSTANCE = ResourceType(
             OBJS,
             required=True,
             fields=(
-                Field("network", update=OWN),
-                Field("subnetwork", update=OWN),
-                Field("networkIp", rest="networkIP", update=OWN),
-                Field("stackType", update=OWN),
+                Field("network", update=OWN, form=Form.LINK, decided=True),
+                Field("subnetwork", update=OWN, form=Form.LINK, decided=True),
+                Field("networkIp", rest="networkIP", update=OWN, decided=True),
+                Field("stackType", update=OWN, decided=True),
                 Field(
                     "accessConfigs",
                     OBJS,
                     update=OWN,
-                    fields=(Field("natIp", rest="natIP", update=OWN), Field("networkTier", update=OWN)),
+                    fields=(
+                        Field("natIp", rest="natIP", update=OWN, decided=True),
+                        Field("networkTier", update=OWN, decided=True),
+                    ),
                 ),
                 _out("name"),
             ),
@@ -386,15 +389,15 @@ CLUSTER = ResourceType(
     "projects/{project}/locations/{location}/clusters/{name}",
     (
         _PROJECT,
-        Field("location", rest=None),
+        Field("location", rest=None, decided=True),
         Field("name"),
         Field("description"),
         Field("deletionProtection", B, rest=None, default=True, update=LOCAL),
         _DELETION_POLICY,
         Field("initialNodeCount", INT),
         Field("removeDefaultNodePool", B, rest=None, update=LOCAL),
-        Field("network", default="default"),
-        Field("subnetwork"),
+        Field("network", default="default", form=Form.LINK),
+        Field("subnetwork", form=Form.LINK, decided=True),
         Field("networkingMode", rest=None, enum=("VPC_NATIVE", "ROUTES")),
         Field("minMasterVersion", rest=None, update=OWN),
         Field("clusterIpv4Cidr"),
@@ -411,7 +414,7 @@ CLUSTER = ResourceType(
                 Field("servicesSecondaryRangeName"),
                 Field("clusterIpv4CidrBlock"),
                 Field("servicesIpv4CidrBlock"),
-                Field("stackType", update=OWN),
+                Field("stackType", update=OWN, decided=True),
             ),
         ),
         replace(_NODE_CONFIG, rest="nodeConfig"),
@@ -447,7 +450,7 @@ NODE_POOL = ResourceType(
     "projects/{project}/locations/{location}/clusters/{cluster}/nodePools/{name}",
     (
         _PROJECT,
-        Field("location", rest=None),
+        Field("location", rest=None, decided=True),
         Field("cluster", rest=None, required=True),
         Field("name"),
         Field("nodeCount", INT, rest=None, update=OWN),

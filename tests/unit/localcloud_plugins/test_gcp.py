@@ -10,7 +10,7 @@ import googleapiclient
 import pytest
 
 from localcloud.plugins.gcp import tables
-from localcloud.plugins.gcp.fields import Field
+from localcloud.plugins.gcp.fields import Field, Form, same
 from localcloud.plugins.gcp.provider import GcpProvider
 from localcloud.plugins.gcp.resources import deadline_in
 from localcloud.plugins.gcp.rest import Google, GoogleError, StillRunningError
@@ -609,3 +609,69 @@ def test_an_import_takes_every_form_of_an_id_that_the_official_plugin_takes(
 
 def test_every_type_that_is_served_can_be_imported() -> None:
     assert {spec.token for spec, _, _ in IMPORTED} == set(tables.TYPES)
+
+
+LINK = "https://www.googleapis.com/compute/v1/projects/p"
+IMAGE = f"{LINK.removesuffix('p')}debian-cloud/global/images/debian-12-bookworm-v20261101"
+
+
+@pytest.mark.parametrize(
+    ("form", "given", "answered", "equal"),
+    [
+        (Form.LINK, "n", f"{LINK}/global/networks/n", True),
+        (Form.LINK, "projects/p/global/networks/n", f"{LINK}/global/networks/n", True),
+        (Form.LINK, f"{LINK}/global/networks/n".replace("v1", "beta"), f"{LINK}/global/networks/n", True),
+        (Form.LINK, "m", f"{LINK}/global/networks/n", False),
+        (Form.LINK, "projects/q/global/networks/n", f"{LINK}/global/networks/n", False),
+        (Form.IMAGE, "debian-cloud/debian-12", IMAGE, True),
+        (Form.IMAGE, "debian-12", IMAGE, True),
+        (Form.IMAGE, "projects/debian-cloud/global/images/family/debian-12", IMAGE, True),
+        (Form.IMAGE, IMAGE, IMAGE, True),
+        (Form.IMAGE, "debian-cloud/debian-1", IMAGE, False),
+        (Form.IMAGE, "debian-cloud/debian-13", IMAGE, False),
+        (Form.IMAGE, "other-cloud/debian-12", IMAGE, False),
+    ],
+)
+def test_a_resource_is_the_same_in_each_way_to_name_it(
+    form: Form, given: str, answered: str, equal: bool
+) -> None:
+    assert same(form, given, answered) == equal
+
+
+def test_what_was_imported_needs_no_change_for_what_google_decided_or_writes_otherwise() -> None:
+    disk = {
+        "name": "vm",
+        "sizeGb": "10",
+        "type": f"{LINK}/zones/z/diskTypes/pd-standard",
+        "sourceImage": IMAGE,
+    }
+    live = {
+        **LIVE,
+        "machineType": f"{LINK}/zones/europe-west1-b/machineTypes/e2-small",
+        "disks": [{**LIVE["disks"][0], "source": f"{LINK}/zones/z/disks/vm"}],
+        "networkInterfaces": [
+            {
+                "network": f"{LINK}/global/networks/n",
+                "subnetwork": f"{LINK}/regions/europe-west1/subnetworks/sub",
+                "networkIP": "10.0.0.2",
+                "name": "nic0",
+                "stackType": "IPV4_ONLY",
+                "accessConfigs": [{"natIP": "1.2.3.4", "networkTier": "PREMIUM"}],
+            }
+        ],
+    }
+    made = provider(Recorder(instances__vm=live, disks__vm=disk))
+    item = "projects/p/zones/europe-west1-b/instances/vm"
+    imported = made.read(resource(tables.INSTANCE, item), {}, {})
+    program = {
+        "name": "vm",
+        "machineType": "e2-small",
+        "bootDisk": {"initializeParams": {"image": "debian-cloud/debian-12"}},
+        "networkInterfaces": [{"subnetwork": "sub", "accessConfigs": [{}]}],
+        "metadata": imported.inputs.get("metadata"),
+        "tags": imported.inputs.get("tags"),
+    }
+    assert (
+        made.diff(resource(tables.INSTANCE, item), imported.properties, imported.inputs, program).changes
+        == {}
+    )
