@@ -66,7 +66,7 @@ class _Selection:
             inner = self._paths(level + 1)
             if not self._take(")"):
                 raise self._invalid()
-        tree[name] = _merged(tree[name], inner) if name in tree else inner
+        tree[name] = _both(tree[name], inner) if name in tree else inner
 
     def _take(self, mark: str) -> bool:
         if self._text[self._position : self._position + 1] != mark:
@@ -78,12 +78,12 @@ class _Selection:
         return ApiError(400, f"Invalid field selection {self._text[:200]}", reason="invalidParameter")
 
 
-def _merged(one: Tree, other: Tree) -> Tree:
+def _both(one: Tree, other: Tree) -> Tree:
     """What is wanted by either; all of it if one wants all."""
     if not one or not other:
         return {}
     return {
-        name: _merged(one[name], other[name])
+        name: _both(one[name], other[name])
         if name in one and name in other
         else one.get(name, other.get(name))
         for name in {**one, **other}
@@ -121,8 +121,17 @@ def _select(value: Any, tree: Tree) -> Any:
     for key, item in value.items():
         wanted = [tree[name] for name in (key, "*") if name in tree]
         if wanted:
-            selected[key] = _select(item, wanted[0] if len(wanted) == 1 else _merged(*wanted))
+            selected[key] = _select(item, wanted[0] if len(wanted) == 1 else _both(*wanted))
     return selected
+
+
+def merged(old: Any, new: Any) -> Any:
+    """What a patch without a mask makes of a field (RFC 7396): of a message it changes what it has, all else
+    it replaces.
+    """
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    return old | {key: merged(old.get(key), value) for key, value in new.items()}
 
 
 def update(target: Json, given: Json, mask: str, changeable: set[str]) -> None:

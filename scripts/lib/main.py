@@ -36,7 +36,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     test = names.add_parser("test", prog="./scripts/test", description=commands.test.__doc__)
     test.add_argument(
-        "only", nargs="*", choices=[*commands.SUITES, []], help="suites to run; all, unless given"
+        "only",
+        nargs="*",
+        choices=[*commands.SUITES, *commands.ON_REQUEST, []],
+        help=f"suites to run; unless given all but {', '.join(commands.ON_REQUEST)}",
     )
     for name in PROGRAMS:
         names.add_parser(name, prog=f"./scripts/{name}", add_help=False)

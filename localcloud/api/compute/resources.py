@@ -20,6 +20,7 @@ from localcloud.api.compute.common import (
     set_labels,
 )
 from localcloud.api.errors import ApiError, in_use, invalid_value
+from localcloud.api.masks import merged
 from localcloud.api.service import TABLE, Call, fingerprint
 from localcloud.store import Json, Record, Store
 
@@ -146,7 +147,7 @@ def _change(call: Call, collection: Collection, record: Record) -> None:
     before = dict(record.body)
     for field, value in call.body.items():
         if field in collection.patchable:
-            record.body[field] = value
+            record.body[field] = merged(record.body.get(field), value)
         elif field != "fingerprint" and not _is_same(call, value, record.body.get(field)):
             raise invalid_value(f"resource.{field}", value, "Field is immutable.")
     collection.check(record.body)

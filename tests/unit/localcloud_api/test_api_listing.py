@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from localcloud.api.errors import ApiError
 from localcloud.api.listing import matching, ordered_page, page
-from localcloud.api.masks import update
+from localcloud.api.masks import merged, update
 from tests.unit.localcloud_api.client import COMPUTE, LOCATION, REGION, REPOSITORIES, Client
 
 Json = dict[str, Any]
@@ -228,6 +228,29 @@ def test_an_update_changes_what_its_mask_names_and_nothing_else(
         assert leaf[: len(path)] == path or leaf in new
     for leaf in asked:
         assert leaf[: len(path)] != path or leaf in new
+
+
+@settings(max_examples=200, deadline=None)
+@given(before=OBJECTS, patch=OBJECTS)
+def test_a_patch_without_a_mask_changes_what_it_has_at_any_depth(before: Json, patch: Json) -> None:
+    old, asked, new = _paths(before), _paths(patch), _paths(merged(before, patch))
+    for leaf, value in asked.items():
+        assert new[leaf] == value
+    for leaf, value in old.items():
+        # What is not below or above anything that the patch says is as it was.
+        if not any(leaf[: len(path)] == path or path[: len(leaf)] == leaf for path in asked):
+            assert new[leaf] == value
+    assert set(new) <= set(old) | set(asked)
+
+
+def test_a_patch_of_compute_engine_keeps_the_rest_of_a_nested_field(client: Client) -> None:
+    path = f"{COMPUTE}/global/firewalls"
+    log = {"enable": True, "metadata": "INCLUDE_ALL_METADATA"}
+    client.create(path, {"name": "f", "allowed": [{"IPProtocol": "tcp"}], "logConfig": log})
+    client.done(client.ok("PATCH", f"{path}/f", {"logConfig": {"enable": False}}))
+    assert client.ok("GET", f"{path}/f")["logConfig"] == log | {"enable": False}
+    client.done(client.ok("PATCH", f"{path}/f", {"allowed": [{"IPProtocol": "udp"}]}))
+    assert client.ok("GET", f"{path}/f")["allowed"] == [{"IPProtocol": "udp"}]
 
 
 def test_a_patch_keeps_the_rest_of_a_nested_field(client: Client) -> None:
