@@ -24,12 +24,22 @@ def identity(kind: str, inputs: dict[str, Any]) -> str | None:
 
 def settle(deployment: dict[str, Any]) -> None:
     """Turns interrupted creations into resources, and forgets the other unfinished operations."""
-    known_urns = {resource["urn"] for resource in deployment.get("resources") or []}
+    resources = deployment.setdefault("resources", [])
     for operation in deployment.pop("pending_operations", None) or []:
         resource = operation["resource"]
         known = identity(resource["type"], resource.get("inputs", {}))
-        if operation["type"] == "creating" and known is not None and resource["urn"] not in known_urns:
-            deployment["resources"].append({"outputs": {}, **resource, "id": known})
+        if operation["type"] != "creating" or known is None:
+            continue
+        made = {"outputs": {}, **resource, "id": known}
+        there = [i for i, other in enumerate(resources) if other["urn"] == resource["urn"]]
+        deleted = [i for i in there if resources[i].get("pendingReplacement")]
+        if deleted:  # the first half of its replacement was done; what depends on it comes after it
+            resources[deleted[0]] = made
+        elif not there:
+            resources.append(made)
+        elif all(resources[i].get("id") not in (None, known) for i in there):
+            # The new half of a replacement, beside the old one: the next up makes another and deletes this.
+            resources.append({**made, "delete": True})
 
 
 def main(stack: str) -> int:

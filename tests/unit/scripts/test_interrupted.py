@@ -53,3 +53,24 @@ def test_an_interrupted_creation_becomes_a_resource_and_the_rest_is_forgotten() 
     assert [resource["urn"] for resource in deployment["resources"]] == ["urn:kept", "urn:new"]
     assert deployment["resources"][1]["id"] == "n"
     assert "pending_operations" not in deployment
+
+
+def test_an_interrupted_replacement_leaves_neither_half_behind() -> None:
+    deleted = {"urn": "urn:deleted", "id": "web", "pendingReplacement": True}
+    old = {"urn": "urn:old", "id": "old-1"}
+    deployment: dict[str, Any] = {
+        "resources": [deleted, old, {"urn": "urn:dependent"}],
+        "pending_operations": [
+            _operation("creating", "urn:deleted", "web"),
+            _operation("creating", "urn:old", "old-2"),
+        ],
+    }
+    settle(deployment)
+    resources = deployment["resources"]
+    assert [(r["urn"], r.get("id"), r.get("delete", False)) for r in resources] == [
+        ("urn:deleted", "web", False),
+        ("urn:old", "old-1", False),
+        ("urn:dependent", None, False),
+        ("urn:old", "old-2", True),
+    ]
+    assert "pendingReplacement" not in resources[0]
