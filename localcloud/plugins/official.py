@@ -47,6 +47,8 @@ def directory(name: str, home: Path, path: Iterable[str]) -> Path | None:
     # pulumi takes one on PATH before any that it installed, but for the stand-ins', which `env` puts first
     for entry in path:
         found = Path(entry) / executable
+        if found.resolve().parts[-4:-1] == ("localcloud", "plugins", name):
+            continue  # the stand-in of another checkout
         known = whatever or found.parent == exactly
         if _runs_here(found) and (known or (version and _says(found) == version)):
             return found.parent

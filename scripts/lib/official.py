@@ -22,6 +22,7 @@ import grpc  # type: ignore[import-untyped]
 from google.protobuf import empty_pb2  # type: ignore[import-untyped]
 from pulumi.runtime.proto import provider_pb2_grpc
 
+from localcloud.plugins import official
 from scripts.lib import paths
 
 PLUGINS = ("gcp", "kubernetes", "command")
@@ -142,6 +143,7 @@ def run(found: Sequence[Plugin]) -> int:
     env["PATH"] = os.pathsep.join(
         [*(str(plugin.path.parent) for plugin in found), env.get("PATH", os.defpath)]
     )
+    env[official.WHATEVER_VERSION] = ",".join(plugin.name for plugin in found)
     directory = Path(tempfile.mkdtemp(prefix="official-"))
     try:
         _copy(directory)

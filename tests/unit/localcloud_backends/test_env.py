@@ -154,6 +154,15 @@ def test_one_on_path_is_asked_for_its_version(
     assert shutil.which("pulumi-resource-gcp", path=again) == str(place / "pulumi-resource-gcp")
 
 
+def test_the_stand_in_of_another_checkout_is_no_official_plugin(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "other/localcloud/plugins/gcp"
+    plugin(place, "gcp", speaking(official.asked_for("gcp"), "gcp"))
+    monkeypatch.setenv("PATH", f"{place}:/usr/bin")
+    assert stand_ins(home) == set(STAND_INS)
+
+
 def test_whatever_version_is_there_is_used_where_the_user_says_so(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
