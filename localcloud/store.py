@@ -6,20 +6,27 @@ sees, `private` what it does not (for an instance: its loopback address; for an 
 
 One file, many readers: the server writes, each metadata server opens the file with `read_only=True` and sees
 every change at its next read.
+
+On a full disk what happened can still be written down, and things can be deleted: the file and its log begin
+with room to spare, and SQLite uses that before it asks the disk for more.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 Json = dict[str, Any]
+
+# The log is written back after a quarter of it, so that it does not outgrow its own room.
+_RESERVED_BYTES = 2 * 2**20
+_CHECKPOINT_PAGES = 128
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS records (
@@ -63,6 +70,17 @@ class Store:
         if not read_only:
             self._connection().executescript(_SCHEMA)
             path.chmod(0o600)
+            self._reserve()
+
+    def _reserve(self) -> None:
+        """Make the file and its log as large as they may need to be; pages that are free are used again."""
+        connection = self._connection()
+        with contextlib.suppress(sqlite3.OperationalError):  # the disk is full already, or others read
+            connection.execute("CREATE TABLE IF NOT EXISTS reserve (content BLOB)")
+            connection.execute("INSERT INTO reserve VALUES (zeroblob(?))", (_RESERVED_BYTES,))
+        with contextlib.suppress(sqlite3.OperationalError):
+            connection.execute("DROP TABLE IF EXISTS reserve")
+            connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
 
     def _connection(self) -> sqlite3.Connection:
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
@@ -75,6 +93,7 @@ class Store:
             if not self._read_only:
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = NORMAL")
+                connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
             self._local.connection = connection
         return connection
 
@@ -85,7 +104,7 @@ class Store:
             connection.close()
             self._local.connection = None
 
-    @contextmanager
+    @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """All writes inside are kept together or not at all; other writers wait. May be nested."""
         connection = self._connection()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from localcloud.specs import BackendError
 from localcloud.store import Json
 
 _STATUS = {
@@ -61,6 +62,15 @@ class ApiError(Exception):
         if self.details:
             error["details"] = list(self.details)
         return {"error": error}
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, for the user: also of what no backend foresaw, as a full disk or a damaged file."""
+    if isinstance(error, (ApiError, BackendError)):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {error}"
 
 
 def not_found(key: str) -> ApiError:

@@ -7,6 +7,7 @@ An operation that was not done when the process ended is taken up again by `resu
 from __future__ import annotations
 
 import logging
+import sqlite3
 import threading
 import time
 from collections import deque
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
-from localcloud.api.errors import ApiError
+from localcloud.api.errors import ApiError, reason
 from localcloud.api.faults import operation_fails, work_fails
 from localcloud.specs import BackendError
 from localcloud.store import Json, Record, Store
@@ -29,6 +30,7 @@ Finish = Callable[[Json, Json | None, ApiError | None], None]
 """Writes the end into an operation's body: (body, response or None, error or None)."""
 
 _WORKERS = 8
+_WRITE_AGAIN_SECONDS = 1.0
 _KEPT = 500
 
 
@@ -41,6 +43,7 @@ class Operations:
         self._kinds = kinds
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="operation")
         self._changed = threading.Condition()
+        self._closed = threading.Event()
         self._queues: dict[str, deque[Callable[[], None]]] = {}
         self._services: Services | None = None
 
@@ -105,6 +108,7 @@ class Operations:
 
     def close(self) -> None:
         """Begin no more work; what runs is left to finish, or to `resume`."""
+        self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _drain(self, target: str) -> None:
@@ -141,15 +145,27 @@ class Operations:
             error = ApiError(503, str(raised))
         except Exception as raised:
             logger.exception("operation %s failed", key)
-            error = ApiError(500, f"Internal error: {type(raised).__name__}: {raised}")
+            error = ApiError(500, f"Internal error: {reason(raised)}")
         finally:
             work_fails.set(False)
-        with self._store.transaction():
-            record = self._store.get(key)
-            if record is not None:
-                self._kinds[record.kind](record.body, response, error)
-                record.private["done"] = True
-                self._store.put(record)
+        self._end(key, response, error)
+
+    def _end(self, key: str, response: Json | None, error: ApiError | None) -> None:
+        """Write down how it ended; where that cannot be done now (a full disk), as soon as it can be."""
+        while True:
+            try:
+                with self._store.transaction():
+                    record = self._store.get(key)
+                    if record is not None:
+                        self._kinds[record.kind](record.body, response, error)
+                        record.private["done"] = True
+                        self._store.put(record)
+            except sqlite3.OperationalError:
+                logger.exception("the end of operation %s cannot be written; trying again", key)
+                if self._closed.wait(_WRITE_AGAIN_SECONDS):
+                    return  # `resume` takes it up
+            else:
+                return
 
     def _forget_old(self, kind: str) -> None:
         """Google forgets operations after a while; we keep the latest few hundred."""

@@ -36,6 +36,8 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _RBAC = "/apis/rbac.authorization.k8s.io/v1"
 # From a start on empty data: about 4 s on two idle cores.
 _READY_SECONDS = 120
+# A healthy part starts once; the API server gives up a few times while a slow etcd begins.
+_MOST_STARTS = 8
 
 
 def create_cluster(home: Home, supervisor: Supervisor, spec: ClusterSpec) -> Cluster:
@@ -47,6 +49,15 @@ def create_cluster(home: Home, supervisor: Supervisor, spec: ClusterSpec) -> Clu
     """
     if not _NAME.fullmatch(spec.name):
         raise BackendError(f"{spec.name!r} is no name for a cluster")
+    try:
+        return _run(home, supervisor, spec)
+    except Exception:
+        # Half a control plane would crash and be restarted for ever; its data stays.
+        supervisor.remove_scope(f"clusters/{spec.name}", _program(spec.name, ""))
+        raise
+
+
+def _run(home: Home, supervisor: Supervisor, spec: ClusterSpec) -> Cluster:
     version = cluster_version()
     directory = home.cluster(spec.name)
     ports = remembered_ports(directory / "ports.json", "etcd", "etcd-peer", "apiserver")
@@ -57,23 +68,57 @@ def create_cluster(home: Home, supervisor: Supervisor, spec: ClusterSpec) -> Clu
     supervisor.add(_etcd(spec, directory, ports))
     supervisor.add(_apiserver(spec, directory, ports))
     api = KubeApi(endpoint, directory / "pki", pki.ADMIN)
-    if not wait_until(api.is_ready, _READY_SECONDS, 0.1):
-        log = home.logs / f"{_program(spec.name, 'apiserver')}.log"
-        raise BackendError(
-            f"cluster {spec.name}: the API server on {endpoint} is not ready after {_READY_SECONDS} s; "
-            f"see {log}"
-        )
+    _wait_until_ready(home, supervisor, spec, api)
     _apply_bindings(home, spec, api)
     for program in (_controller_manager(spec, directory), _scheduler(spec, directory), _approver(home, spec)):
         supervisor.add(program)
     return Cluster(endpoint, (directory / "pki/ca.crt").read_text(), version)
 
 
+def _wait_until_ready(home: Home, supervisor: Supervisor, spec: ClusterSpec, api: KubeApi) -> None:
+    """
+    Raises:
+        BackendError: it takes too long, or a part ends again and again.
+    """
+    starts: dict[str, set[int]] = {_program(spec.name, part): set() for part in ("etcd", "apiserver")}
+
+    def crashing() -> str:
+        for program, pids in starts.items():
+            pids.add(supervisor.status(program).pid)
+        return next((program for program, pids in starts.items() if len(pids - {0}) > _MOST_STARTS), "")
+
+    if not wait_until(lambda: bool(crashing()) or api.is_ready(), _READY_SECONDS, 0.1):
+        program = _program(spec.name, "apiserver")
+        raise BackendError(
+            f"cluster {spec.name}: the API server is not ready after {_READY_SECONDS} s: "
+            f"{_last_words(home, program)}"
+        )
+    if program := crashing():
+        raise BackendError(f"{program} ends again and again: {_last_words(home, program)}")
+
+
+def _last_words(home: Home, program: str) -> str:
+    """Why a program ended, as far as its log says so, and where the rest is."""
+    log = home.logs / f"{program}.log"
+    lines = [line for line in _text(log).splitlines() if line.strip()]
+    # The last lines may be those of a panic; what led to it is logged before.
+    errors = [line for line in lines if '"error":' in line]
+    last = (errors or lines or ["it printed nothing"])[-1].strip()
+    return f"{last[:400]} (see {log})"
+
+
+def _text(log: Path) -> str:
+    try:
+        return log.read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
 def delete_cluster(home: Home, supervisor: Supervisor, name: str) -> None:
     """End a control plane and remove its data and logs. One that is not there is no error."""
     if not _NAME.fullmatch(name):
         raise BackendError(f"{name!r} is no name for a cluster")
-    supervisor.remove_scope(f"clusters/{name}")
+    supervisor.remove_scope(f"clusters/{name}", _program(name, ""))
     directory = home.root / "clusters" / name
     try:
         shutil.rmtree(directory)

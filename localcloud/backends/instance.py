@@ -31,6 +31,8 @@ _LOST_AT_BOOT = ("run", "tmp")
 # The agent's port: an address on which someone listens there already is of no use.
 _AGENT_PORT = 10250
 _METADATA_SECONDS = 20
+# What every instance that runs has.
+_PARTS = ("metadata", "startup-script")
 
 
 def start_instance(home: Home, supervisor: Supervisor, spec: InstanceSpec) -> None:
@@ -43,12 +45,14 @@ def start_instance(home: Home, supervisor: Supervisor, spec: InstanceSpec) -> No
         raise BackendError(f"instance {spec.name}: {spec.ip} is no loopback address")
     rootfs = Rootfs(home, _checked(spec.name))
     home.instance(spec.name)
-    if supervisor.status(rootfs.program("startup-script")).state != "ABSENT":
+    ports = remembered_ports(rootfs.root / "ports.json", "metadata", host=spec.ip)
+    if all(supervisor.status(rootfs.program(part)).state != "ABSENT" for part in _PARTS):
         rootfs.save(spec)
+        _write_systemctl(rootfs)
+        _wait_for_metadata(rootfs, spec, ports["metadata"])
         return
     _make_directories(rootfs)
     rootfs.save(spec)
-    ports = remembered_ports(rootfs.root / "ports.json", "metadata", host=spec.ip)
     _write_systemctl(rootfs)
     supervisor.add(
         python_program(
@@ -60,9 +64,7 @@ def start_instance(home: Home, supervisor: Supervisor, spec: InstanceSpec) -> No
             priority=50,
         )
     )
-    if not wait_until(lambda: _metadata_answers(spec.ip, ports["metadata"]), _METADATA_SECONDS):
-        log = home.logs / f"{rootfs.program('metadata')}.log"
-        raise BackendError(f"instance {spec.name}: the metadata server does not answer; see {log}")
+    _wait_for_metadata(rootfs, spec, ports["metadata"])
     for name in units.enabled_units(rootfs):
         _start_unit(rootfs, supervisor, spec, name)
     supervisor.add(
@@ -81,9 +83,16 @@ def start_instance(home: Home, supervisor: Supervisor, spec: InstanceSpec) -> No
     )
 
 
+def _wait_for_metadata(rootfs: Rootfs, spec: InstanceSpec, port: int) -> None:
+    if not wait_until(lambda: _metadata_answers(spec.ip, port), _METADATA_SECONDS):
+        log = rootfs.home.logs / f"{rootfs.program('metadata')}.log"
+        raise BackendError(f"instance {spec.name}: the metadata server does not answer; see {log}")
+
+
 def stop_instance(home: Home, supervisor: Supervisor, name: str) -> None:
     """End every process of an instance; its disk stays. One that does not run is no error."""
-    supervisor.remove_scope(Rootfs(home, _checked(name)).scope)
+    rootfs = Rootfs(home, _checked(name))
+    supervisor.remove_scope(rootfs.scope, rootfs.program(""))
 
 
 def delete_instance(home: Home, supervisor: Supervisor, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from pathlib import Path
@@ -27,11 +28,19 @@ def choose_port(host: str = LOOPBACK, taken: frozenset[int] = frozenset()) -> in
 
 
 def remembered_ports(path: Path, *names: str, host: str = LOOPBACK) -> dict[str, int]:
-    """The ports kept in `path` under these names; those that are missing are chosen and kept."""
-    try:
-        ports: dict[str, int] = json.loads(path.read_text())
-    except FileNotFoundError:
-        ports = {}
+    """The ports kept in `path` under these names; those that are missing are chosen and kept.
+
+    Raises:
+        BackendError: the file is damaged, and what has these ports is known to others by them.
+    """
+    ports: dict[str, int] = {}
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            ports = {str(name): int(port) for name, port in json.loads(path.read_text()).items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise BackendError(
+                f"{path} is damaged ({error}); delete what it belongs to, and create it again"
+            ) from error
     missing = [name for name in names if name not in ports]
     for name in missing:
         ports[name] = choose_port(host, frozenset(ports.values()))

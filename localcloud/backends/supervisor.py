@@ -1,14 +1,15 @@
 """supervisord as localcloud uses it: one daemon a home, one configuration fragment a program.
 
     supervisor/supervisord.conf   the daemon; programs come from conf.d/*.conf
-    supervisor/conf.d/NAME.conf   how NAME is kept running
-    supervisor/programs/NAME.json what NAME runs (see launch.py)
+    supervisor/programs/NAME.json everything about NAME (see launch.py for what it runs)
+    supervisor/conf.d/NAME.conf   how NAME is kept running, made of the former
     supervisor/run/NAME.json      the process that runs it now
     logs/NAME.log                 its output, rotated
 
-A fragment outlives the daemon, so everything comes back at the next start. Restarts are unlimited:
-`startsecs` is 0 and launch.py waits `restart_delay` before each one, where supervisord's own way is to give
-up after some tries.
+Both outlive the daemon, so everything comes back at the next start; a fragment that was damaged meanwhile
+is written anew, and a program whose definition was damaged is dropped, until somebody adds it again.
+Restarts are unlimited: `startsecs` is 0 and launch.py waits `restart_delay` before each one, where
+supervisord's own way is to give up after some tries.
 
 Stays on the standard library and quick to import: `systemctl` on an instance uses it too.
 """
@@ -20,7 +21,6 @@ import hashlib
 import http.client
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -30,7 +30,7 @@ import sys
 import tempfile
 import xmlrpc.client
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +134,28 @@ class Program:
     host: str = ""
 
 
+_FIELDS = {item.name for item in fields(Program)} | {"mark"}
+
+
+def _fragment(definition: dict[str, Any]) -> str:
+    """How supervisord keeps a program, from its definition."""
+    return _PROGRAM.format(
+        name=definition["name"],
+        priority=definition["priority"],
+        autostart=str(definition["autostart"]).lower(),
+        autorestart=_AUTORESTART[definition["restart"]],
+        stop_signal=definition["stop_signal"].removeprefix("SIG"),
+        stop_seconds=definition["stop_seconds"],
+        stop_as_group=str(definition["kill_mode"] == "control-group").lower(),
+        kill_as_group=str(definition["kill_mode"] != "process").lower(),
+        events=str(bool(definition["console"])).lower(),
+    )
+
+
 @dataclass(frozen=True)
 class ProgramState:
     """`state` is supervisord's name for it (RUNNING, EXITED, …), ABSENT if there is no such program, or
-    WAITING before a restart; `pid` is 0 unless a process is there.
+    WAITING before a restart, when it may have ended already; `pid` is 0 unless a process is there.
     """
 
     name: str
@@ -187,6 +205,7 @@ class Supervisor:
                 self.home.directory("supervisor", name)
             self.home.directory("logs")
             write_private(directory / "supervisord.conf", _CONFIGURATION)
+            self._mend()
             result = subprocess.run(
                 [
                     sys.executable,
@@ -320,13 +339,20 @@ class Supervisor:
         for path in (directory / "programs" / f"{name}.json", directory / "run" / f"{name}.json"):
             path.unlink(missing_ok=True)
 
-    def remove_scope(self, scope: str) -> None:
+    def remove_scope(self, scope: str, prefix: str) -> None:
         """Stop and forget every program of a scope, the last to start first, and end what they left behind.
+
+        `prefix` is what the scope's programs are called, so that those are found whose definition is damaged.
 
         Raises:
             BackendError: a process cannot be ended.
         """
-        mine = [program for program in self._definitions() if program["scope"] == scope]
+        paths = (self.home.supervisor / "programs").glob("*.json")
+        mine = [
+            self.definition(path.stem) or {"name": path.stem, "priority": 0}
+            for path in sorted(paths)
+            if path.stem.startswith(prefix)
+        ]
         for program in mine:  # first, so that a kill in the middle brings none of them back
             (self.home.supervisor / "conf.d" / f"{program['name']}.conf").unlink(missing_ok=True)
         if self.is_running():
@@ -362,11 +388,12 @@ class Supervisor:
 
     def set_autostart(self, name: str, *, enabled: bool) -> None:
         """Whether a known program comes back at the daemon's next start; does not touch it now."""
-        path = self.home.supervisor / "conf.d" / f"{name}.conf"
-        with contextlib.suppress(FileNotFoundError):
-            text = path.read_text()
-            flag = str(enabled).lower()
-            _write_if_new(path, re.sub(r"^autostart=.*$", f"autostart={flag}", text, flags=re.MULTILINE))
+        definition = self.definition(name)
+        if definition is not None:
+            definition["autostart"] = enabled
+            directory = self.home.supervisor
+            _write_if_new(directory / "programs" / f"{name}.json", json.dumps(definition, indent=1))
+            _write_if_new(directory / "conf.d" / f"{name}.conf", _fragment(definition))
 
     def state(self, name: str) -> str:
         return self.status(name).state
@@ -387,23 +414,30 @@ class Supervisor:
         )
 
     def definition(self, name: str) -> dict[str, Any] | None:
-        """The fields of the `Program` that was added under this name."""
+        """The fields of the `Program` that was added under this name; None if it is not there, or damaged."""
         try:
             found: dict[str, Any] = json.loads(
                 (self.home.supervisor / "programs" / f"{name}.json").read_text()
             )
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return None
-        return found
+        return found if isinstance(found, dict) and found.keys() >= _FIELDS else None
 
     def _program_state(self, info: dict[str, Any]) -> ProgramState:
-        state = str(info["statename"])
-        record = self.home.supervisor / "run" / f"{info['name']}.json"
+        name, state, exit_status = str(info["name"]), str(info["statename"]), int(info["exitstatus"])
+        record = self.home.supervisor / "run" / f"{name}.json"
         with contextlib.suppress(OSError, ValueError):
             known = json.loads(record.read_text())
             if state == "RUNNING" and known["waiting"] and known["pid"] == info["pid"]:
                 state = "WAITING"
-        return ProgramState(info["name"], state, info["pid"], info["exitstatus"], info["start"])
+        if state == "EXITED" and self._restarts(name, exit_status):
+            state = "WAITING"
+        return ProgramState(name, state, info["pid"], exit_status, info["start"])
+
+    def _restarts(self, name: str, exit_status: int) -> bool:
+        """Whether the daemon starts a program again that has ended so."""
+        policy = (self.definition(name) or {"restart": "no"})["restart"]
+        return bool(policy == "always" or (policy == "on-failure" and exit_status != 0))
 
     def _definitions(self) -> list[dict[str, Any]]:
         paths = sorted((self.home.supervisor / "programs").glob("*.json"))
@@ -411,40 +445,33 @@ class Supervisor:
 
     def _write(self, program: Program) -> bool:
         """Write the program's files; whether they are new."""
-        fragment = _PROGRAM.format(
-            name=program.name,
-            priority=program.priority,
-            autostart=str(program.autostart).lower(),
-            autorestart=_AUTORESTART[program.restart],
-            stop_signal=program.stop_signal.removeprefix("SIG"),
-            stop_seconds=program.stop_seconds,
-            stop_as_group=str(program.kill_mode == "control-group").lower(),
-            kill_as_group=str(program.kill_mode != "process").lower(),
-            events=str(bool(program.console)).lower(),
-        )
-        definition = json.dumps(
-            {
-                "name": program.name,
-                "command": program.command,
-                "environment": program.environment,
-                "directory": program.directory,
-                "scope": program.scope,
-                "priority": program.priority,
-                "mark": mark(self.home.root, program.scope, program.name),
-                "restart_delay": program.restart_delay,
-                "umask": program.umask,
-                "console": program.console,
-                "identifier": program.identifier,
-                "host": program.host,
-            },
-            indent=1,
-        )
+        definition = asdict(program) | {"mark": mark(self.home.root, program.scope, program.name)}
         # The fragment last: with it the program exists.
         written = [
-            _write_if_new(self.home.directory("supervisor", "programs") / f"{program.name}.json", definition),
-            _write_if_new(self.home.directory("supervisor", "conf.d") / f"{program.name}.conf", fragment),
+            _write_if_new(
+                self.home.directory("supervisor", "programs") / f"{program.name}.json",
+                json.dumps(definition, indent=1),
+            ),
+            _write_if_new(
+                self.home.directory("supervisor", "conf.d") / f"{program.name}.conf", _fragment(definition)
+            ),
         ]
         return any(written)
+
+    def _mend(self) -> None:
+        """Make every fragment that of its definition: the daemon refuses to start with a single damaged one.
+
+        A definition without a fragment is of a program that was being removed.
+        """
+        for fragment in (self.home.supervisor / "conf.d").glob("*.conf"):
+            definition = self.definition(fragment.stem)
+            if definition is None:
+                fragment.unlink()
+                fragment.parent.with_name("programs").joinpath(f"{fragment.stem}.json").unlink(
+                    missing_ok=True
+                )
+            else:
+                _write_if_new(fragment, _fragment(definition))
 
     def _halt_in_order(self, definitions: list[dict[str, Any]]) -> None:
         """Stop programs, those of one priority at the same time, the last to start first."""
@@ -452,19 +479,25 @@ class Supervisor:
             self._halt(*(program["name"] for program in definitions if program["priority"] == priority))
 
     def _halt(self, *names: str) -> None:
-        """Return when no process of these programs is left."""
-        live = [name for name in names if self.status(name).live]
-        for name in live:
-            with _tolerate("NOT_RUNNING", "BAD_NAME"):
-                self._call("stopProcess", name, False)
+        """Return when no process of these programs is left, and none is about to be started.
+
+        Between the end of a process and its restart there is nothing that the daemon would stop: what comes
+        back in the meantime is stopped then.
+        """
+        concerned = [name for name in names if self.status(name).live]
 
         def left() -> list[str]:
-            return [name for name in live if self.status(name).live]
+            live = [state for state in map(self.status, concerned) if state.live]
+            for state in live:
+                if state.state != "STOPPING":
+                    with _tolerate("NOT_RUNNING", "BAD_NAME"):
+                        self._call("stopProcess", state.name, False)
+            return [state.name for state in live]
 
         # The daemon itself goes from the stop signal to SIGKILL.
         if not wait_until(lambda: not left(), _LONGEST_STOP_SECONDS):
             raise BackendError(f"{', '.join(left())} does not stop; see the logs in {self.home.logs}")
-        for name in live:
+        for name in concerned:
             (self.home.supervisor / "run" / f"{name}.json").unlink(missing_ok=True)
 
     def _forget(self, name: str) -> None:

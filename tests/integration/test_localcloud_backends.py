@@ -122,6 +122,48 @@ def test_a_failing_program_is_tried_again_only_if_it_should_be(fresh: Local, tmp
     assert fresh.supervisor.status("never").exit_status == 1
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.05, 5.0])
+def test_a_program_in_a_crash_loop_is_stopped_and_stays_so(
+    fresh: Local, tmp_path: Path, delay: float
+) -> None:
+    tries = tmp_path / "tries"
+    command = ("sh", "-c", f"echo x >> {tries}; exit 1")
+    fresh.supervisor.add(Program("crashing", command, restart="on-failure", restart_delay=delay))
+    until(tries.exists, "the first try", every=0.01)
+    for _ in range(3):  # wherever in its loop it is
+        fresh.supervisor.stop_program("crashing")
+        assert not fresh.supervisor.status("crashing").live
+        assert fresh.supervisor.status("crashing").pid == 0
+        before = tries.read_text()
+        # The daemon has had its turn when another program has come and gone.
+        fresh.supervisor.add(Program("other", ("true",), restart="no"))
+        until(lambda: fresh.supervisor.state("other") == "EXITED", "the other one to end", every=0.05)
+        fresh.supervisor.remove("other")
+        assert tries.read_text() == before
+        fresh.supervisor.start_program("crashing")
+
+
+def test_damaged_files_of_a_program_keep_nothing_else_from_starting(fresh: Local) -> None:
+    for name in ("good", "fragment", "definition", "cluster-a.etcd"):
+        fresh.supervisor.add(Program(name, SLEEP, scope="clusters/a" if "." in name else ""))
+    directory = fresh.home.supervisor
+    fresh.supervisor.stop()
+    (directory / "conf.d" / "fragment.conf").write_text("[program:fragment\ncommand=")
+    (directory / "programs" / "definition.json").write_text('{"name": ')
+    fresh.supervisor.start()
+    assert fresh.pid("good")
+    assert fresh.pid("fragment")
+    assert fresh.supervisor.state("definition") == "ABSENT"
+    fresh.supervisor.add(Program("definition", SLEEP))
+    assert fresh.pid("definition")
+    # One that is damaged while it runs is removed with its scope.
+    pid = fresh.pid("cluster-a.etcd")
+    (directory / "programs" / "cluster-a.etcd.json").write_bytes(b"\xff\x00")
+    fresh.supervisor.remove_scope("clusters/a", "cluster-a.")
+    assert start_time(pid) is None
+    assert fresh.supervisor.state("cluster-a.etcd") == "ABSENT"
+
+
 def test_a_script_that_ends_at_once_runs_once(
     fresh: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,13 +200,13 @@ def test_a_missing_executable_is_named(fresh: Local) -> None:
 
 def test_a_removed_program_is_gone_with_what_it_started(fresh: Local) -> None:
     fresh.supervisor.add(
-        Program("parent", ("sh", "-c", "setsid sleep 9999 & sleep 9999"), scope="instances/x")
+        Program("vm-x.parent", ("sh", "-c", "setsid sleep 9999 & sleep 9999"), scope="instances/x")
     )
     until(lambda: len(fresh.processes("instances/x#")) == 3, "the shell and its two children", every=0.05)
-    fresh.supervisor.remove_scope("instances/x")
+    fresh.supervisor.remove_scope("instances/x", "vm-x.")
     assert fresh.processes("instances/x#") == []
-    assert fresh.supervisor.state("parent") == "ABSENT"
-    fresh.supervisor.remove("parent")
+    assert fresh.supervisor.state("vm-x.parent") == "ABSENT"
+    fresh.supervisor.remove("vm-x.parent")
 
 
 def test_everything_comes_back_after_stop_and_start(fresh: Local) -> None:

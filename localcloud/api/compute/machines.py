@@ -7,7 +7,7 @@ from contextlib import suppress
 from functools import partial
 
 from localcloud.api.compute.common import key_of
-from localcloud.api.errors import ApiError
+from localcloud.api.errors import ApiError, reason
 from localcloud.api.service import TABLE, Services, now
 from localcloud.specs import BackendError, InstanceSpec
 from localcloud.store import Json, Record
@@ -39,10 +39,10 @@ def _boot(services: Services, record: Record) -> None:
     """Start a machine. Of one that cannot be started nothing goes on running, and it is shown as stopped."""
     try:
         services.backends.start_instance(instance_spec(record))
-    except BackendError as error:
+    except Exception as error:
         with suppress(BackendError):
             services.backends.stop_instance(instance_spec(record))
-        _change(services, record.key, status="TERMINATED", statusMessage=str(error))
+        _change(services, record.key, status="TERMINATED", statusMessage=reason(error))
         raise
 
 
@@ -63,10 +63,10 @@ def _create(services: Services, arguments: Json) -> None:
     key = arguments["key"]
     try:
         _start(services, arguments)
-    except BackendError as error:
+    except Exception as error:
         _delete(services, arguments)
         raise ApiError(
-            503, f"The instance '{key}' could not be started: {error}", reason="internalError"
+            503, f"The instance '{key}' could not be started: {reason(error)}", reason="internalError"
         ) from error
 
 
@@ -106,11 +106,11 @@ def _delete(services: Services, arguments: Json) -> None:
         return
     try:
         services.backends.delete_instance(instance_spec(record))
-    except BackendError as error:
+    except Exception as error:
         # It is there, then, and can be deleted again.
         record.private["deleting"] = False
         services.store.put(record)
-        _change(services, record.key, status="TERMINATED", statusMessage=str(error))
+        _change(services, record.key, status="TERMINATED", statusMessage=reason(error))
         raise
     with services.store.transaction():
         for disk in record.body["disks"]:
@@ -146,5 +146,5 @@ def _restore(services: Services, key: str) -> None:
         return
     try:
         _boot(services, record)
-    except BackendError:
+    except Exception:  # the record says why: see _boot
         logger.exception("instance %s could not be started again", record.name)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
-from contextlib import suppress
+import logging
 from functools import partial
 
 from localcloud.api.container.common import CLUSTER, gke_version
+from localcloud.api.errors import reason
 from localcloud.api.service import TABLE, Services
 from localcloud.api.tokens import webhook_url
-from localcloud.specs import BackendError, ClusterSpec
+from localcloud.specs import ClusterSpec
 from localcloud.store import Json, Record
+
+logger = logging.getLogger("localcloud.clusters")
 
 
 def _spec(services: Services, record: Record) -> ClusterSpec:
@@ -20,14 +23,17 @@ def _spec(services: Services, record: Record) -> ClusterSpec:
 
 @TABLE.task("container.clusters.create")
 def _do_create(services: Services, arguments: Json) -> None:
-    """Start the control plane. One that cannot be started stays, in the state ERROR, as on Google."""
+    """Start the control plane. One that cannot be started stays, in the state ERROR, as on Google.
+
+    Whatever the cause (a full disk, a damaged file): nothing stays in PROVISIONING, which cannot be deleted.
+    """
     record = services.store.get(arguments["key"])
     if record is None:
         return
     try:
         cluster = services.backends.create_cluster(_spec(services, record))
-    except BackendError as error:
-        _show(services, record.key, {"status": "ERROR", "statusMessage": str(error)})
+    except Exception as error:
+        _show(services, record.key, {"status": "ERROR", "statusMessage": reason(error)})
         raise
     _show(services, record.key, _running(cluster.endpoint, cluster.ca_certificate_pem, cluster.version))
 
@@ -57,8 +63,8 @@ def _do_delete(services: Services, arguments: Json) -> None:
     key = arguments["key"]
     try:
         services.backends.delete_cluster(key.rpartition("/")[2])
-    except BackendError as error:
-        _show(services, key, {"status": "ERROR", "statusMessage": str(error)})
+    except Exception as error:
+        _show(services, key, {"status": "ERROR", "statusMessage": reason(error)})
         raise
     services.store.delete(key)
 
@@ -72,5 +78,7 @@ def reconcile(services: Services) -> None:
 def _restore(services: Services, key: str) -> None:
     record = services.store.get(key)
     if record is not None and record.body["status"] in ("RUNNING", "ERROR"):
-        with suppress(BackendError):  # the record says why: see _do_create
+        try:
             _do_create(services, {"key": key})
+        except Exception:  # the record says why: see _do_create
+            logger.exception("cluster %s could not be started again", record.name)
