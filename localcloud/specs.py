@@ -35,6 +35,15 @@ class InstanceSpec:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A process that is kept running: `state` is the supervisor's name for it, `pid` 0 unless it is there."""
+
+    name: str
+    state: str
+    pid: int
+
+
+@dataclass(frozen=True)
 class ClusterSpec:
     """A Kubernetes control plane to run. `webhook_url` answers the API server's TokenReviews."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from localcloud.backends import cluster, instance, registry
 from localcloud.backends.supervisor import Supervisor
 from localcloud.home import Home
-from localcloud.specs import Cluster, ClusterSpec, InstanceSpec
+from localcloud.specs import Cluster, ClusterSpec, InstanceSpec, Part
 from localcloud.store import Json
 
 
@@ -48,6 +48,9 @@ class LocalBackends:
 
     def serial_output(self, spec: InstanceSpec) -> str:
         return instance.serial_output(self._home, spec.name)
+
+    def parts(self) -> list[Part]:
+        return [Part(item.name, item.state, item.pid) for item in self._supervisor.programs()]
 
     def allocate_address(self, taken: set[str]) -> str:
         return instance.allocate_address(self._home, taken)

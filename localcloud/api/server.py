@@ -9,6 +9,7 @@ import json
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import cast
@@ -31,6 +32,7 @@ from localcloud.api import (
     registry_tokens,
     resourcemanager,
     serviceusage,
+    status_page,
     token_review,
 )
 from localcloud.api.auth import authenticate, authorize
@@ -46,6 +48,7 @@ from localcloud.api.masks import partial
 from localcloud.api.message import LARGEST_BODY, Message, read, too_large
 from localcloud.api.operations import Operations
 from localcloud.api.service import PROJECT_NUMBER, TABLE, Backends, Call, Services
+from localcloud.api.status_page import Seen, Status
 from localcloud.api.tokens import webhook_secret
 from localcloud.api.validation import NUMERIC_ENUMS, check_body, check_path, check_query
 from localcloud.api.versions import shown
@@ -56,6 +59,7 @@ from localcloud.store import Json, Store
 logger = logging.getLogger("localcloud.api")
 
 _VERBS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+_REQUESTS_SHOWN = 50
 _SERVED_MODULES = (
     artifacts,
     compute_operations,
@@ -84,7 +88,8 @@ class Api:
     def __init__(self, home: Home, backends: Backends) -> None:
         config = home.require_config()
         store = Store(home.store_path)
-        kinds = {
+        self._seen: deque[Seen] = deque(maxlen=_REQUESTS_SHOWN)
+        self._kinds = kinds = {
             compute.OPERATION: compute.finish,
             container.OPERATION: container_operations.finish,
             artifactregistry.OPERATION: artifactregistry.finish,
@@ -131,8 +136,24 @@ class Api:
             logger.exception("%s failed", name)
             status, body = 500, ApiError(500, f"Internal error encountered: {type(error).__name__}").body()
         lost = " (the answer is lost)" if is_lost else ""
-        logger.info("%s %d %.0f ms%s", name, status, (time.monotonic() - started) * 1000, lost)
+        took = (time.monotonic() - started) * 1000
+        logger.info("%s %d %.0f ms%s", name, status, took, lost)
+        self._seen.append(Seen(time.time(), message.verb, message.path, status, took))
         return Reply(status, body, headers, is_lost)
+
+    def status(self) -> Status:
+        """What the status page shows."""
+        services = self.services
+        operations = [record for kind in self._kinds for record in services.store.list(kind)]
+        machine_specs = [machines.instance_spec(record) for record in services.store.list(machines.INSTANCE)]
+        return Status(
+            services.config,
+            services.backends.parts(),
+            status_page.resources(services.store),
+            status_page.latest(operations),
+            tuple(self._seen),
+            {spec.name: services.backends.serial_output(spec) for spec in machine_specs},
+        )
 
     def _answer(self, message: Message) -> tuple[Json, bool]:
         """The body of an answer, and whether it is lost on its way."""
@@ -215,6 +236,17 @@ def application(api: Api) -> Starlette:
     async def certs(_request: Request) -> Response:
         return JSONResponse(await run_in_threadpool(identity.certificates, api.services.home))
 
+    async def status(request: Request) -> Response:
+        given = request.query_params.get("key", "")
+        # The name of the host too, so that no page of another site gets at it under a name of its own.
+        if request.url.hostname not in ("127.0.0.1", "localhost") or not secrets.compare_digest(
+            given.encode(), status_page.key(api.services.config).encode()
+        ):
+            text = "python -m localcloud status prints the address of this page\n"
+            return Response(text, 403, status_page.HEADERS, media_type="text/plain")
+        page = await run_in_threadpool(lambda: status_page.render(api.status()))
+        return Response(page, 200, status_page.HEADERS, media_type="text/html")
+
     async def registry_token(request: Request) -> Response:
         form: Json = dict(parse_qsl((await _body(request)).decode(errors="replace")))
         scopes = [*request.query_params.getlist("scope"), *([form["scope"]] if "scope" in form else [])]
@@ -289,6 +321,7 @@ def application(api: Api) -> Starlette:
     return Starlette(
         routes=[
             Route("/healthz", healthz),
+            Route(status_page.PATH, status),
             Route("/v2/token", registry_token, methods=["GET", "POST"]),
             Route("/kubernetes/tokenreview/{secret}", token_webhook, methods=["POST"]),
             Route("/oauth2/v3/certs", certs),

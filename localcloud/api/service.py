@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from localcloud.api.errors import ApiError
 from localcloud.home import Config, Home
-from localcloud.specs import Cluster, ClusterSpec, InstanceSpec
+from localcloud.specs import Cluster, ClusterSpec, InstanceSpec, Part
 from localcloud.store import Json, Store
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ class Backends(Protocol):
     def delete_instance(self, spec: InstanceSpec) -> None: ...
 
     def serial_output(self, spec: InstanceSpec) -> str: ...
+
+    def parts(self) -> list[Part]:
+        """What runs, by name."""
+        ...
 
     def allocate_address(self, taken: set[str]) -> str:
         """A loopback address that is none of `taken`."""

@@ -12,7 +12,7 @@ from typing import Any
 from localcloud.api import discovery
 from localcloud.api.message import Message
 from localcloud.api.server import Api
-from localcloud.specs import BackendError, Cluster, ClusterSpec, InstanceSpec
+from localcloud.specs import BackendError, Cluster, ClusterSpec, InstanceSpec, Part
 from tests.unit.localcloud_api.conformance import problems
 
 TOKEN = "developer-token"
@@ -26,6 +26,7 @@ class FakeBackends:
     fail: set[str] = field(default_factory=set)
     gate: threading.Event = field(default_factory=threading.Event)
     manifests: list[dict[str, Any]] = field(default_factory=list)
+    console: str = ""
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -50,6 +51,9 @@ class FakeBackends:
         self._note("create_cluster", spec.name)
         return Cluster("127.0.0.1:6443", "-----BEGIN CERTIFICATE-----\n", "1.37.2")
 
+    def parts(self) -> list[Part]:
+        return [Part("api", "RUNNING", 1)]
+
     def delete_cluster(self, name: str) -> None:
         self._note("delete_cluster", name)
 
@@ -69,7 +73,7 @@ class FakeBackends:
         self._note("delete_instance", spec.name)
 
     def serial_output(self, spec: InstanceSpec) -> str:
-        return f"{spec.name} says héllo\n"
+        return self.console or f"{spec.name} says héllo\n"
 
     def allocate_address(self, taken: set[str]) -> str:
         return next(f"127.9.0.{last}" for last in range(1, 255) if f"127.9.0.{last}" not in taken)
