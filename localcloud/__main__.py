@@ -1,4 +1,4 @@
-"""localcloud's command line: `python -m localcloud start|stop|status|reset|faults|env`."""
+"""localcloud's command line: `python -m localcloud COMMAND`; `--help` lists the commands."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from localcloud import faults
+from localcloud import faults, snapshots
+from localcloud.api import status_page
 from localcloud.backends.ports import choose_port
 from localcloud.backends.processes import end, marked
 from localcloud.backends.supervisor import Supervisor, python_program
 from localcloud.environment import exports
 from localcloud.home import LOOPBACK, Config, Home, HomeError, is_free
+from localcloud.logs import show as show_logs
 from localcloud.specs import BackendError
 from localcloud.store import Json, Record, Store
 
@@ -30,16 +32,6 @@ _PRIORITY = 5  # before everything that asks it for tokens, and stopped after it
 _HEALTHY_SECONDS = 30.0
 _RESTORED_SECONDS = 180.0
 _NOT_RUNNING = 3  # the exit status of `status`, as init scripts have it
-_SHOWN = {
-    "artifactregistry.repositories": "repository",
-    "compute.addresses": "address",
-    "compute.firewalls": "firewall",
-    "compute.instances": "instance",
-    "compute.networks": "network",
-    "compute.subnetworks": "subnetwork",
-    "container.clusters": "cluster",
-    "iam.serviceAccounts": "service account",
-}
 _BOUND_TO_THE_PORT = ("artifactregistry.repositories", "compute.instances", "container.clusters")
 
 
@@ -52,6 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = commands.add_parser("status", help="show what runs and what is stored")
     status.add_argument("--json", action="store_true", help="for machines")
     commands.add_parser("reset", help="stop it and delete everything that is stored")
+    logs = commands.add_parser("logs", help="show what a part prints; without one, the names of all")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until Ctrl-C")
+    logs.add_argument(
+        "-n", "--lines", type=_count, default=50, metavar="N", help="how many to begin with (50)"
+    )
+    logs.add_argument("part", nargs="*", metavar="PART", help="as in `status`; the end of a name is enough")
+    snapshot = commands.add_parser("snapshot", help="keep everything under a name; without one, list them")
+    snapshot.add_argument("name", nargs="?", metavar="NAME")
+    restore = commands.add_parser("restore", help="put everything back as it was in a snapshot")
+    restore.add_argument("name", metavar="NAME")
     faults.add_parser(commands)
     commands.add_parser("env", help="print the shell commands that point clients at it")
     commands.add_parser("serve", help="run the API server in the foreground (used by the supervisor)")
@@ -59,14 +61,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = {"start": start, "stop": stop, "reset": reset, "env": show_environment, "serve": serve}
     home = Home.locate()
     try:
-        if options.command == "status":
-            return show_status(home, as_json=options.json)
-        if options.command == "faults":
-            return faults.run(home, options)
-        return run[options.command](home)
+        match options.command:
+            case "status":
+                return show_status(home, as_json=options.json)
+            case "logs":
+                return show_logs(home, options.part, lines=options.lines, follow=options.follow)
+            case "snapshot":
+                return snapshot_everything(home, options.name) if options.name else list_snapshots(home)
+            case "restore":
+                return restore_everything(home, options.name)
+            case "faults":
+                return faults.run(home, options)
+            case command:
+                return run[command](home)
     except (HomeError, BackendError) as error:
         sys.stderr.write(f"localcloud: {error}\n")
         return 1
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
 
 
 def start(home: Home) -> int:
@@ -132,6 +149,48 @@ def reset(home: Home) -> int:
     return 0
 
 
+def snapshot_everything(home: Home, name: str) -> int:
+    """Keep a snapshot; what runs is stopped for it and started again."""
+    home.require_config()
+    running = Supervisor(home).is_running()
+    if running:
+        stop(home)
+    try:
+        kept = snapshots.save(home, name)
+    finally:
+        if running:
+            start(home)
+    sys.stdout.write(f"snapshot {kept.name}: {kept.path} ({kept.size / 2**20:.0f} MiB)\n")
+    return 0
+
+
+def list_snapshots(home: Home) -> int:
+    """Print the names and the sizes of the snapshots."""
+    rows = [[item.name, f"{item.size / 2**20:.0f} MiB", str(item.path)] for item in snapshots.listed(home)]
+    if rows:
+        _table(["SNAPSHOT", "SIZE", "FILE"], rows)
+    else:
+        sys.stdout.write(f"there is no snapshot in {snapshots.directory(home)}\n")
+    return 0
+
+
+def restore_everything(home: Home, name: str) -> int:
+    """Put a snapshot in the place of what is there, and start it."""
+    snapshots.require(home, name)
+    running = Supervisor(home).is_running()
+    if running:
+        stop(home)
+    try:
+        snapshots.restore(home, name)
+    except HomeError:
+        if running:
+            start(home)
+        raise
+    start(home)
+    sys.stdout.write(f"snapshot {name} is restored\n")
+    return 0
+
+
 def _is_ours(home: Home) -> bool:
     """Whether a directory without a good configuration holds what only localcloud makes, or nothing."""
     made = (home.store_path, home.root / "supervisor" / "supervisord.conf")
@@ -181,13 +240,14 @@ def show_status(home: Home, *, as_json: bool) -> int:
     ]
     resources = [
         {"type": name, "name": record.name, "status": record.body.get("status", ""), "key": record.key}
-        for kind, name in _SHOWN.items()
+        for kind, name in status_page.SHOWN.items()
         for record in _records(home, kind)
     ]
     report: Json = {
         "running": running,
         "url": config.url if config else "",
         "home": str(home.root),
+        "page": status_page.url(config) if config else "",
         "programs": programs,
         "resources": resources,
     }
@@ -196,6 +256,8 @@ def show_status(home: Home, *, as_json: bool) -> int:
     else:
         state = f"runs at {config.url}" if config and running else "does not run"
         sys.stdout.write(f"localcloud {state} (state: {home.root})\n")
+        if config and running:
+            sys.stdout.write(f"in a browser: {status_page.url(config)}\n")
         _table(
             ["PROGRAM", "STATE", "PID"],
             [[str(p["name"]), str(p["state"]), str(p["pid"] or "")] for p in programs],
