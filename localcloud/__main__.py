@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,22 +58,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("env", help="print the shell commands that point clients at it")
     commands.add_parser("serve", help="run the API server in the foreground (used by the supervisor)")
     options = parser.parse_args(arguments)
-    run = {"start": start, "stop": stop, "reset": reset, "env": show_environment, "serve": serve}
     home = Home.locate()
+    run: dict[str, Callable[[], int]] = {
+        "start": lambda: start(home),
+        "stop": lambda: stop(home),
+        "status": lambda: show_status(home, as_json=options.json),
+        "reset": lambda: reset(home),
+        "logs": lambda: show_logs(home, options.part, lines=options.lines, follow=options.follow),
+        "snapshot": lambda: snapshot_everything(home, options.name) if options.name else list_snapshots(home),
+        "restore": lambda: restore_everything(home, options.name),
+        "faults": lambda: faults.run(home, options),
+        "env": lambda: show_environment(home),
+        "serve": lambda: serve(home),
+    }
     try:
-        match options.command:
-            case "status":
-                return show_status(home, as_json=options.json)
-            case "logs":
-                return show_logs(home, options.part, lines=options.lines, follow=options.follow)
-            case "snapshot":
-                return snapshot_everything(home, options.name) if options.name else list_snapshots(home)
-            case "restore":
-                return restore_everything(home, options.name)
-            case "faults":
-                return faults.run(home, options)
-            case command:
-                return run[command](home)
+        return run[options.command]()
     except (HomeError, BackendError) as error:
         sys.stderr.write(f"localcloud: {error}\n")
         return 1
