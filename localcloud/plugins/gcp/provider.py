@@ -257,7 +257,12 @@ class GcpProvider(Provider):
             notes = {_DEFAULTS: inputs[_DEFAULTS]} if _DEFAULTS in inputs else {}
             own = {k: v for k, v in inputs.items() if k != _DEFAULTS}
             current = {**drift(own, recorded, outputs), **notes}
-        return ReadResult(item, with_secrets_of(outputs, {**state, **inputs}), current)
+        known_outputs = with_secrets_of(outputs, {**state, **inputs})
+        if inputs and (_UNFINISHED in state or not state):
+            # Begun, by us or by a pulumi that was killed, and not seen to its end.
+            unfinished = {**known_outputs, _UNFINISHED: True}
+            raise InitFailedError(item, unfinished, [f"{item} is not finished; `pulumi up` goes on"], current)
+        return ReadResult(item, known_outputs, current)
 
     def update(
         self, resource: Resource, state: Properties, old: Properties, new: Properties, *, preview: bool

@@ -330,6 +330,23 @@ def test_an_operation_that_was_not_waited_for_is_waited_for_by_the_next_update(
     assert server.resources[case.key]["uid"] == 1
 
 
+@pytest.mark.parametrize("state", [{}, {"name": "c", "__unfinished": True}], ids=["killed", "kept"])
+def test_a_refresh_of_what_was_begun_leaves_the_rest_to_the_next_up(
+    server: Server, state: Properties
+) -> None:
+    case = CASES[2]
+    inputs = {**case.inputs, "removeDefaultNodePool": True}
+    made = provider(server)
+    made._google.call("container", "POST", "projects/p/locations/z/clusters", {"cluster": {"name": "c"}})
+    server.resources[f"{case.key}/nodePools/default-pool"] = {}
+    resource = case.resource(case.item)
+    with pytest.raises(InitFailedError, match="is not finished; `pulumi up` goes on") as caught:
+        made.read(resource, state, inputs)
+    outputs = made.update(resource, caught.value.properties, inputs, inputs, preview=False)
+    assert list(server.resources) == [case.key]  # and its default pool is gone
+    assert made.read(resource, outputs, inputs).resource_id == case.item
+
+
 @by_type
 def test_one_that_somebody_else_made_meanwhile_is_not_taken(server: Server, case: Case) -> None:
     other = {"name": "x", "sizeGb": "99", "mtu": 1300, "format": "NPM", "email": "b@p.iam", "projectId": "p"}
