@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import threading
@@ -20,10 +21,13 @@ TOKEN = "developer-token"
 
 @dataclass
 class FakeBackends:
-    """Remembers calls. `fail` makes a function raise; while `gate` is closed, work on backends waits."""
+    """Remembers calls. `fail` makes a function raise; while `gate` is closed, work on backends waits; `full`
+    stands for a full disk.
+    """
 
     calls: list[tuple[str, str]] = field(default_factory=list)
     fail: set[str] = field(default_factory=set)
+    full: bool = False
     gate: threading.Event = field(default_factory=threading.Event)
     manifests: list[dict[str, Any]] = field(default_factory=list)
     console: str = ""
@@ -36,6 +40,8 @@ class FakeBackends:
         self.calls.append((function, on))
         if function in self.fail:
             raise BackendError(f"{function} of {on} failed on purpose")
+        if self.full and function in ("create_cluster", "start_instance", "ensure_registry"):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     def ensure_registry(self) -> str:
         self._note("ensure_registry", "")

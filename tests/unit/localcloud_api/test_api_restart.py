@@ -112,6 +112,32 @@ def test_an_instance_that_cannot_be_started_is_shown_as_stopped_and_can_be_start
     assert "statusMessage" not in body
 
 
+def test_what_cannot_be_made_on_a_full_disk_is_shown_with_the_reason_and_can_be_deleted(
+    client: Client,
+) -> None:
+    client.create(f"{ZONE}/instances", instance("old"))
+    client.create(f"{ZONE}/instances/old/stop", None)
+    client.backends.full = True
+    operation = client.done(client.ok("POST", CLUSTERS, {"cluster": {"name": "c1", "initialNodeCount": 1}}))
+    assert "No space left on device" in operation["error"]["message"]
+    cluster = client.ok("GET", f"{CLUSTERS}/c1")
+    assert cluster["status"] == "ERROR"
+    assert "No space left on device" in cluster["statusMessage"]
+    assert "No space" in str(client.done(client.ok("POST", f"{ZONE}/instances", instance()))["error"])
+    client.error(404, "GET", f"{ZONE}/instances/vm")
+    assert "error" in client.done(client.ok("POST", f"{ZONE}/instances/old/start"))
+    body = client.ok("GET", f"{ZONE}/instances/old")
+    assert body["status"] == "TERMINATED"
+    assert "No space left on device" in body["statusMessage"]
+    repository = client.ok("POST", REPOSITORIES, {"format": "DOCKER"}, query="repositoryId=app")
+    assert "No space" in client.done_registry(repository)["error"]["message"]
+    client.error(404, "GET", f"{REPOSITORIES}/app")
+    client.done(client.ok("DELETE", f"{CLUSTERS}/c1"))
+    client.done(client.ok("DELETE", f"{ZONE}/instances/old"))
+    client.error(404, "GET", f"{CLUSTERS}/c1")
+    client.error(404, "GET", f"{ZONE}/instances/old")
+
+
 def test_an_instance_whose_deletion_failed_can_be_deleted_again(client: Client) -> None:
     client.create(f"{ZONE}/instances", instance())
     client.backends.fail.add("delete_instance")
