@@ -74,9 +74,9 @@ class Settings:
 class Cluster:
     """A connection, made at the first request."""
 
-    def __init__(self, settings: Settings, patience: Patience) -> None:
+    def __init__(self, settings: Settings, patience: Patience | None = None) -> None:
         self._settings = settings
-        self._patience = patience
+        self._patience = patience or Patience(threading.Event())
         self._client: Any = None
         self._namespace = "default"
         self._kinds: dict[Kind, tuple[str, bool]] = {}
@@ -341,7 +341,7 @@ def active_context(document: Object) -> Object | None:
     return _named(document.get("contexts"), document.get("current-context"), "context")
 
 
-def active_cluster(document: Object, context: str | None, cluster: str | None) -> Object | None:
+def active_cluster(document: Object, context: str | None = None, cluster: str | None = None) -> Object | None:
     """The cluster that a kubeconfig leads to, by another context or cluster where they are given."""
     name = context or document.get("current-context")
     found = _named(document.get("contexts"), name, "context")

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -398,7 +398,7 @@ class KubernetesProvider(Provider):
             return _state(live, inputs)
         metadata, began = live["metadata"], time.monotonic()
         seen, waiting = ready.verdict(kind, live), ready.Waiting(_label(kind, live))
-        for current in self._cluster.states(kind, metadata.get("namespace"), metadata["name"]):
+        for current in self._states(kind, metadata.get("namespace"), metadata["name"], deadline):
             if current is None:
                 raise GoneError(f"{_label(kind, live)} was deleted by somebody else before it was ready")
             live = {"apiVersion": kind.api_version, "kind": kind.kind, **current}
@@ -421,6 +421,19 @@ class KubernetesProvider(Provider):
         lines = ready.event_lines(events)
         raise InitFailedError(_id(live), _state(live, inputs), [reason, *lines], inputs)
 
+    def _states(
+        self, kind: Kind, namespace: str | None, name: str, deadline: float
+    ) -> Iterator[Object | None]:
+        """An object's states, however often the API server goes away until the deadline."""
+        while True:
+            try:
+                yield from self._cluster.states(kind, namespace, name)
+            except TransientError:
+                if time.monotonic() > deadline or self.cancelled.is_set():
+                    raise
+            else:
+                return
+
     def _details(self, live: Object, seen: ready.Verdict) -> tuple[tuple[str, ...], list[Object]]:
         """Why an object is not up, with what its pods say, and the events; as far as the server tells."""
         namespace, selector = live["metadata"].get("namespace"), ready.selector(live)
@@ -435,7 +448,7 @@ class KubernetesProvider(Provider):
         self, kind: Kind, resource: Resource, namespace: str | None, name: str, deadline: float
     ) -> None:
         uid = None
-        for current in self._cluster.states(kind, namespace, name):
+        for current in self._states(kind, namespace, name, deadline):
             if current is None or current["metadata"]["uid"] != (uid := uid or current["metadata"]["uid"]):
                 return
             if self.cancelled.is_set():

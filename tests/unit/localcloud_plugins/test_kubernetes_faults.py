@@ -197,6 +197,15 @@ def test_what_was_created_is_in_the_state_however_long_the_server_is_away(
     assert state["metadata"]["uid"] == caught.value.properties["metadata"]["uid"]
 
 
+def test_a_server_that_is_away_for_longer_than_it_is_asked_again_is_waited_for_until_the_timeout(
+    server: ApiServer,
+) -> None:
+    server.faults = {"list": [*["lost"] * 12, ""]}
+    made = provider(server, seconds=0.02)
+    made.create(Resource(URN, timeout=60), POD, preview=False)
+    assert server.seen.count("list") > 12
+
+
 @pytest.mark.parametrize("fault", ["answer lost", "answer cut", "503 after the work"])
 def test_a_creation_whose_answer_never_comes_is_kept_and_taken_up(server: ApiServer, fault: str) -> None:
     server.faults = {"apply": [fault], "get": ["", fault]}
