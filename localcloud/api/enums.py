@@ -99,6 +99,13 @@ _NUMBERS: dict[tuple[str, str], dict[str, int]] = {
 }
 
 
+def are_numbered(service: str) -> bool:
+    """Whether the numbers of a service's enums are known. Compute Engine's are hashes, and its clients send
+    names.
+    """
+    return service != "compute"
+
+
 def number(field: Json, value: str) -> int | None:
     """The number of one of a field's values."""
     numbers: dict[str, int] = field.get("numbers", {})

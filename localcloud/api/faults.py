@@ -138,7 +138,7 @@ def _strikes(fault: Json) -> bool:
     return bool(chance < fault["probability"])
 
 
-class Before:
+class RequestFaults:
     """What the faults of one request do before its work, and say for afterwards."""
 
     def __init__(self, store: Store, method: str, wait: Callable[[float], object]) -> None:

@@ -43,7 +43,7 @@ from localcloud.api.container import clusters, control_planes
 from localcloud.api.container import common as container
 from localcloud.api.container import operations as container_operations
 from localcloud.api.errors import ApiError
-from localcloud.api.faults import Before, ControlPlanes, FaultyBackends, operation_fails
+from localcloud.api.faults import ControlPlanes, FaultyBackends, RequestFaults, operation_fails
 from localcloud.api.masks import partial
 from localcloud.api.message import LARGEST_BODY, Message, read, too_large
 from localcloud.api.operations import Operations
@@ -109,6 +109,10 @@ class Api:
             iam.seed(services.store, services.config.project)
             networks.seed(services.store, services.config.project)
         services.operations.resume()
+        for fault in faults.faults(services.store):
+            # What follows brings every control plane back.
+            if fault["kind"] == "no-control-plane":
+                faults.clear(services.store, fault["name"])
         artifactregistry.reconcile(services)
         control_planes.reconcile(services)
         machines.reconcile(services)
@@ -171,7 +175,7 @@ class Api:
         call = Call(method, path, checked, check_body(method, message.body), principal, self.services)
         self._check_project(call)
         authorize(call)
-        fault = Before(self.services.store, method.id, time.sleep)
+        fault = RequestFaults(self.services.store, method.id, time.sleep)
         operation_fails.set(fault.operation_fails)
         if message.verb == "GET" or method.id.endswith(".wait"):
             body = TABLE.answer(call)
@@ -182,7 +186,7 @@ class Api:
         body = self._rendered(call, body)
         mask = checked.get("fields") or message.headers.get("x-goog-fieldmask", "")
         body = partial(method, body, mask) if mask else body
-        if checked.get(NUMERIC_ENUMS) and method.response:
+        if checked.get(NUMERIC_ENUMS) and method.response and enums.are_numbered(method.service):
             body = enums.as_numbers(method.document.schemas, {"$ref": method.response}, body)
         return body, fault.answer_is_lost
 

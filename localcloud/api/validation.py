@@ -90,7 +90,7 @@ def check_query(method: Method, items: Sequence[tuple[str, str]]) -> Json:
                 )
             )
             continue
-        if "enum" in schema and text.isdecimal():
+        if "enum" in schema and text.isdecimal() and enums.are_numbered(method.service):
             text = enums.name(schema, int(text)) or text  # noqa: PLW2901
         value = _Checker(method.document, problems).scalar(schema, text, name)
         if schema.get("repeated"):
@@ -281,7 +281,8 @@ class _Checker:
             return self._wrong(where, "TYPE_DOUBLE", value)
 
     def _string(self, schema: Json, value: Any, where: str) -> Any:
-        if "enum" in schema and isinstance(value, int) and not isinstance(value, bool):
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        if "enum" in schema and is_number and enums.are_numbered(self._document.name):
             value = enums.name(schema, value) or value
         if not isinstance(value, str):
             return self._wrong(where, "TYPE_STRING", value)

@@ -23,6 +23,15 @@ from localcloud.api.service import TABLE, Call, fingerprint
 from localcloud.store import Json, Record
 
 _UPDATES = ("desiredNodeVersion", "desiredMasterVersion")
+_ELSEWHERE = {
+    "desiredClusterAutoscaling": ("autoscaling",),
+    "desiredDnsConfig": ("networkConfig", "dnsConfig"),
+    "desiredGatewayApiConfig": ("networkConfig", "gatewayApiConfig"),
+    "desiredDefaultSnatStatus": ("networkConfig", "defaultSnatStatus"),
+    "desiredDatapathProvider": ("networkConfig", "datapathProvider"),
+    "desiredStackType": ("ipAllocationPolicy", "stackType"),
+}
+"""Fields of an update that are not the cluster's field of the same name."""
 
 
 @TABLE.serves(*spellings("clusters.create"))
@@ -100,6 +109,9 @@ def _update(call: Call) -> Json:
         field = field[:1].lower() + field[1:]
         if wanted in _UPDATES:
             check_version(call, value, "Master" if wanted == "desiredMasterVersion" else "Node")
+        elif wanted in _ELSEWHERE:
+            *above, last = _ELSEWHERE[wanted]
+            (record.body.setdefault(above[0], {}) if above else record.body)[last] = value
         elif wanted == "desiredNodePoolAutoscaling":
             node_pools.set_autoscaling(call, record, pool or node_pools.DEFAULT_POOL, value)
         elif wanted.startswith("desired") and field in known:

@@ -88,6 +88,13 @@ def test_cluster_is_updated_by_desired_fields_and_by_labels(client: Client) -> N
     client.done(client.ok("PUT", f"{CLUSTERS}/c1", {"update": {"desiredLoggingService": "x.googleapis.com"}}))
     body = client.ok("GET", f"{CLUSTERS}/c1")
     assert body["loggingService"] == "x.googleapis.com"
+    client.done(
+        client.ok("PUT", f"{CLUSTERS}/c1", {"update": {"desiredDnsConfig": {"clusterDns": "CLOUD_DNS"}}})
+    )
+    network = client.ok("GET", f"{CLUSTERS}/c1")["networkConfig"]
+    assert network["dnsConfig"] == {"clusterDns": "CLOUD_DNS"}
+    assert network["network"].endswith("/networks/default")
+    body = client.ok("GET", f"{CLUSTERS}/c1")
     stale = {"update": {"desiredLoggingService": "none", "etag": "old"}}
     client.error(409, "PUT", f"{CLUSTERS}/c1", stale)
     labels = {"resourceLabels": {"a": "b"}, "labelFingerprint": body["labelFingerprint"]}

@@ -130,6 +130,10 @@ def test_answers_have_numbers_where_the_client_asks_for_them(client: Client) -> 
     client.error(400, "GET", f"{path}/app", query="alt=xml")
     client.error(501, "GET", f"{path}/app", query="%24alt=proto")
     client.error(400, "POST", path, {"format": 99}, query="repositoryId=two")
+    network = {"name": "n", "networkFirewallPolicyEnforcementOrder": 1}
+    client.error(400, "POST", f"{COMPUTE}/global/networks", network)
+    listed = client.ok("GET", f"{COMPUTE}/zones", query="alt=json;enum-encoding=int")
+    assert listed["items"][0]["status"] == "UP"
 
 
 # What older clients do to a request.
