@@ -2,12 +2,15 @@
 
 use std::io::Read as _;
 
-use guests::{allocate, args, env, list, print, print_error, read, sleep, spin, trap, write};
+use guests::{
+    allocate, args, deep, env, fill, hard_link, list, make_directory, print, print_error, read, rename, sleep, spin, symlink,
+    trap, wait_for, write,
+};
 use wasip2::cli::{environment, exit, stdin};
 
-const COMMANDS: [&str; 15] = [
-    "alloc", "args", "cat", "env", "eprint", "exit", "fail", "ls", "print", "sleep", "spin", "stdin", "trap",
-    "version", "write",
+const COMMANDS: [&str; 22] = [
+    "alloc", "args", "await", "cat", "deep", "env", "eprint", "exit", "fail", "fill", "link", "ls", "mkdir", "print", "rename",
+    "sleep", "spin", "stdin", "symlink", "trap", "version", "write",
 ];
 
 struct Cli;
@@ -52,6 +55,16 @@ fn run(command: &[&str]) -> Result<(), String> {
             said(String::from_utf8_lossy(&content).into_owned())
         }
         ["write", path, text] => write(path, text).map_err(|error| error.name().to_owned()),
+        ["await", path] => {
+            wait_for(path);
+            Ok(())
+        }
+        ["mkdir", path] => make_directory(path).map_err(|error| error.name().to_owned()),
+        ["rename", from, to] => rename(from, to).map_err(|error| error.name().to_owned()),
+        ["symlink", target, path] => symlink(target, path).map_err(|error| error.name().to_owned()),
+        ["link", from, to] => hard_link(from, to).map_err(|error| error.name().to_owned()),
+        ["deep", path, levels] => deep(path, number(levels)?).map_err(|error| error.name().to_owned()),
+        ["fill", path, mib] => fill(path, number(mib)?).map_err(|error| error.name().to_owned()),
         ["ls", path] => said(list(path).map_err(|error| error.name().to_owned())?),
         ["stdin"] => {
             let mut input = Vec::new();

@@ -60,6 +60,56 @@ pub fn remove(path: &str) -> Result<(), ErrorCode> {
     directory.unlink_file_at(&name)
 }
 
+pub fn make_directory(path: &str) -> Result<(), ErrorCode> {
+    let (directory, name) = resolve(path)?;
+    directory.create_directory_at(&name)
+}
+
+/// Moves within a volume, or from one to another.
+pub fn rename(from: &str, to: &str) -> Result<(), ErrorCode> {
+    let ((directory, name), (other, new)) = (resolve(from)?, resolve(to)?);
+    directory.rename_at(&name, &other, &new)
+}
+
+pub fn symlink(target: &str, path: &str) -> Result<(), ErrorCode> {
+    let (directory, name) = resolve(path)?;
+    directory.symlink_at(target, &name)
+}
+
+pub fn hard_link(from: &str, to: &str) -> Result<(), ErrorCode> {
+    let ((directory, name), (other, new)) = (resolve(from)?, resolve(to)?);
+    directory.link_at(PathFlags::empty(), &name, &other, &new)
+}
+
+/// A directory in a directory in a directory, deeper than a path may be long.
+pub fn deep(path: &str, levels: u32) -> Result<(), ErrorCode> {
+    let mut directory = open(path, OpenFlags::DIRECTORY, DescriptorFlags::READ | DescriptorFlags::MUTATE_DIRECTORY)?;
+    for _ in 0..levels {
+        directory.create_directory_at("d")?;
+        let flags = DescriptorFlags::READ | DescriptorFlags::MUTATE_DIRECTORY;
+        directory = directory.open_at(PathFlags::empty(), "d", OpenFlags::DIRECTORY, flags)?;
+    }
+    Ok(())
+}
+
+/// A file of so many MiB.
+pub fn fill(path: &str, mib: u64) -> Result<(), ErrorCode> {
+    let file = open(path, OpenFlags::CREATE | OpenFlags::TRUNCATE, DescriptorFlags::WRITE)?;
+    let piece = vec![b'x'; 64 * 1024];
+    let mut written = 0;
+    while written < mib << 20 {
+        written += file.write(&piece, written)?;
+    }
+    Ok(())
+}
+
+/// Waits until there is something at the path.
+pub fn wait_for(path: &str) {
+    while !exists(path) {
+        sleep(20);
+    }
+}
+
 /// The names in a directory, sorted, one a line. `/` gives the directories that the host opened.
 pub fn list(path: &str) -> Result<String, ErrorCode> {
     let mut names = Vec::new();
@@ -119,9 +169,13 @@ fn open(path: &str, how: OpenFlags, access: DescriptorFlags) -> Result<Descripto
     directory.open_at(PathFlags::SYMLINK_FOLLOW, &name, how, access)
 }
 
-/// The host's directory that holds an absolute path, the deepest if there are several, and the path inside it.
+/// The host's directory that holds a path, the deepest if there are several, and the path inside it. A relative path begins
+/// in the directory `.`, if there is one.
 fn resolve(path: &str) -> Result<(Descriptor, String), ErrorCode> {
     let inside = |directory: &str| {
+        if directory == "." {
+            return (!path.starts_with('/')).then(|| path.to_owned());
+        }
         let rest = path.strip_prefix(directory.trim_end_matches('/'))?;
         match rest.strip_prefix('/') {
             Some("") | None if rest.len() < 2 => Some(".".to_owned()),
