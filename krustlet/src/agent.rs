@@ -8,9 +8,11 @@ use crate::events::{Recorder, Severity};
 use crate::google::MetadataServer;
 use crate::image_gc::ImageGc;
 use crate::node::{self, Keeper, Machine, NodeConfig, Readiness};
-use crate::pod::environment::PodFacts;
+use crate::pod::fields::PodFacts;
 use crate::pod::roster::Roster;
+use crate::pod::sources::Objects;
 use crate::pod::start::NodeContext;
+use crate::pod::volumes::HostPaths;
 use crate::pods::Pods;
 use crate::ports::Ports;
 use crate::reasons::event;
@@ -145,13 +147,14 @@ async fn serve(
 
     let shutdown = CancellationToken::new();
     let context = Arc::new(NodeContext {
+        objects: Objects::new(client.clone()),
         client,
         runtime,
         events: events.clone(),
         facts,
         address,
         data_dir: names.data_dir.clone(),
-        hostpath_allow: options.hostpath_allow.clone(),
+        host_paths: Arc::new(HostPaths { allowed: options.hostpath_allow.clone(), data_dir: names.data_dir.clone() }),
         ports: Ports::default(),
         roster,
         shutdown: shutdown.clone(),

@@ -17,6 +17,7 @@ mod pods;
 mod ports;
 mod reasons;
 mod telemetry;
+mod trees;
 
 use clap::Parser;
 use std::process::ExitCode;

@@ -8,13 +8,14 @@ use crate::pod::worker::Worker;
 use crate::pod::{containers, full_name, is_finished, phase, port, uid};
 use crate::reasons::pod as reasons;
 use crate::telemetry::metrics;
+use crate::trees;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::Api;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
 use std::collections::{HashMap, HashSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Instant;
@@ -101,7 +102,8 @@ impl Pods {
             self.drop_pod(&uid);
         }
         if !*self.taken_up.borrow() {
-            remove_leftovers(&self.node.data_dir, &pods);
+            // Found now, before a pod comes that is not on the list; removed while the others are taken up.
+            tokio::spawn(remove_leftovers(leftovers(&self.node.data_dir, &pods)));
             // The pod that served on a port before the agent stopped has it again, whichever comes first now.
             for pod in pods.iter().filter(|pod| phase(pod) == "Running" && pod.metadata.deletion_timestamp.is_none()) {
                 for (_, container) in pod.spec.iter().flat_map(containers) {
@@ -179,31 +181,34 @@ impl Pods {
     }
 }
 
-/// Removes what pods left behind that went while no agent ran.
-fn remove_leftovers(data_dir: &Path, pods: &[Arc<Pod>]) {
+/// What pods left behind that went while no agent ran.
+fn leftovers(data_dir: &Path, pods: &[Arc<Pod>]) -> Vec<PathBuf> {
     let uids: HashSet<&str> = pods.iter().map(|pod| uid(pod)).collect();
     let logs: HashSet<String> = pods.iter().map(|pod| logs::directory_name(pod)).collect();
-    let sweep = |directory: &Path, keep: &dyn Fn(&str) -> bool| {
-        for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
-            if entry.file_name().to_str().is_some_and(keep) {
-                continue;
-            }
-            info!(path = %entry.path().display(), "removing what a pod left behind");
-            if let Err(error) = std::fs::remove_dir_all(entry.path()) {
-                warn!(path = %entry.path().display(), "failed to remove what a pod left behind: {error}");
-            }
-        }
+    let unknown = |directory: &str, known: &dyn Fn(&str) -> bool| -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(data_dir.join(directory)).into_iter().flatten().flatten();
+        entries.filter(|entry| !entry.file_name().to_str().is_some_and(known)).map(|entry| entry.path()).collect()
     };
-    sweep(&data_dir.join("pods"), &|name| uids.contains(name));
-    sweep(&data_dir.join("logs"), &|name| logs.contains(name));
+    let mut found = unknown("pods", &|name| uids.contains(name));
+    found.extend(unknown("logs", &|name| logs.contains(name)));
+    found
+}
+
+async fn remove_leftovers(paths: Vec<PathBuf>) {
+    for path in paths {
+        info!(path = %path.display(), "removing what a pod left behind");
+        if let Err(error) = trees::remove(path.clone()).await {
+            warn!(path = %path.display(), "failed to remove what a pod left behind: {error}");
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn leftovers_of_unknown_pods_are_removed_and_those_of_known_ones_stay() {
+    #[tokio::test]
+    async fn leftovers_of_unknown_pods_are_removed_and_those_of_known_ones_stay() {
         let directory = tempfile::tempdir().unwrap();
         let mut pod = Pod::default();
         pod.metadata.uid = Some("known".into());
@@ -212,7 +217,7 @@ mod tests {
         for path in ["pods/known/volumes", "pods/unknown/volumes", "logs/shop_web_known", "logs/shop_web_unknown"] {
             std::fs::create_dir_all(directory.path().join(path)).unwrap();
         }
-        remove_leftovers(directory.path(), &[Arc::new(pod)]);
+        remove_leftovers(leftovers(directory.path(), &[Arc::new(pod)])).await;
         let left = |path: &str| directory.path().join(path).exists();
         assert!(left("pods/known/volumes") && left("logs/shop_web_known"));
         assert!(!left("pods/unknown") && !left("logs/shop_web_unknown"));

@@ -6,19 +6,19 @@ use crate::error::StartError;
 use crate::limits::{Limiter, MemoryLimitExceeded, Usage};
 use crate::logs::{LogFile, LogStream};
 use crate::metrics::LiveInstance;
+use crate::mounts::{self, Mount};
 use std::fmt;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Semaphore;
 use wasmtime::component::{Linker, ResourceTable};
 use wasmtime::{Engine, Store};
 use wasmtime_wasi::cli::{WasiCli, WasiCliView as _};
-use wasmtime_wasi::filesystem::{WasiFilesystem, WasiFilesystemView as _};
+use wasmtime_wasi::filesystem::{WasiFilesystem, WasiFilesystemCtx, WasiFilesystemView as _};
 use wasmtime_wasi::p1::WasiP1Ctx;
 use wasmtime_wasi::p2::bindings::{cli, filesystem, random};
 use wasmtime_wasi::random::WasiRandom;
-use wasmtime_wasi::{FsPerms, I32Exit, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
+use wasmtime_wasi::{I32Exit, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 use wasmtime_wasi_http::{
     Error as HttpError, RequestOptions, WasiBody, WasiHttpCtx, WasiHttpCtxView, WasiHttpHooks, WasiHttpView,
 };
@@ -37,15 +37,6 @@ const MAX_OUTBOUND: usize = 256;
 /// Longer timeouts are taken for this one: the clock's own range ends somewhere, with a panic.
 const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// A host directory shown to the guest.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mount {
-    pub host: PathBuf,
-    /// The guest's name for it, e.g. `/config`.
-    pub guest: String,
-    pub read_only: bool,
-}
-
 /// One container: what to give its guest, and how much it may take.
 #[derive(Debug, Clone)]
 pub struct ContainerSpec {
@@ -55,6 +46,8 @@ pub struct ContainerSpec {
     pub args: Vec<String>,
     pub env: Vec<(String, String)>,
     pub mounts: Vec<Mount>,
+    /// Where the guest begins, as its `initial-cwd`.
+    pub working_dir: Option<String>,
     /// Bytes of linear memory and tables, for each instance.
     pub memory_limit: Option<u64>,
     /// Cores, for all of the container's instances together.
@@ -79,6 +72,7 @@ impl ContainerSpec {
             args: Vec::new(),
             env: Vec::new(),
             mounts: Vec::new(),
+            working_dir: None,
             memory_limit: None,
             cpu_limit: None,
             allowed_hosts: Vec::new(),
@@ -107,52 +101,53 @@ pub struct Container {
     pub spec: ContainerSpec,
     pub cpu: Arc<CpuShare>,
     pub usage: Arc<Usage>,
-    program: String,
+    environment: Arc<Environment>,
+    filesystem: WasiFilesystemCtx,
     allowed_hosts: Arc<[AllowedHost]>,
     outbound: Arc<Semaphore>,
+}
+
+/// What a guest is told when it asks, shared by all instances of its container: they may be many, and it large.
+struct Environment {
+    arguments: Vec<String>,
+    variables: Vec<(String, String)>,
+    working_dir: Option<String>,
 }
 
 impl Container {
     pub fn new(mut spec: ContainerSpec, executor: &Executor) -> Result<Self, StartError> {
         spec.request_timeout = spec.request_timeout.min(MAX_REQUEST_TIMEOUT);
+        let mounts = std::mem::take(&mut spec.mounts);
+        let program = spec.name.rsplit('/').next().unwrap_or_default().to_owned();
+        let environment = Arc::new(Environment {
+            arguments: std::iter::once(program).chain(std::mem::take(&mut spec.args)).collect(),
+            variables: std::mem::take(&mut spec.env),
+            working_dir: spec.working_dir.take(),
+        });
         let create = |cause: String, permanent| StartError::Create { container: spec.name.clone(), cause, permanent };
-        for mount in &spec.mounts {
-            if !mount.host.is_dir() {
-                let cause = format!(
-                    "volume {} cannot be mounted at {}: it is not a directory on this node",
-                    mount.host.display(),
-                    mount.guest
-                );
-                return Err(create(cause, false));
-            }
-        }
+        // The mounts' own descriptors go with them: from here on there is one for each, whatever the number of instances.
+        let filesystem = mounts::open(&mounts).map_err(|cause| create(cause, false))?;
+        drop(mounts);
         let allowed_hosts = spec
             .allowed_hosts
             .iter()
             .map(|entry| AllowedHost::parse(entry))
             .collect::<Result<_, _>>()
             .map_err(|cause| create(cause, true))?;
-        let program = spec.name.rsplit('/').next().unwrap_or_default().to_owned();
         let cpu = Arc::new(executor.share(spec.cpu_limit));
         let outbound = Arc::new(Semaphore::new(MAX_OUTBOUND));
-        Ok(Self { spec, cpu, usage: Arc::default(), program, allowed_hosts, outbound })
+        Ok(Self { spec, cpu, usage: Arc::default(), environment, filesystem, allowed_hosts, outbound })
     }
 
-    fn wasi(&self) -> wasmtime::Result<WasiCtxBuilder> {
+    /// All but directories and environment, which are the container's and not each instance's own.
+    fn wasi(&self) -> WasiCtxBuilder {
         let mut wasi = WasiCtxBuilder::new();
-        wasi.arg(&self.program)
-            .args(&self.spec.args)
-            .envs(&self.spec.env)
-            .stdout(self.spec.log.guest_stream(LogStream::Stdout))
+        wasi.stdout(self.spec.log.guest_stream(LogStream::Stdout))
             .stderr(self.spec.log.guest_stream(LogStream::Stderr))
             .max_random_size(MAX_RANDOM)
             .allow_tcp(false)
             .allow_udp(false);
-        for mount in &self.spec.mounts {
-            let permissions = if mount.read_only { FsPerms::ReadOnly } else { FsPerms::ReadWrite };
-            wasi.preopened_dir(&mount.host, &mount.guest, permissions)?;
-        }
-        Ok(wasi)
+        wasi
     }
 
     fn limiter(&self) -> Limiter {
@@ -163,8 +158,11 @@ impl Container {
     pub fn component_store(&self, engine: &Engine, live: LiveInstance) -> wasmtime::Result<Store<ComponentState>> {
         let mut table = ResourceTable::new();
         table.set_max_capacity(MAX_RESOURCES);
+        let mut wasi = self.wasi().build();
+        wasi.filesystem().clone_from(&self.filesystem);
         let state = ComponentState {
-            wasi: self.wasi()?.build(),
+            wasi,
+            environment: self.environment.clone(),
             http: WasiHttpCtx::new(),
             table,
             hooks: Hooks {
@@ -185,7 +183,11 @@ impl Container {
 
     /// The store of one core module instance.
     pub fn core_store(&self, engine: &Engine, live: LiveInstance) -> wasmtime::Result<Store<CoreState>> {
-        let state = CoreState { wasi: self.wasi()?.build_p1(), limiter: self.limiter(), _live: live };
+        let mut wasi = self.wasi();
+        wasi.args(&self.environment.arguments).envs(&self.environment.variables);
+        let mut wasi = wasi.build_p1();
+        wasi.ctx().ctx.filesystem().clone_from(&self.filesystem);
+        let state = CoreState { wasi, limiter: self.limiter(), _live: live };
         let mut store = Store::new(engine, state);
         store.limiter(|state| &mut state.limiter);
         store.set_epoch_deadline(FIRST_SLICE);
@@ -197,11 +199,33 @@ impl Container {
 /// The host side of a component instance.
 pub struct ComponentState {
     wasi: WasiCtx,
+    environment: Arc<Environment>,
     http: WasiHttpCtx,
     table: ResourceTable,
     hooks: Hooks,
     limiter: Limiter,
     _live: LiveInstance,
+}
+
+/// Gives `wasi:cli/environment` from what the container's instances share.
+struct SharedEnvironment;
+
+impl wasmtime::component::HasData for SharedEnvironment {
+    type Data<'a> = &'a Environment;
+}
+
+impl cli::environment::Host for &Environment {
+    fn get_environment(&mut self) -> wasmtime::Result<Vec<(String, String)>> {
+        Ok(self.variables.clone())
+    }
+
+    fn get_arguments(&mut self) -> wasmtime::Result<Vec<String>> {
+        Ok(self.arguments.clone())
+    }
+
+    fn initial_cwd(&mut self) -> wasmtime::Result<Option<String>> {
+        Ok(self.working_dir.clone())
+    }
 }
 
 impl WasiView for ComponentState {
@@ -230,7 +254,7 @@ pub fn component_linker(engine: &Engine) -> wasmtime::Result<Linker<ComponentSta
     let l = &mut linker;
     wasmtime_wasi_http::p2::add_to_linker_async(l)?;
     cli::exit::add_to_linker::<State, WasiCli>(l, State::cli)?;
-    cli::environment::add_to_linker::<State, WasiCli>(l, State::cli)?;
+    cli::environment::add_to_linker::<State, SharedEnvironment>(l, |state| &*state.environment)?;
     cli::terminal_input::add_to_linker::<State, WasiCli>(l, State::cli)?;
     cli::terminal_output::add_to_linker::<State, WasiCli>(l, State::cli)?;
     cli::terminal_stdin::add_to_linker::<State, WasiCli>(l, State::cli)?;

@@ -375,9 +375,10 @@ async fn a_swap_to_what_cannot_be_served_leaves_the_old_module_serving() {
     let error = server.swap(&command, spec.clone()).await.unwrap_err();
     assert_eq!((error.reason(), error.is_permanent()), ("CreateContainerError", true));
     let mut missing = spec;
-    missing.mounts = vec![Mount { host: "/does/not/exist".into(), guest: "/data".into(), read_only: true }];
+    let file = std::fs::File::open(missing.log.path()).unwrap();
+    missing.mounts = vec![Mount { directory: Arc::new(file), guest: "/data".into(), read_only: true }];
     let module = node.module(&http_guest("changed")).await;
-    assert!(server.swap(&module, missing).await.unwrap_err().to_string().contains("/does/not/exist"));
+    assert!(server.swap(&module, missing).await.unwrap_err().to_string().contains("/data"));
     assert_eq!(get(server.local_addr(), "/version").await.body, "version");
 }
 
@@ -650,12 +651,17 @@ async fn a_directory_is_mounted_with_the_rights_that_it_should_have() {
           (i64.const 64) (i64.const 0) (i32.const 0) (i32.const 0)))))"#;
     let host = node.directory.path().join("volume");
     std::fs::create_dir(&host).unwrap();
-    let mount = |read_only| Mount { host: host.clone(), guest: "/data".into(), read_only };
+    let mount = |read_only| mounted(&host, read_only);
     assert_ne!(ran(&node, create, |_| {}).await.0.code, 0, "nothing is open that was not given");
     assert_ne!(ran(&node, create, |spec| spec.mounts = vec![mount(true)]).await.0.code, 0);
     assert!(!host.join("made").exists());
     assert_eq!(ran(&node, create, |spec| spec.mounts = vec![mount(false)]).await.0.code, 0);
     assert!(host.join("made").exists());
+}
+
+fn mounted(directory: &Path, read_only: bool) -> Mount {
+    let directory = Arc::new(std::fs::File::open(directory).unwrap());
+    Mount { directory, guest: "/data".into(), read_only }
 }
 
 /// What comes of an operation of `files.wat` on a path in a volume: "ok", or the number of WASI's error code.
@@ -664,7 +670,7 @@ async fn tried(node: &Node, volume: &Path, read_only: bool, operation: &str, pat
         .replace("LENGTH", &path.len().to_string())
         .replace("PATH", path)
         .replace("OPERATION", operation);
-    let mount = Mount { host: volume.to_owned(), guest: "/data".into(), read_only };
+    let mount = mounted(volume, read_only);
     let (exit, spec) = ran(node, &guest, |spec| spec.mounts = vec![mount]).await;
     assert_eq!(exit.code, 0, "{}", exit.message);
     logged(&spec).last().unwrap().strip_prefix("stderr F ").unwrap().to_owned()

@@ -1,16 +1,20 @@
 //! A container's environment and arguments: literals, ConfigMaps, Secrets, fields of the pod, `$(VAR)` references.
 //!
-//! The rules are the kubelet's. Reading from the API server ([`Sources`]) stands apart from putting together.
+//! The rules are the kubelet's; what it all may take together is the kernel's order of size. References multiply: nine
+//! variables, each ten references to the one before, make ten bytes to ten gigabytes.
 
-use futures::future::try_join_all;
-use k8s_openapi::api::core::v1::{
-    ConfigMap, Container, EnvVarSource, ObjectFieldSelector, Pod, ResourceFieldSelector, ResourceRequirements, Secret,
-};
-use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
-use kube::api::{Api, GetParams};
-use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Debug;
-use std::time::Duration;
+use super::fields::{PodFacts, field_value, resource_value};
+use super::sources::{ConfigError, Objects, Sources, Wanted, missing_key};
+use k8s_openapi::api::core::v1::{Container, EnvVarSource, Pod};
+use std::collections::HashMap;
+use std::time::Instant;
+
+/// Bytes that a container's environment and arguments may take together.
+const MAX_BYTES: usize = 1 << 20;
+/// What each variable and argument takes besides its text.
+const EACH: usize = 32;
+/// Bytes of a path, as on Linux.
+const MAX_PATH: usize = 4096;
 
 /// What a container's process is started with.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -20,157 +24,38 @@ pub struct ContainerEnvironment {
     pub args: Vec<String>,
 }
 
-/// Why a pod's configuration cannot be given to it.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ConfigError {
-    /// Something that may still appear: the container waits and tries again.
-    #[error("{0}")]
-    Missing(String),
-    /// Something that stays wrong until the pod is changed.
-    #[error("{0}")]
-    Invalid(String),
+impl ContainerEnvironment {
+    /// A mount's `subPathExpr` with its references expanded. Unlike in a variable, each must be one.
+    pub fn expand_path(&self, path: &str) -> Result<String, ConfigError> {
+        let variables: HashMap<&str, &str> =
+            self.env.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        let mut missing = None;
+        let expanded = expand(path, MAX_PATH, |name| {
+            let value = variables.get(name).copied();
+            if value.is_none() {
+                missing.get_or_insert_with(|| name.to_owned());
+            }
+            value
+        });
+        if let Some(name) = missing {
+            return Err(ConfigError::Invalid(format!("subPathExpr {path:?}: the container has no variable {name:?}")));
+        }
+        expanded.ok_or_else(|| ConfigError::Invalid(format!("subPathExpr {path:?} is longer than a path may be")))
+    }
 }
 
-/// What a pod may learn about where it runs.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct PodFacts {
-    pub node_name: String,
-    pub host_ip: String,
-    pub pod_ip: String,
-    /// Thousandths of a core.
-    pub allocatable_cpu_millis: u64,
-    /// Bytes.
-    pub allocatable_memory: u64,
-}
-
-/// Reads what the container refers to, then puts its environment together.
+/// Reads what the container refers to, then puts its environment together. Nothing of it is older than `not_before`.
 pub async fn resolve(
-    client: &kube::Client,
+    objects: &Objects,
     pod: &Pod,
     container: &Container,
     facts: &PodFacts,
+    not_before: Instant,
 ) -> Result<ContainerEnvironment, ConfigError> {
     let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
     let wanted = Wanted::by_environment(container);
-    let sources = Sources::read(client, namespace, &wanted, &GetParams::default()).await?;
+    let sources = objects.read(namespace, &wanted, not_before).await?;
     assemble(pod, container, facts, &sources)
-}
-
-/// Names of the ConfigMaps and Secrets that something refers to.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Wanted {
-    pub config_maps: BTreeSet<String>,
-    pub secrets: BTreeSet<String>,
-}
-
-impl Wanted {
-    fn by_environment(container: &Container) -> Self {
-        let mut wanted = Self::default();
-        for source in container.env_from.iter().flatten() {
-            wanted.config_maps.extend(source.config_map_ref.iter().map(|r| r.name.clone()));
-            wanted.secrets.extend(source.secret_ref.iter().map(|r| r.name.clone()));
-        }
-        for source in container.env.iter().flatten().filter_map(|variable| variable.value_from.as_ref()) {
-            wanted.config_maps.extend(source.config_map_key_ref.iter().map(|r| r.name.clone()));
-            wanted.secrets.extend(source.secret_key_ref.iter().map(|r| r.name.clone()));
-        }
-        wanted
-    }
-}
-
-/// The ConfigMaps and Secrets of one namespace that were asked for; those that do not exist are absent.
-#[derive(Debug, Clone, Default)]
-pub struct Sources {
-    pub namespace: String,
-    pub config_maps: BTreeMap<String, ConfigMap>,
-    pub secrets: BTreeMap<String, Secret>,
-}
-
-impl Sources {
-    /// Reads all that is wanted at once. Fails with [`ConfigError::Missing`] when the API server does not answer.
-    pub async fn read(
-        client: &kube::Client,
-        namespace: &str,
-        wanted: &Wanted,
-        version: &GetParams,
-    ) -> Result<Self, ConfigError> {
-        let (config_maps, secrets) = futures::try_join!(
-            read_all::<ConfigMap>(client, namespace, "ConfigMap", &wanted.config_maps, version),
-            read_all::<Secret>(client, namespace, "Secret", &wanted.secrets, version),
-        )?;
-        Ok(Self { namespace: namespace.to_owned(), config_maps, secrets })
-    }
-
-    pub fn config_map(&self, name: &str, optional: bool) -> Result<Option<&ConfigMap>, ConfigError> {
-        self.found("ConfigMap", name, self.config_maps.get(name), optional)
-    }
-
-    pub fn secret(&self, name: &str, optional: bool) -> Result<Option<&Secret>, ConfigError> {
-        self.found("Secret", name, self.secrets.get(name), optional)
-    }
-
-    fn found<'a, K>(
-        &self,
-        kind: &str,
-        name: &str,
-        object: Option<&'a K>,
-        optional: bool,
-    ) -> Result<Option<&'a K>, ConfigError> {
-        match object {
-            None if !optional => Err(ConfigError::Missing(format!(
-                "{kind} {}/{name} does not exist; create it, or mark the reference optional",
-                self.namespace
-            ))),
-            object => Ok(object),
-        }
-    }
-}
-
-async fn read_all<K>(
-    client: &kube::Client,
-    namespace: &str,
-    kind: &str,
-    names: &BTreeSet<String>,
-    version: &GetParams,
-) -> Result<BTreeMap<String, K>, ConfigError>
-where
-    K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>
-        + Clone
-        + Debug
-        + serde::de::DeserializeOwned,
-{
-    let api: Api<K> = Api::namespaced(client.clone(), namespace);
-    let reads = names.iter().map(|name| {
-        let api = &api;
-        async move {
-            match while_forbidden(|| api.get_with(name, version)).await {
-                Ok(object) => Ok(Some((name.clone(), object))),
-                Err(kube::Error::Api(status)) if status.is_not_found() => Ok(None),
-                Err(error) => Err(ConfigError::Missing(format!("failed to read {kind} {namespace}/{name}: {error}"))),
-            }
-        }
-    });
-    Ok(try_join_all(reads).await?.into_iter().flatten().collect())
-}
-
-/// Repeats a call for a moment while it is forbidden.
-///
-/// The node authorizer learns of a new pod from a watch of its own, often a little later than the node does; until
-/// then it denies the node what the pod refers to.
-pub async fn while_forbidden<T, F>(call: impl Fn() -> F) -> kube::Result<T>
-where
-    F: Future<Output = kube::Result<T>>,
-{
-    let mut pause = Duration::from_millis(10);
-    loop {
-        match call().await {
-            Err(kube::Error::Api(status)) if status.is_forbidden() && pause < Duration::from_millis(500) => {
-                tokio::time::sleep(pause).await;
-                pause *= 2;
-            }
-            result => return result,
-        }
-    }
 }
 
 /// The pure part of [`resolve`].
@@ -187,7 +72,7 @@ pub fn assemble(
             && let Some(object) = sources.config_map(&reference.name, reference.optional == Some(true))?
         {
             for (key, value) in object.data.iter().flatten() {
-                variables.set(format!("{prefix}{key}"), value.clone())?;
+                variables.set(&format!("{prefix}{key}"), value)?;
             }
         }
         if let Some(reference) = &source.secret_ref
@@ -195,23 +80,31 @@ pub fn assemble(
         {
             for (key, value) in object.data.iter().flatten() {
                 let value = utf8(&value.0, "Secret", &reference.name, key)?;
-                variables.set(format!("{prefix}{key}"), value)?;
+                variables.set(&format!("{prefix}{key}"), &value)?;
             }
         }
     }
     for variable in container.env.iter().flatten() {
         let value = match (&variable.value, &variable.value_from) {
-            (Some(literal), _) if !literal.is_empty() => Some(variables.expand(literal)),
+            (Some(literal), _) if !literal.is_empty() => {
+                Some(variables.expand(literal, &format!("variable {}", variable.name))?)
+            }
             (_, Some(source)) => from_source(source, pod, container, facts, sources)?,
             _ => Some(String::new()),
         };
         if let Some(value) = value {
-            variables.set(variable.name.clone(), value)?;
+            variables.set(&variable.name, &value)?;
         }
     }
     let words = container.command.iter().flatten().chain(container.args.iter().flatten());
-    let args = words.map(|word| variables.expand(word)).collect();
-    Ok(ContainerEnvironment { env: variables.0, args })
+    let mut args = Vec::new();
+    for (number, word) in words.enumerate() {
+        let what = format!("argument {number}");
+        let word = variables.expand(word, &what)?;
+        variables.take(word.len(), &what)?;
+        args.push(word);
+    }
+    Ok(ContainerEnvironment { env: variables.list, args })
 }
 
 /// A variable's value, or None when it is optional and there is none.
@@ -251,10 +144,6 @@ fn from_source(
     Err(ConfigError::Invalid("a variable's valueFrom names no source".into()))
 }
 
-pub fn missing_key(kind: &str, sources: &Sources, name: &str, key: &str) -> ConfigError {
-    ConfigError::Missing(format!("{kind} {}/{name} has no key {key:?}", sources.namespace))
-}
-
 fn utf8(bytes: &[u8], kind: &str, name: &str, key: &str) -> Result<String, ConfigError> {
     String::from_utf8(bytes.to_vec()).map_err(|_| {
         ConfigError::Invalid(format!(
@@ -264,222 +153,98 @@ fn utf8(bytes: &[u8], kind: &str, name: &str, key: &str) -> Result<String, Confi
 }
 
 /// Variables in the order of their first mention; a later value takes the earlier one's place.
-#[derive(Debug, Default)]
-struct Variables(Vec<(String, String)>);
+#[derive(Debug)]
+struct Variables {
+    list: Vec<(String, String)>,
+    /// Name → place in the list.
+    places: HashMap<String, usize>,
+    /// Bytes that are left.
+    left: usize,
+}
+
+impl Default for Variables {
+    fn default() -> Self {
+        Self { list: Vec::new(), places: HashMap::new(), left: MAX_BYTES }
+    }
+}
 
 impl Variables {
-    fn set(&mut self, name: String, value: String) -> Result<(), ConfigError> {
+    fn set(&mut self, name: &str, value: &str) -> Result<(), ConfigError> {
         if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
             return Err(ConfigError::Invalid(format!("environment variable {name:?} cannot be passed to a process")));
         }
-        match self.0.iter_mut().find(|(known, _)| *known == name) {
-            Some(known) => known.1 = value,
-            None => self.0.push((name, value)),
+        let size = |value: &str| name.len() + value.len() + EACH;
+        let place = self.places.get(name).copied();
+        if let Some((_, before)) = place.and_then(|place| self.list.get(place)) {
+            self.left += size(before);
+        }
+        self.left = self.left.checked_sub(size(value)).ok_or_else(|| too_large(&format!("variable {name}")))?;
+        match place.and_then(|place| self.list.get_mut(place)) {
+            Some(known) => value.clone_into(&mut known.1),
+            None => {
+                self.places.insert(name.to_owned(), self.list.len());
+                self.list.push((name.to_owned(), value.to_owned()));
+            }
         }
         Ok(())
     }
 
-    /// Replaces `$(NAME)` by what is known so far, `$$` by `$`, and leaves everything else as it is.
-    fn expand(&self, text: &str) -> String {
-        let mut out = String::with_capacity(text.len());
-        let mut rest = text;
-        while let Some(at) = rest.find('$') {
-            out.push_str(&rest[..at]);
-            let after = &rest[at + 1..];
-            let reference = after.strip_prefix('(').and_then(|inner| inner.split_once(')'));
-            rest = if let Some(literal) = after.strip_prefix('$') {
-                out.push('$');
-                literal
-            } else if let Some((name, tail)) = reference {
-                match self.0.iter().find(|(known, _)| known == name) {
-                    Some((_, value)) => out.push_str(value),
-                    None => out.push_str(&rest[at..rest.len() - tail.len()]),
-                }
-                tail
-            } else {
-                out.push('$');
-                after
-            };
-        }
-        out.push_str(rest);
-        out
+    fn take(&mut self, bytes: usize, what: &str) -> Result<(), ConfigError> {
+        self.left = self.left.checked_sub(bytes + EACH).ok_or_else(|| too_large(what))?;
+        Ok(())
+    }
+
+    /// References to what is known so far are replaced, the others stay as they are.
+    fn expand(&self, text: &str, what: &str) -> Result<String, ConfigError> {
+        let known = |name: &str| Some(self.list.get(*self.places.get(name)?)?.1.as_str());
+        // A variable may take the place of itself, so that the whole is the bound here, and not what is left of it.
+        expand(text, MAX_BYTES, known).ok_or_else(|| too_large(what))
     }
 }
 
-/// The value of a field of the pod, as a variable or a downwardAPI file shows it.
-pub fn field_value(field: &ObjectFieldSelector, pod: &Pod, facts: &PodFacts) -> Result<String, ConfigError> {
-    let path = field.field_path.as_str();
-    let unsupported = || ConfigError::Invalid(format!("fieldRef {path:?} is not supported"));
-    if !matches!(field.api_version.as_deref(), None | Some("" | "v1")) {
-        return Err(unsupported());
-    }
-    let metadata = &pod.metadata;
-    let spec = pod.spec.as_ref();
-    if let Some((map, key)) = path.strip_suffix("']").and_then(|start| start.split_once("['")) {
-        let map = match map {
-            "metadata.labels" => &metadata.labels,
-            "metadata.annotations" => &metadata.annotations,
-            _ => return Err(unsupported()),
+fn too_large(what: &str) -> ConfigError {
+    ConfigError::Invalid(format!(
+        "{what}: the container's environment and arguments take more than {} KiB together; large data belongs in a volume",
+        MAX_BYTES >> 10
+    ))
+}
+
+/// Replaces `$(NAME)` by what `value` gives, `$$` by `$`, and leaves everything else as it is. None when the result would be
+/// longer than `limit`; it is never more than that in memory, nor does it take longer than reading text and result once.
+fn expand<'a>(text: &str, limit: usize, mut value: impl FnMut(&str) -> Option<&'a str>) -> Option<String> {
+    let mut out = String::with_capacity(text.len().min(limit));
+    let mut rest = text;
+    // Behind the last one no reference ends any more: none is to be looked for again and again.
+    let last_end = text.rfind(')').map_or(usize::MAX, |at| text.len() - at);
+    let push = |out: &mut String, part: &str| (out.len() + part.len() <= limit).then(|| out.push_str(part));
+    while let Some(at) = rest.find('$') {
+        push(&mut out, &rest[..at])?;
+        let after = &rest[at + 1..];
+        let reference =
+            after.strip_prefix('(').filter(|_| after.len() >= last_end).and_then(|inner| inner.split_once(')'));
+        rest = if let Some(literal) = after.strip_prefix('$') {
+            push(&mut out, "$")?;
+            literal
+        } else if let Some((name, tail)) = reference {
+            match value(name) {
+                Some(value) => push(&mut out, value)?,
+                None => push(&mut out, &rest[at..rest.len() - tail.len()])?,
+            }
+            tail
+        } else {
+            push(&mut out, "$")?;
+            after
         };
-        return Ok(map.as_ref().and_then(|map| map.get(key)).cloned().unwrap_or_default());
     }
-    match path {
-        "metadata.name" => Ok(metadata.name.clone().unwrap_or_default()),
-        "metadata.namespace" => Ok(metadata.namespace.clone().unwrap_or_default()),
-        "metadata.uid" => Ok(metadata.uid.clone().unwrap_or_default()),
-        "metadata.labels" => Ok(format_map(metadata.labels.as_ref())),
-        "metadata.annotations" => Ok(format_map(metadata.annotations.as_ref())),
-        "spec.nodeName" => Ok(facts.node_name.clone()),
-        "spec.serviceAccountName" => Ok(spec.and_then(|s| s.service_account_name.clone()).unwrap_or_default()),
-        "status.hostIP" | "status.hostIPs" => Ok(facts.host_ip.clone()),
-        "status.podIP" | "status.podIPs" => Ok(facts.pod_ip.clone()),
-        _ => Err(unsupported()),
-    }
-}
-
-/// `key="value"` lines in the order of the keys, the values quoted as Go quotes them.
-fn format_map(map: Option<&BTreeMap<String, String>>) -> String {
-    let lines: Vec<String> =
-        map.into_iter().flatten().map(|(key, value)| format!("{key}={}", go_quote(value))).collect();
-    lines.join("\n")
-}
-
-fn go_quote(text: &str) -> String {
-    let mut out = String::from("\"");
-    for c in text.chars() {
-        match c {
-            '"' => out.push_str("\\\""),
-            '\\' => out.push_str("\\\\"),
-            '\n' => out.push_str("\\n"),
-            '\r' => out.push_str("\\r"),
-            '\t' => out.push_str("\\t"),
-            '\u{7}' => out.push_str("\\a"),
-            '\u{8}' => out.push_str("\\b"),
-            '\u{b}' => out.push_str("\\v"),
-            '\u{c}' => out.push_str("\\f"),
-            c if c.is_ascii_control() => out.push_str(&format!("\\x{:02x}", c as u32)),
-            c if c.is_control() || (c.is_whitespace() && c != ' ') => out.push_str(&format!("\\u{:04x}", c as u32)),
-            c => out.push(c),
-        }
-    }
-    out.push('"');
-    out
-}
-
-/// A container's limit or request in units of the divisor, rounded up. A limit that is not set is the pod's, then what
-/// the node has to give; a request that is not set is 0.
-pub fn resource_value(
-    selector: &ResourceFieldSelector,
-    pod: &Pod,
-    container: Option<&Container>,
-    facts: &PodFacts,
-) -> Result<String, ConfigError> {
-    let invalid = |what: &str| ConfigError::Invalid(format!("resourceFieldRef {:?}: {what}", selector.resource));
-    let spec = pod.spec.as_ref();
-    let container = match selector.container_name.as_deref().filter(|name| !name.is_empty()) {
-        None => container.ok_or_else(|| invalid("names no container"))?,
-        Some(name) => spec
-            .into_iter()
-            .flat_map(|spec| spec.containers.iter().chain(spec.init_containers.iter().flatten()))
-            .find(|container| container.name == name)
-            .ok_or_else(|| invalid(&format!("the pod has no container {name:?}")))?,
-    };
-    let Some((kind, resource)) = selector.resource.split_once('.') else {
-        return Err(invalid("is not supported"));
-    };
-    // The kubelet counts CPU in thousandths and everything else in whole units before it divides.
-    let unit = match resource {
-        "cpu" => NANO / 1000,
-        "memory" | "ephemeral-storage" => NANO,
-        _ => return Err(invalid("is not supported")),
-    };
-    let given = |resources: Option<&ResourceRequirements>| {
-        let list = match kind {
-            "limits" => resources?.limits.as_ref(),
-            _ => resources?.requests.as_ref(),
-        };
-        let quantity = list?.get(resource)?;
-        Some(nanos(quantity).ok_or_else(|| invalid(&format!("{:?} is no quantity", quantity.0))))
-    };
-    let own = given(container.resources.as_ref()).transpose()?.filter(|value| *value != 0);
-    let value = match (kind, own) {
-        (_, Some(value)) => value,
-        ("requests", None) => 0,
-        ("limits", None) => match given(spec.and_then(|spec| spec.resources.as_ref())).transpose()? {
-            Some(value) if value != 0 => value,
-            _ => match resource {
-                "cpu" => i128::from(facts.allocatable_cpu_millis) * unit,
-                "memory" => i128::from(facts.allocatable_memory) * unit,
-                _ => 0,
-            },
-        },
-        _ => return Err(invalid("is not supported")),
-    };
-    let divisor = match &selector.divisor {
-        Some(divisor) => nanos(divisor).ok_or_else(|| invalid("the divisor is no quantity"))?,
-        None => 0,
-    };
-    let divisor = if divisor == 0 { NANO } else { divisor };
-    Ok(ceiling(ceiling(value, unit), ceiling(divisor, unit)).to_string())
-}
-
-fn ceiling(value: i128, by: i128) -> i128 {
-    value / by + i128::from(value % by > 0)
-}
-
-const NANO: i128 = 1_000_000_000;
-
-/// A quantity in units of 10⁻⁹, rounded up (`"100m"` is 100 million), or None when it is none or out of range.
-pub fn nanos(quantity: &Quantity) -> Option<i128> {
-    let text = quantity.0.trim();
-    let digits = text.find(|c: char| !matches!(c, '0'..='9' | '.' | '+' | '-')).unwrap_or(text.len());
-    let (number, suffix) = text.split_at(digits);
-    let (power, base): (i32, i128) = match suffix {
-        "n" => (-9, 10),
-        "u" => (-6, 10),
-        "m" => (-3, 10),
-        "" => (0, 10),
-        "k" => (3, 10),
-        "M" => (6, 10),
-        "G" => (9, 10),
-        "T" => (12, 10),
-        "P" => (15, 10),
-        "E" => (18, 10),
-        "Ki" => (1, 1024),
-        "Mi" => (2, 1024),
-        "Gi" => (3, 1024),
-        "Ti" => (4, 1024),
-        "Pi" => (5, 1024),
-        "Ei" => (6, 1024),
-        exponent => (exponent.strip_prefix(['e', 'E'])?.parse().ok()?, 10),
-    };
-    let (negative, number) = match number.strip_prefix('-') {
-        Some(number) => (true, number),
-        None => (false, number.strip_prefix('+').unwrap_or(number)),
-    };
-    if number.contains(['+', '-']) {
-        return None;
-    }
-    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    let mantissa: i128 = format!("{whole}{fraction}").parse().ok()?;
-    let scaled = |value: i128, power: u32, base: i128| value.checked_mul(base.checked_pow(power)?);
-    let (mut value, mut shift) = (mantissa, 9 - i32::try_from(fraction.len()).ok()?);
-    if base == 1024 {
-        value = scaled(value, u32::try_from(power).ok()?, 1024)?;
-    } else {
-        shift = shift.checked_add(power)?;
-    }
-    let value = match u32::try_from(shift) {
-        Ok(shift) => scaled(value, shift, 10)?,
-        Err(_) => ceiling(value, 10_i128.checked_pow(shift.unsigned_abs())?),
-    };
-    Some(if negative { -value } else { value })
+    push(&mut out, rest)?;
+    Some(out)
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::panic)]
 mod tests {
     use super::*;
+    use k8s_openapi::api::core::v1::{ConfigMap, Secret};
     use serde_json::{Value, json};
 
     fn pod(spec: Value) -> Pod {
@@ -501,8 +266,8 @@ mod tests {
                 .unwrap();
         Sources {
             namespace: "shop".into(),
-            config_maps: [("config".to_owned(), config)].into(),
-            secrets: [("secret".to_owned(), secret)].into(),
+            config_maps: [("config".to_owned(), config.into())].into(),
+            secrets: [("secret".to_owned(), secret.into())].into(),
         }
     }
 
@@ -545,7 +310,7 @@ mod tests {
     #[test]
     fn a_doubled_dollar_escapes_a_reference_and_a_broken_reference_stays_as_it_is() {
         let mut variables = Variables::default();
-        variables.set("VAR".into(), "x".into()).unwrap();
+        variables.set("VAR", "x").unwrap();
         for (text, expected) in [
             ("$(VAR)", "x"),
             ("$$(VAR)", "$(VAR)"),
@@ -558,7 +323,7 @@ mod tests {
             ("ü$ü$(VAR)ü", "ü$üxü"),
             ("$((VAR))", "$((VAR))"),
         ] {
-            assert_eq!(variables.expand(text), expected, "{text}");
+            assert_eq!(variables.expand(text, "T").unwrap(), expected, "{text}");
         }
     }
 
@@ -670,24 +435,107 @@ mod tests {
     }
 
     #[test]
-    fn quantities_are_read_in_every_spelling() {
-        for (text, expected) in [
-            ("1", Some(NANO)),
-            ("100m", Some(NANO / 10)),
-            ("1.5", Some(NANO * 3 / 2)),
-            (".5Ki", Some(512 * NANO)),
-            ("2e3", Some(2000 * NANO)),
-            ("1E", Some(1_000_000_000_000_000_000 * NANO)),
-            ("-1n", Some(-1)),
-            ("0.1n", Some(1)),
-            ("7Ei", Some((7 << 60) * NANO)),
-            ("", None),
-            ("1Q", None),
-            ("1e99", None),
-            ("99999999999999999999999999999999999999999", None),
-            ("--1", None),
-        ] {
-            assert_eq!(nanos(&Quantity(text.into())), expected, "{text}");
+    fn nine_variables_of_ten_references_each_are_refused_and_the_one_that_is_too_much_is_named() {
+        let mut env = vec![json!({"name": "V0", "value": "0123456789"})];
+        for number in 1..=9 {
+            env.push(json!({"name": format!("V{number}"), "value": format!("$(V{})", number - 1).repeat(10)}));
         }
+        let error = environment(json!({"env": env})).unwrap_err();
+        assert!(matches!(&error, ConfigError::Invalid(m) if m.contains("V5") && m.contains("1024 KiB")), "{error}");
+    }
+
+    #[test]
+    fn every_way_to_multiply_is_bounded() {
+        let hundred = "x".repeat(100 << 10);
+        let big = json!({"name": "BIG", "value": hundred});
+        let field = json!({"fieldRef": {"fieldPath": "metadata.annotations"}});
+        let config = json!({"configMapRef": {"name": "config"}});
+        let prefixed = |number: usize| json!({"prefix": format!("P{number}_"), "configMapRef": {"name": "config"}});
+        for (container, named) in [
+            (json!({"env": [big], "args": vec!["$(BIG)"; 11]}), "argument"),
+            (json!({"env": [big], "command": ["$(BIG)".repeat(11)]}), "argument 0"),
+            (json!({"env": [big], "args": vec!["x"; 40_000]}), "argument"),
+            (json!({"env": (0..40_000).map(|n| json!({"name": format!("E{n}")})).collect::<Vec<_>>()}), "variable E"),
+            (
+                json!({"env": (0..30_000).map(|n| json!({"name": format!("F{n}"), "valueFrom": field})).collect::<Vec<_>>()}),
+                "F",
+            ),
+            (json!({"envFrom": (0..20_000).map(prefixed).collect::<Vec<_>>()}), "variable P"),
+        ] {
+            let error = environment(container).unwrap_err();
+            assert!(matches!(&error, ConfigError::Invalid(m) if m.contains(named)), "{error}");
+        }
+        // The same names again and again take no more than once.
+        environment(json!({"envFrom": vec![config; 1000], "env": vec![big; 30]})).unwrap();
+    }
+
+    #[test]
+    fn text_that_looks_like_a_million_references_is_read_in_one_pass() {
+        let begin = Instant::now();
+        for text in
+            ["$(".repeat(500_000), format!(")){}", "$(".repeat(500_000)), "$".repeat(1_000_000), "$(A)".repeat(250_000)]
+        {
+            let found = environment(json!({"env": [{"name": "A", "value": ""}, {"name": "T", "value": text}]}));
+            assert!(found.is_ok(), "{found:?}");
+        }
+        // A second pass for each of them would take hours.
+        assert!(begin.elapsed() < std::time::Duration::from_secs(20));
+    }
+
+    /// Any graph of references: what comes of it is within the bound, or an error.
+    #[test]
+    fn whatever_refers_to_whatever_the_result_is_bounded() {
+        use rand::{RngExt as _, SeedableRng as _};
+        let seed: u64 =
+            std::env::var("KRUSTLET_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(rand::random);
+        let mut random = rand::rngs::StdRng::seed_from_u64(seed);
+        let (mut refused, mut taken) = (0, 0);
+        for _ in 0..300 {
+            let names = random.random_range(1..12);
+            let word = |random: &mut rand::rngs::StdRng| -> String {
+                (0..random.random_range(0..40))
+                    .map(|_| match random.random_range(0..8) {
+                        0 => "$$".to_owned(),
+                        1 => "$(".to_owned(),
+                        2 => ")".to_owned(),
+                        3 => "x".repeat(random.random_range(0..500)),
+                        _ => format!("$(V{})", random.random_range(0..names)),
+                    })
+                    .collect()
+            };
+            let count = random.random_range(0..25);
+            let env: Vec<_> = (0..count)
+                .map(|_| json!({"name": format!("V{}", random.random_range(0..names)), "value": word(&mut random)}))
+                .collect();
+            let args: Vec<_> = (0..random.random_range(0..20)).map(|_| word(&mut random)).collect();
+            match environment(json!({"env": env, "args": args})) {
+                Ok(found) => {
+                    taken += 1;
+                    let env: usize = found.env.iter().map(|(name, value)| name.len() + value.len()).sum();
+                    let args: usize = found.args.iter().map(String::len).sum();
+                    assert!(env + args <= MAX_BYTES, "seed {seed}");
+                    assert!(found.env.iter().all(|(_, value)| value.capacity() <= 2 * MAX_BYTES), "seed {seed}");
+                }
+                Err(error) => {
+                    refused += 1;
+                    assert!(
+                        matches!(&error, ConfigError::Invalid(m) if m.contains("1024 KiB")),
+                        "seed {seed}: {error}"
+                    );
+                }
+            }
+        }
+        assert!(refused > 0 && taken > 0, "seed {seed}: {refused} refused, {taken} taken");
+    }
+
+    #[test]
+    fn a_path_has_its_references_expanded_and_each_must_be_a_variable() {
+        let environment = environment(json!({"env": [
+            {"name": "POD", "value": "web-1"}, {"name": "LONG", "value": "x".repeat(5000)},
+        ]}))
+        .unwrap();
+        assert_eq!(environment.expand_path("logs/$(POD)/$$x").unwrap(), "logs/web-1/$x");
+        assert!(environment.expand_path("$(NONE)").unwrap_err().to_string().contains("NONE"));
+        assert!(environment.expand_path("$(LONG)").unwrap_err().to_string().contains("longer"));
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 pub mod environment;
+pub mod fields;
 pub mod hooks;
 pub mod images;
 pub mod probes;
@@ -9,8 +10,11 @@ pub mod publish;
 pub mod restart;
 pub mod roster;
 pub mod slot;
+pub mod sources;
 pub mod start;
 pub mod status;
+#[cfg(test)]
+pub mod testing;
 pub mod volumes;
 pub mod worker;
 

@@ -1,10 +1,12 @@
 //! From a container's specification to a running guest: image, module, volumes and environment at once, then the start.
 
-use super::environment::{self, ConfigError, ContainerEnvironment, PodFacts, nanos};
+use super::environment::{self, ContainerEnvironment};
+use super::fields::{PodFacts, nanos};
 use super::probes;
 use super::restart::Policy;
 use super::roster::Roster;
-use super::volumes::PodVolumes;
+use super::sources::{ConfigError, Objects};
+use super::volumes::{HostPaths, Mounts, PodVolumes};
 use super::{Role, annotation, full_name, hooks, images, port, uid};
 use crate::events::{Recorder, Severity};
 use crate::logs;
@@ -12,13 +14,12 @@ use crate::ports::{Holder, Ports};
 use crate::reasons::{event, waiting};
 use k8s_openapi::api::core::v1::{Container, Pod};
 use krustlet_runtime::{
-    ContainerSpec, Execution, HttpServer, Image, Kind, LogFile, LogLimits, Module, Mount, PullError, Runtime,
-    StartError,
+    ContainerSpec, Execution, HttpServer, Image, Kind, LogFile, LogLimits, Module, PullError, Runtime, StartError,
 };
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::OnceCell;
 use tokio_util::sync::CancellationToken;
 
@@ -30,7 +31,8 @@ pub struct NodeContext {
     pub facts: PodFacts,
     pub address: IpAddr,
     pub data_dir: PathBuf,
-    pub hostpath_allow: Vec<PathBuf>,
+    pub objects: Objects,
+    pub host_paths: Arc<HostPaths>,
     pub ports: Ports,
     pub roster: Arc<Roster>,
     /// The agent is to stop.
@@ -184,19 +186,22 @@ impl Start {
         hooks::validate(&self.container).map_err(Failure::configuration)?;
         let limits = Limits::of(&self.pod, &self.container).map_err(Failure::configuration)?;
         let node = &self.node;
+        // What was changed before this start is what the container gets.
+        let begin = Instant::now();
         let volumes = async {
             let dir = node.pod_dir(&self.pod).join("volumes");
-            let prepare = || PodVolumes::prepare(&node.client, &self.pod, &node.facts, &dir, &node.hostpath_allow);
+            let prepare = || PodVolumes::prepare(&node.objects, &self.pod, &node.facts, &dir, &node.host_paths, begin);
             self.volumes.get_or_try_init(prepare).await.map_err(|error| Failure::volumes(&error))
         };
         let environment = async {
-            environment::resolve(&node.client, &self.pod, &self.container, &node.facts)
+            environment::resolve(&node.objects, &self.pod, &self.container, &node.facts, begin)
                 .await
                 .map_err(|error| Failure::configuration(error.to_string()))
         };
         // None is cut short by another's failure: what was pulled stays pulled.
         let (module, volumes, environment) = tokio::join!(self.module(), volumes, environment);
-        let (volumes, environment) = (volumes?, environment?);
+        volumes?;
+        let environment = environment?;
         let (image, module) = module?;
         let served = module.kind() == Kind::HttpProxy;
         if served && self.role == Role::Init {
@@ -205,7 +210,7 @@ impl Start {
                  put it under containers",
             ));
         }
-        let mounts = volumes.mounts(&self.container).map_err(|error| Failure::volumes(&error))?;
+        let (mounts, environment) = self.mounts(environment).await.map_err(|error| Failure::volumes(&error))?;
         let log = match log {
             Some(log) => log,
             None => {
@@ -216,6 +221,17 @@ impl Start {
             }
         };
         Ok((image, module, self.spec(limits, environment, mounts, log)))
+    }
+
+    /// The container's directories, opened now and once: what happens to their paths later changes nothing.
+    async fn mounts(&self, environment: ContainerEnvironment) -> Result<(Mounts, ContainerEnvironment), ConfigError> {
+        let (volumes, container) = (self.volumes.clone(), self.container.clone());
+        let open = move || {
+            let mounts = volumes.get().map(|volumes| volumes.mounts(&container, &environment)).transpose()?;
+            Ok((mounts.unwrap_or_default(), environment))
+        };
+        let failed = |error| ConfigError::Missing(format!("failed to open the container's directories: {error}"));
+        tokio::task::spawn_blocking(open).await.map_err(failed)?
     }
 
     async fn module(&self) -> Result<(Image, Module), Failure> {
@@ -252,17 +268,12 @@ impl Start {
         }
     }
 
-    fn spec(
-        &self,
-        limits: Limits,
-        environment: ContainerEnvironment,
-        mounts: Vec<Mount>,
-        log: LogFile,
-    ) -> ContainerSpec {
+    fn spec(&self, limits: Limits, environment: ContainerEnvironment, mounts: Mounts, log: LogFile) -> ContainerSpec {
         ContainerSpec {
             args: environment.args,
             env: environment.env,
-            mounts,
+            mounts: mounts.directories,
+            working_dir: mounts.working_dir,
             memory_limit: limits.memory,
             cpu_limit: limits.cpu,
             allowed_hosts: limits.allowed_hosts,

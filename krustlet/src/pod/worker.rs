@@ -18,10 +18,12 @@ use crate::events::Severity;
 use crate::logs;
 use crate::reasons::{event, pod as pod_reason, terminated, waiting};
 use crate::telemetry::metrics;
+use crate::trees;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod, PodStatus};
 use krustlet_runtime::{ExitReason, Image, LogFile};
 use kube::api::{Api, DeleteParams, Preconditions};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{OnceCell, mpsc, watch};
@@ -54,7 +56,7 @@ enum Message {
     Updated { slot: usize, generation: u32, result: Box<Result<Image, Failure>> },
     Written { status: Box<PodStatus>, result: kube::Result<u64> },
     Deleted(kube::Result<()>),
-    Refreshed { error: Option<String>, over_limit: Option<String> },
+    Refreshed { error: Option<String> },
 }
 
 /// What the worker of a pod is told: the pod's newest object, or none when the object is gone.
@@ -151,9 +153,14 @@ impl Worker {
 
     /// Lives as long as the pod's object does, or until the agent ends.
     pub async fn run(mut self) {
+        let mut emptied = false;
         loop {
             self.advance();
             self.publish();
+            // The object of a pod that has ended may stay for long; what it wrote is nobody's any more.
+            if self.finished && !std::mem::replace(&mut emptied, true) {
+                tokio::spawn(remove_files(self.node.pod_dir(&self.pod).join("volumes")));
+            }
             if self.shutdown && self.finished {
                 self.last_words.get_or_insert_with(|| Instant::now() + LAST_WORDS);
             }
@@ -185,17 +192,8 @@ impl Worker {
     async fn remove_files(&self) {
         let directory = self.node.pod_dir(&self.pod);
         let logs = logs::pod_directory(&self.node.data_dir, &self.pod);
-        // Volumes first, by their own rules: what they link to on the host stays.
-        let volumes = PodVolumes::remove(&directory.join("volumes")).await;
-        for (path, result) in [
-            (directory.join("volumes"), volumes),
-            (directory.clone(), remove_dir(&directory).await),
-            (logs.clone(), remove_dir(&logs).await),
-        ] {
-            if let Err(error) = result {
-                warn!(path = %path.display(), "failed to remove a pod's files: {error}");
-            }
-        }
+        remove_files(directory).await;
+        remove_files(logs).await;
     }
 
     /// Sleeps until something happens, and takes it in.
@@ -289,16 +287,14 @@ impl Worker {
                     self.delete_after = Some(Instant::now() + DELETE_RETRY);
                 }
             }
-            Message::Refreshed { error, over_limit } => {
+            Message::Refreshed { error } => {
+                // The files of a pod that has ended are gone.
+                if self.finished {
+                    return;
+                }
                 self.refresh_at = Some(Instant::now() + jitter(REFRESH, REFRESH_JITTER));
                 if let Some(message) = error {
                     self.tell(None, Severity::Warning, event::FAILED_MOUNT, message);
-                }
-                if let Some(message) = over_limit
-                    && self.failure.is_none()
-                {
-                    self.tell(None, Severity::Warning, pod_reason::EVICTED, message.clone());
-                    self.failure = Some(status::Failure { reason: pod_reason::EVICTED.to_owned(), message });
                 }
             }
         }
@@ -960,14 +956,15 @@ impl Worker {
         let outbox = self.outbox.clone();
         tokio::spawn(async move {
             let Some(present) = volumes.get() else { return };
-            let error = present.refresh(&node.client, &pod, &node.facts).await.err().map(|error| error.to_string());
-            // It walks directories.
-            let over_limit = tokio::task::spawn_blocking(move || volumes.get().and_then(PodVolumes::over_limit))
-                .await
-                .ok()
-                .flatten();
-            let _ = outbox.send(Message::Refreshed { error, over_limit });
+            let error = present.refresh(&node.objects, &pod, &node.facts).await.err().map(|error| error.to_string());
+            let _ = outbox.send(Message::Refreshed { error });
         });
+    }
+}
+
+async fn remove_files(path: PathBuf) {
+    if let Err(error) = trees::remove(path.clone()).await {
+        warn!(path = %path.display(), "failed to remove a pod's files: {error}");
     }
 }
 
@@ -988,12 +985,5 @@ async fn sleep_until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline).await,
         None => std::future::pending().await,
-    }
-}
-
-async fn remove_dir(path: &std::path::Path) -> std::io::Result<()> {
-    match tokio::fs::remove_dir_all(path).await {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
     }
 }

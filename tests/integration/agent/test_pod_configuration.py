@@ -261,6 +261,82 @@ def test_a_sub_path_mounts_one_file(space: Workspace) -> None:
     assert pod.get("/read", path="/etc/other").status_code == 404
 
 
+def test_a_single_file_is_seen_in_the_directory_of_another_volume(space: Workspace) -> None:
+    config = space.config_map({"app.conf": "setting"})
+    pod = space.serve(
+        volumeMounts=[
+            {"name": "work", "mountPath": "/work"},
+            {"name": "config", "mountPath": "/work/app.conf", "subPath": "app.conf"},
+            {"name": "config", "mountPath": "/work/deep/er.conf", "subPath": "app.conf"},
+        ],
+        pod={
+            "volumes": [
+                {"name": "work", "emptyDir": {}},
+                {"name": "config", "configMap": {"name": config}},
+            ]
+        },
+    ).wait_ready()
+    assert pod.get("/write", path="/work/own", text="x").ok
+    assert _read(pod, "/work/app.conf") == _read(pod, "/work/deep/er.conf") == "setting"
+    assert pod.get("/ls", path="/work").text.split() == ["app.conf", "deep", "own"]
+
+
+def test_an_optional_source_that_is_missing_leaves_an_empty_directory_for_its_sub_path(
+    space: Workspace,
+) -> None:
+    source = {"configMap": {"name": "no-such", "optional": True}}
+    pod = _mounted(space, source, mountPath="/etc/app.conf", subPath="app.conf").wait_ready()
+    assert pod.get("/ls", path="/etc/app.conf").text == ""
+
+
+def test_a_sub_path_may_name_variables(space: Workspace) -> None:
+    def mounted(expression: str) -> Pod:
+        return space.serve(
+            env=[_field("NAME", "metadata.name"), literal("OUT", "../..")],
+            volumeMounts=[
+                {"name": "data", "mountPath": "/all"},
+                {"name": "data", "mountPath": "/own", "subPathExpr": expression},
+            ],
+            pod={"volumes": [{"name": "data", "emptyDir": {}}]},
+        )
+
+    pod = mounted("logs/$(NAME)").wait_ready()
+    assert pod.get("/write", path="/own/file", text="x").ok
+    assert _read(pod, f"/all/logs/{pod.name}/file") == "x"
+    assert "inside the volume" in mounted("$(OUT)").wait_waiting("CreateContainerConfigError")
+    assert "NONE" in mounted("$(NONE)").wait_waiting("CreateContainerConfigError")
+
+
+def test_a_working_directory_is_where_relative_paths_begin(space: Workspace) -> None:
+    config = space.config_map({"greeting": "hello"})
+    words = ["write", "note", "x", "then", "ls", "/work/deep", "then", "cat", "../greeting"]
+    pod = space.run(
+        *words,
+        workingDir="/work/deep",
+        volumeMounts=[
+            {"name": "work", "mountPath": "/work"},
+            {"name": "config", "mountPath": "/work/greeting", "subPath": "greeting"},
+        ],
+        pod={
+            "volumes": [
+                {"name": "work", "emptyDir": {}},
+                {"name": "config", "configMap": {"name": config}},
+            ]
+        },
+    )
+    # A guest does not leave the directory that it begins in but by an absolute path.
+    pod.wait_phase("Failed")
+    assert pod.logs().splitlines()[0] == "note"
+    reading = {"volumeMounts": [{"name": "data", "mountPath": "/data"}], "workingDir": "/data"}
+    pod = space.run(
+        *["cat", "greeting"],
+        pod={"volumes": [{"name": "data", "configMap": {"name": config}}]},
+        **reading,
+    )
+    pod.wait_phase("Succeeded")
+    assert pod.logs().strip() == "hello"
+
+
 def test_fields_of_the_pod_are_files(space: Workspace) -> None:
     items = [
         {"path": "name", "fieldRef": {"fieldPath": "metadata.name"}},
