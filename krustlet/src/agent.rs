@@ -4,7 +4,9 @@ use crate::api;
 use crate::bootstrap::{self, Membership};
 use crate::certificates::{ServingCertificate, Wanted};
 use crate::cli::{Names, Options, RegistryCredentials};
+use crate::disk::Disk;
 use crate::events::{Recorder, Severity};
+use crate::eviction::Evictor;
 use crate::google::MetadataServer;
 use crate::image_gc::ImageGc;
 use crate::node::{self, Keeper, Machine, NodeConfig, Readiness};
@@ -98,7 +100,8 @@ async fn serve(
         provider_id: options.provider_id.clone(),
         max_pods: options.max_pods,
     };
-    let machine = Machine::measure(&names.data_dir);
+    let disk = Disk::watch(names.data_dir.clone()).await;
+    let machine = Machine::measure(disk.clone(), names.eviction);
     let facts = PodFacts {
         node_name: names.node_name.clone(),
         host_ip: address.to_string(),
@@ -126,6 +129,7 @@ async fn serve(
         client: client.clone(),
         node_name: names.node_name.clone(),
         data_dir: names.data_dir.clone(),
+        disk: disk.clone(),
         view: roster.clone(),
         registry: Arc::new(registry),
     };
@@ -157,16 +161,27 @@ async fn serve(
         host_paths: Arc::new(HostPaths { allowed: options.hostpath_allow.clone(), data_dir: names.data_dir.clone() }),
         ports: Ports::default(),
         roster,
+        evictions: Arc::default(),
         shutdown: shutdown.clone(),
     });
     let (taken_up, mut all_taken_up) = watch::channel(false);
-    let image_gc = ImageGc {
+    let image_gc = Arc::new(ImageGc {
         runtime: context.runtime.clone(),
         pods: context.roster.clone(),
         data_dir: names.data_dir.clone(),
+        disk: disk.clone(),
         thresholds: names.image_gc,
         events: events.clone(),
         node: subject.clone(),
+    });
+    let evictor = Evictor {
+        roster: context.roster.clone(),
+        evictions: context.evictions.clone(),
+        data_dir: names.data_dir.clone(),
+        disk,
+        thresholds: names.eviction,
+        images: image_gc.clone(),
+        measuring: Duration::ZERO,
     };
     let mut pods = tokio::spawn(Pods::new(context, options.max_pods, taken_up).run());
     // What `wait_for` returns holds a lock that the sender needs.
@@ -178,6 +193,7 @@ async fn serve(
             // Now it is known which images are in use.
             tokio::select! {
                 () = image_gc.run() => {}
+                () = evictor.run() => {}
                 () = stop.cancelled() => {}
             }
         }

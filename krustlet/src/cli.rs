@@ -1,5 +1,6 @@
 //! The command line: Krustlet's own flags and environment variables, and those that this agent adds.
 
+use crate::eviction;
 use crate::image_gc::Thresholds;
 use anyhow::{Context, bail, ensure};
 use clap::{Parser, ValueEnum};
@@ -51,6 +52,10 @@ pub struct Options {
     /// Percent of the disk down to which they are removed
     #[arg(long, env = "IMAGE_GC_LOW_THRESHOLD", default_value_t = 80, value_parser = clap::value_parser!(u8).range(..=100))]
     image_gc_low_threshold: u8,
+
+    /// How little of the disk may be left before pods are evicted [default: nodefs.available<10%,nodefs.inodesFree<5%]
+    #[arg(long, env = "KRUSTLET_EVICTION_HARD")]
+    eviction_hard: Option<String>,
 
     /// Directory for keys, images, compiled code, volumes and logs [default: ~/.krustlet]
     #[arg(long, env = "KRUSTLET_DATA_DIR")]
@@ -113,6 +118,7 @@ pub struct Names {
     pub data_dir: PathBuf,
     pub kubeconfig: PathBuf,
     pub image_gc: Thresholds,
+    pub eviction: eviction::Thresholds,
 }
 
 impl Options {
@@ -146,7 +152,9 @@ impl Options {
             Some(path) => path.clone(),
             None => data_dir.join("config").join("kubeconfig"),
         };
-        Ok(Names { hostname, node_name, data_dir, kubeconfig, image_gc: self.image_gc()? })
+        let eviction = eviction::Thresholds::parse(self.eviction_hard.as_deref().unwrap_or_default())
+            .context("--eviction-hard is unusable")?;
+        Ok(Names { hostname, node_name, data_dir, kubeconfig, image_gc: self.image_gc()?, eviction })
     }
 
     /// The address of the HTTPS API.

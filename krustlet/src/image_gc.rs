@@ -2,12 +2,12 @@
 //! until the disk is filled no more than up to the low one.
 
 use crate::api::View;
+use crate::disk::{Disk, Figures};
 use crate::events::{Recorder, Severity};
-use crate::node::Machine;
 use crate::pod::{containers, is_finished};
 use crate::reasons::event;
 use k8s_openapi::api::core::v1::{ObjectReference, Pod};
-use krustlet_runtime::Runtime;
+use krustlet_runtime::{Freed, Runtime};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,28 +36,38 @@ pub struct ImageGc {
     pub runtime: Runtime,
     pub pods: Arc<dyn View>,
     pub data_dir: PathBuf,
+    pub disk: Disk,
     pub thresholds: Thresholds,
     pub events: Recorder,
     pub node: ObjectReference,
 }
 
 impl ImageGc {
-    pub async fn run(self) {
+    pub async fn run(&self) {
         loop {
             self.collect().await;
             tokio::time::sleep(PERIOD).await;
         }
     }
 
-    async fn collect(&self) {
-        let machine = Machine::measure(&self.data_dir);
-        let (total, available) = (machine.disk, machine.free_disk);
-        let Some(excess) = self.thresholds.excess(total, available) else { return };
+    /// Removes every image that no pod uses.
+    pub async fn remove_unused(&self) {
+        self.free(u64::MAX).await;
+    }
+
+    async fn free(&self, bytes: u64) -> Freed {
         let in_use: Vec<String> = self.pods.pods().iter().flat_map(|pod| images(pod)).collect();
-        let freed = self.runtime.free_disk(&in_use, excess).await;
+        let freed = self.runtime.free_disk(&in_use, bytes).await;
         if freed.images > 0 {
             info!("removed {} images that no pod uses, {} bytes", freed.images, freed.bytes);
         }
+        freed
+    }
+
+    async fn collect(&self) {
+        let Figures { total, available, .. } = self.disk.last();
+        let Some(excess) = self.thresholds.excess(total, available) else { return };
+        let freed = self.free(excess).await;
         if freed.bytes < excess {
             let message = format!(
                 "The disk of {} is filled to {} %, and images that no pod uses take up no more of it; make room, or raise \

@@ -2,6 +2,8 @@
 
 use crate::backoff::Backoff;
 use crate::client::{describe, status_code};
+use crate::disk::Disk;
+use crate::eviction::Thresholds;
 use crate::reasons::node as reasons;
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
@@ -17,7 +19,6 @@ use kube::runtime::watcher::{self, Event, watcher};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -35,8 +36,6 @@ const MEASURE: Duration = Duration::from_secs(10);
 
 /// Less memory than this and the node is under pressure; as much is kept from pods. The kubelet's default.
 const MEMORY_RESERVED: u64 = 100 * 1024 * 1024;
-/// One part in so many of the disk is kept from pods. The kubelet's default too.
-const DISK_RESERVED_SHARE: u64 = 10;
 
 pub const ARCHITECTURE: &str = "wasm32-wasi";
 pub const OPERATING_SYSTEM: &str = "wasi";
@@ -171,27 +170,26 @@ fn label_keys(labels: &BTreeMap<String, String>) -> String {
 #[derive(Debug)]
 pub struct Machine {
     system: Option<sysinfo::System>,
-    data_dir: PathBuf,
+    /// What the disk has, and how little of it may be left.
+    disk: Disk,
+    thresholds: Thresholds,
     pub cpus: u64,
     /// Bytes, here and below.
     pub memory: u64,
-    pub disk: u64,
     free_memory: u64,
-    pub free_disk: u64,
 }
 
 impl Machine {
-    /// Measures the machine and the disk that `data_dir` is on.
-    pub fn measure(data_dir: &Path) -> Self {
+    /// Measures the machine; its disk is the one that `disk` tells of.
+    pub fn measure(disk: Disk, thresholds: Thresholds) -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let mut machine = Self {
             system: sysinfo::System::new().ok(),
-            data_dir: data_dir.canonicalize().unwrap_or_else(|_| data_dir.to_owned()),
+            disk,
+            thresholds,
             cpus: u64::try_from(cpus).unwrap_or(1),
             memory: 0,
-            disk: 0,
             free_memory: 0,
-            free_disk: 0,
         };
         machine.refresh();
         machine
@@ -211,28 +209,22 @@ impl Machine {
                 self.free_memory = self.free_memory.min(limits.free_memory);
             }
         }
-        let disks =
-            sysinfo::Disks::new_with_refreshed_list_specifics(sysinfo::DiskRefreshKind::nothing().with_storage());
-        let Ok(disks) = disks else { return };
-        let under = |disk: &&sysinfo::Disk| self.data_dir.starts_with(disk.mount_point());
-        if let Some(disk) = disks.iter().filter(under).max_by_key(|disk| disk.mount_point().components().count()) {
-            self.disk = disk.total_space();
-            self.free_disk = disk.available_space();
-        }
     }
 
     pub fn allocatable_memory(&self) -> u64 {
         self.memory.saturating_sub(MEMORY_RESERVED)
     }
 
+    /// What pods may take: the kubelet's default keeps from them what it does not let the node go below.
     fn allocatable_disk(&self) -> u64 {
-        self.disk - self.disk / DISK_RESERVED_SHARE
+        let total = self.disk.last().total;
+        total.saturating_sub(self.thresholds.available.of(total))
     }
 
     fn pressure(&self) -> Pressure {
         Pressure {
             memory: self.memory > 0 && self.free_memory < MEMORY_RESERVED,
-            disk: self.disk > 0 && self.free_disk < self.disk / DISK_RESERVED_SHARE,
+            disk: self.thresholds.starved(self.disk.last()).is_some(),
         }
     }
 
@@ -391,7 +383,7 @@ impl Keeper {
         let pods = self.config.max_pods;
         NodeStatus {
             addresses: Some(self.config.addresses()),
-            capacity: Some(Machine::resources(machine.cpus, machine.memory, machine.disk, pods)),
+            capacity: Some(Machine::resources(machine.cpus, machine.memory, machine.disk.last().total, pods)),
             allocatable: Some(Machine::resources(
                 machine.cpus,
                 machine.allocatable_memory(),
@@ -518,7 +510,7 @@ fn conditions(
             reasons::DISK_PRESSURE,
             true,
             reasons::DISK_PRESSURE_REASON,
-            "less than a tenth of the data directory's disk is free",
+            "the data directory's disk is filled, or has no files left",
         )
     } else {
         condition(reasons::DISK_PRESSURE, false, reasons::NO_DISK_PRESSURE, "node has no disk pressure")
@@ -664,6 +656,7 @@ fn system_info() -> NodeSystemInfo {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::Figures;
 
     fn config(labels: &[(&str, &str)]) -> NodeConfig {
         NodeConfig {
@@ -725,14 +718,13 @@ mod tests {
 
     #[test]
     fn pressure_shows_when_memory_or_disk_run_short() {
-        let machine = |free_memory, free_disk| Machine {
+        let machine = |free_memory, available| Machine {
             system: None,
-            data_dir: PathBuf::new(),
+            disk: Disk::with(Figures { total: 100 << 30, available, ..Figures::default() }),
+            thresholds: Thresholds::default(),
             cpus: 2,
             memory: 8 << 30,
-            disk: 100 << 30,
             free_memory,
-            free_disk,
         };
         assert_eq!(machine(1 << 30, 50 << 30).pressure(), Pressure::default());
         assert!(machine(50 << 20, 50 << 30).pressure().memory);

@@ -34,9 +34,11 @@ pub mod condition {
     pub const INITIALIZED: &str = "Initialized";
     pub const CONTAINERS_READY: &str = "ContainersReady";
     pub const READY: &str = "Ready";
+    pub const DISRUPTION_TARGET: &str = "DisruptionTarget";
     /// Ours: whether the running module is the one that the spec names.
     pub const IMAGE_CURRENT: &str = "krustlet.dev/ImageCurrent";
 
+    pub const TERMINATION_BY_KUBELET: &str = "TerminationByKubelet";
     pub const CONTAINERS_NOT_INITIALIZED: &str = "ContainersNotInitialized";
     pub const CONTAINERS_NOT_READY: &str = "ContainersNotReady";
     pub const READINESS_GATES_NOT_READY: &str = "ReadinessGatesNotReady";

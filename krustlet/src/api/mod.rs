@@ -6,6 +6,7 @@ mod auth;
 mod stats;
 mod strangers;
 
+use crate::disk::Disk;
 use crate::logs;
 use crate::telemetry::{ApiLabels, metrics};
 use auth::{ClusterReviewer, Gate, Reviewer, User};
@@ -77,6 +78,7 @@ pub struct Context {
     pub node_name: String,
     /// Logs are in `<data_dir>/logs/NAMESPACE_NAME_UID/CONTAINER/RESTART.log`.
     pub data_dir: PathBuf,
+    pub disk: Disk,
     pub view: Arc<dyn View>,
     pub registry: Arc<Registry>,
 }
@@ -274,7 +276,7 @@ struct Api {
 
 fn router(context: Context, reviewer: Arc<dyn Reviewer>, shutdown: CancellationToken) -> Router {
     let api = Arc::new(Api {
-        stats: stats::Stats::new(context.node_name, context.data_dir.clone()),
+        stats: stats::Stats::new(context.node_name, context.data_dir.clone(), context.disk),
         view: context.view,
         registry: context.registry,
         data_dir: context.data_dir,
@@ -543,6 +545,7 @@ mod tests {
             client: kube::Client::new(Router::new(), "default"),
             node_name: "node-1".into(),
             data_dir,
+            disk: Disk::with(crate::disk::Figures::default()),
             view: node.clone(),
             registry: Arc::new(registry),
         };

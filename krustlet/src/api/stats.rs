@@ -1,6 +1,7 @@
 //! What the node and its containers use: `/stats/summary` as JSON, `/metrics/resource` for the metrics server.
 
 use super::ContainerUsage;
+use crate::disk::Disk;
 use crate::logs;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod};
@@ -10,7 +11,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use sysinfo::{Disks, Pid, ProcessRefreshKind, ProcessesToUpdate, System};
+use sysinfo::{Pid, ProcessRefreshKind, ProcessesToUpdate, System};
 
 /// A rate is measured over at least this long; a shorter time only repeats the last one.
 const RATE_WINDOW: f64 = 5.0;
@@ -19,6 +20,7 @@ const RATE_WINDOW: f64 = 5.0;
 pub struct Stats {
     node_name: String,
     data_dir: PathBuf,
+    disk: Disk,
     started: Timestamp,
     rates: Mutex<HashMap<String, Sample>>,
 }
@@ -33,14 +35,14 @@ struct Sample {
 
 /// Both reports read files, so they are made where blocking is allowed.
 impl Stats {
-    pub fn new(node_name: String, data_dir: PathBuf) -> Self {
-        Self { node_name, data_dir, started: Timestamp::now(), rates: Mutex::default() }
+    pub fn new(node_name: String, data_dir: PathBuf, disk: Disk) -> Self {
+        Self { node_name, data_dir, disk, started: Timestamp::now(), rates: Mutex::default() }
     }
 
     /// The kubelet's `stats/v1alpha1` Summary, as far as there is something to tell.
     pub fn summary(&self, pods: &[Arc<Pod>], usage: &[ContainerUsage]) -> Value {
         let now = Timestamp::now();
-        let machine = Machine::read(&self.data_dir);
+        let machine = Machine::read();
         let usage = by_pod(usage);
         let none = BTreeMap::new();
         let mut seen = Vec::new();
@@ -66,10 +68,13 @@ impl Stats {
         if let Some(cpu) = machine.cpu {
             node["cpu"] = self.cpu("node".into(), cpu, now, &mut seen);
         }
-        if let Some((capacity, available)) = machine.disk {
+        let figures = self.disk.last();
+        if figures.total > 0 {
             let disk = json!({
-                "time": now, "capacityBytes": capacity, "availableBytes": available,
-                "usedBytes": capacity.saturating_sub(available),
+                "time": now, "capacityBytes": figures.total, "availableBytes": figures.available,
+                "usedBytes": figures.total.saturating_sub(figures.available),
+                "inodes": figures.inodes, "inodesFree": figures.inodes_free,
+                "inodesUsed": figures.inodes.saturating_sub(figures.inodes_free),
             });
             node["runtime"] = json!({"imageFs": disk});
             node["fs"] = disk;
@@ -130,7 +135,7 @@ impl Stats {
 
     /// What the metrics server scrapes, in Prometheus' text format and with the kubelet's names.
     pub fn resource_metrics(&self, pods: &[Arc<Pod>], usage: &[ContainerUsage]) -> String {
-        let machine = Machine::read(&self.data_dir);
+        let machine = Machine::read();
         let at = Timestamp::now().as_millisecond();
         let usage = by_pod(usage);
         let (mut cpu, mut memory, mut start) =
@@ -272,12 +277,10 @@ struct Machine {
     memory: Option<(u64, u64)>,
     /// CPU time and resident bytes.
     agent: Option<(Duration, u64)>,
-    /// Capacity and free bytes of the file system that holds the data directory.
-    disk: Option<(u64, u64)>,
 }
 
 impl Machine {
-    fn read(data_dir: &Path) -> Self {
+    fn read() -> Self {
         let system = system().ok();
         let agent = system.as_ref().and_then(|system| system.process(Pid::from_u32(std::process::id())));
         let booted = System::boot_time().ok().and_then(|seconds| i64::try_from(seconds).ok());
@@ -289,7 +292,6 @@ impl Machine {
                 (system.total_memory().saturating_sub(available), available)
             }),
             agent: agent.map(|agent| (Duration::from_millis(agent.accumulated_cpu_time()), agent.memory())),
-            disk: disk(data_dir),
         }
     }
 }
@@ -300,14 +302,6 @@ fn system() -> Result<System, sysinfo::Error> {
     let what = ProcessRefreshKind::nothing().with_cpu().with_memory();
     system.refresh_processes_specifics(ProcessesToUpdate::Some(&[Pid::from_u32(std::process::id())]), false, what);
     Ok(system)
-}
-
-fn disk(data_dir: &Path) -> Option<(u64, u64)> {
-    let path = data_dir.canonicalize().ok()?;
-    let disks = Disks::new_with_refreshed_list().ok()?;
-    let holding = disks.iter().filter(|disk| path.starts_with(disk.mount_point()));
-    let nearest = holding.max_by_key(|disk| disk.mount_point().components().count())?;
-    Some((nearest.total_space(), nearest.available_space()))
 }
 
 /// The time that all CPUs were busy, from the first line of `/proc/stat`; its unit is 1/100 s on every Linux.
@@ -326,6 +320,7 @@ fn busy_time(stat: &str) -> Option<Duration> {
 #[allow(clippy::unwrap_used, clippy::panic)]
 mod tests {
     use super::*;
+    use crate::disk::Figures;
     use krustlet_runtime::Stats as Used;
 
     fn pod() -> Arc<Pod> {
@@ -351,7 +346,8 @@ mod tests {
         let logs = dir.path().join("logs/shop_web_u-1/app");
         std::fs::create_dir_all(&logs).unwrap();
         std::fs::write(logs.join("0.log"), "12345").unwrap();
-        let stats = Stats::new("node-1".into(), dir.path().to_owned());
+        let stats =
+            Stats::new("node-1".into(), dir.path().to_owned(), Disk::with(Figures { total: 9, ..Figures::default() }));
         let summary = stats.summary(&[pod()], &usage(Duration::from_millis(3)));
         let pod = &summary["pods"][0];
         assert_eq!(pod["podRef"], json!({"name": "web", "namespace": "shop", "uid": "u-1"}));
@@ -369,14 +365,17 @@ mod tests {
         assert!(node["memory"]["workingSetBytes"].as_u64().unwrap() > 0);
         assert_eq!(node["systemContainers"][0]["name"], "kubelet");
         assert!(node["systemContainers"][0]["memory"]["rssBytes"].as_u64().unwrap() > 0);
-        let capacity = node["fs"]["capacityBytes"].as_u64();
-        assert_eq!(capacity.is_some(), node["runtime"]["imageFs"]["capacityBytes"].as_u64().is_some());
+        assert_eq!(
+            (&node["fs"]["capacityBytes"], &node["runtime"]["imageFs"]["capacityBytes"]),
+            (&json!(9), &json!(9))
+        );
     }
 
     #[test]
     fn rates_of_what_is_gone_are_forgotten() {
         let dir = tempfile::tempdir().unwrap();
-        let stats = Stats::new("node-1".into(), dir.path().to_owned());
+        let stats =
+            Stats::new("node-1".into(), dir.path().to_owned(), Disk::with(Figures { total: 9, ..Figures::default() }));
         stats.summary(&[pod()], &usage(Duration::ZERO));
         assert!(stats.rates.lock().unwrap().contains_key("u-1/app"));
         stats.summary(&[], &[]);
@@ -386,7 +385,8 @@ mod tests {
     #[test]
     fn resource_metrics_have_the_kubelets_names_and_labels() {
         let dir = tempfile::tempdir().unwrap();
-        let stats = Stats::new("node-1".into(), dir.path().to_owned());
+        let stats =
+            Stats::new("node-1".into(), dir.path().to_owned(), Disk::with(Figures { total: 9, ..Figures::default() }));
         let text = stats.resource_metrics(&[pod()], &usage(Duration::from_millis(1500)));
         for line in [
             "# TYPE container_cpu_usage_seconds_total counter\n",

@@ -24,6 +24,10 @@ impl Roster {
         self.pods.write().unwrap_or_else(PoisonError::into_inner).remove(uid);
     }
 
+    pub fn has_pod(&self, uid: &str) -> bool {
+        self.pods.read().unwrap_or_else(PoisonError::into_inner).contains_key(uid)
+    }
+
     /// Pods for which `holds`.
     pub fn count_pods(&self, holds: impl Fn(&Pod) -> bool) -> usize {
         self.pods.read().unwrap_or_else(PoisonError::into_inner).values().filter(|pod| holds(pod)).count()

@@ -9,6 +9,7 @@ use super::sources::{ConfigError, Objects};
 use super::volumes::{HostPaths, Mounts, PodVolumes};
 use super::{Role, annotation, full_name, hooks, images, port, uid};
 use crate::events::{Recorder, Severity};
+use crate::eviction::Evictions;
 use crate::logs;
 use crate::ports::{Holder, Ports};
 use crate::reasons::{event, waiting};
@@ -35,6 +36,7 @@ pub struct NodeContext {
     pub host_paths: Arc<HostPaths>,
     pub ports: Ports,
     pub roster: Arc<Roster>,
+    pub evictions: Arc<Evictions>,
     /// The agent is to stop.
     pub shutdown: CancellationToken,
 }

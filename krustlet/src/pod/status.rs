@@ -1,8 +1,8 @@
 //! The status of a pod, from the states of its containers. No I/O: what it says follows from what it is given.
 
-use super::environment::PodFacts;
+use super::fields::PodFacts;
 use super::{Role, is_finished};
-use crate::reasons::{condition, waiting};
+use crate::reasons::{condition, pod as reason, waiting};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
     ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus, HostIP,
@@ -256,6 +256,14 @@ fn conditions(view: &View<'_>, phase: &str) -> Vec<PodCondition> {
         condition_of(view, condition::CONTAINERS_READY, containers_ready),
         condition_of(view, condition::READY, ready),
     ];
+    if let Some(failure) = view.failure.filter(|failure| failure.reason == reason::EVICTED) {
+        // A Job does not count such an end as a failure of its own.
+        conditions.push(PodCondition {
+            reason: Some(condition::TERMINATION_BY_KUBELET.to_owned()),
+            message: Some(failure.message.clone()),
+            ..condition_of(view, condition::DISRUPTION_TARGET, Ok(()))
+        });
+    }
     match view.stale {
         Some((reason, message)) => {
             conditions.push(condition_of(view, condition::IMAGE_CURRENT, Err((reason, message.to_owned()))));

@@ -34,6 +34,8 @@ use tracing::{debug, info, warn};
 /// A guest gets at least this long to end, as with the kubelet.
 const MIN_GRACE: Duration = Duration::from_secs(2);
 const DEFAULT_GRACE: Duration = Duration::from_secs(30);
+/// A pod that takes what the node does not have gets no longer, as with the kubelet.
+const EVICTION_GRACE: Duration = Duration::from_secs(1);
 /// The longest that the end of the agent waits for a pod.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(20);
 /// At the end of the agent, the API server has this long to hear that a deleted pod has ended and to let its object go. The
@@ -203,7 +205,7 @@ impl Worker {
             .slots
             .iter()
             .any(|slot| matches!(slot.activity, Activity::Waiting { obstacle: Some(Obstacle::Port), .. }));
-        let Self { inbox, updates, slots, node, shutdown, .. } = self;
+        let Self { inbox, updates, slots, node, shutdown, pod, failure, finished, .. } = self;
         tokio::select! {
             Some(message) = inbox.recv() => self.on_message(message),
             changed = updates.changed() => {
@@ -215,6 +217,7 @@ impl Worker {
             }
             (slot, event) = next_probe(slots) => self.on_probe(slot, event),
             () = sleep_until(deadline) => {}
+            message = node.evictions.of(uid(pod)), if failure.is_none() && !*finished => self.evict(message),
             () = node.shutdown.cancelled(), if !*shutdown => self.shutdown = true,
             () = node.ports.released(), if waits_for_port => {
                 for slot in &mut self.slots {
@@ -224,6 +227,16 @@ impl Worker {
                 }
             }
         }
+    }
+
+    /// Ends the pod because of what it takes of the node.
+    fn evict(&mut self, message: String) {
+        self.tell(None, Severity::Warning, pod_reason::EVICTED, message.clone());
+        self.failure = Some(status::Failure { reason: pod_reason::EVICTED.to_owned(), message });
+    }
+
+    fn is_evicted(&self) -> bool {
+        self.failure.as_ref().is_some_and(|failure| failure.reason == pod_reason::EVICTED)
     }
 
     /// Takes in the pod's newest object.
@@ -742,6 +755,7 @@ impl Worker {
         }
         match self.deleted {
             Some(until) => until.saturating_duration_since(Instant::now()),
+            None if self.is_evicted() => EVICTION_GRACE,
             None if self.shutdown => self.pod_grace().min(SHUTDOWN_GRACE),
             None => self.pod_grace(),
         }
