@@ -109,7 +109,7 @@ def stack(localcloud: Localcloud, tmp_path_factory: pytest.TempPathFactory) -> S
 def resources(stack: Stack) -> dict[str, Any]:
     """The state's resources by their name in the program."""
     state = json.loads(stack.run("stack", "export"))
-    return {r["urn"].rsplit("::", 1)[-1]: r for r in state["deployment"]["resources"]}
+    return {r["urn"].rsplit("::", 1)[-1]: r for r in state["deployment"].get("resources") or []}
 
 
 def test_options_and_commands_do_what_they_do_with_the_official_plugins(stack: Stack) -> None:
