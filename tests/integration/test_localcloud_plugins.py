@@ -250,7 +250,7 @@ def test_a_stack_goes_through_its_life(stack: Stack) -> None:
     preview = stack.run("preview", "--diff")
     assert "1 to replace" in preview, preview
     assert "would be refused" not in preview
-    stack.set(cpu="-1")
+    stack.set(cpu="much")
     assert "would be refused" in stack.run("preview", fails=True)
 
     state = stack.run("stack", "export")
