@@ -10,37 +10,41 @@ from localcloud.store import Json
 
 def shown(method: Method, body: Json) -> Json:
     """A method's answer without what only other versions of its API have."""
-    others = [
-        document(name, version)
-        for name, version in SERVED
-        if name == method.service and version != method.document.version
-    ]
-    if method.response is None or not others:
+    if method.response is None:
         return body
-    return _message(method.document, others, method.response, body)
+    return _message(method.document, method.response, body)
 
 
-def _message(own: Document, others: list[Document], name: str, value: Json) -> Json:
+def _message(own: Document, name: str, value: Json) -> Json:
     schema = own.schemas.get(name, {})
     properties, extra = schema.get("properties", {}), schema.get("additionalProperties")
     result = {}
     for key, item in value.items():
         field = properties.get(key, extra)
         if field is not None:
-            result[key] = _value(own, others, field, item)
-        elif not any(key in other.schemas.get(name, {}).get("properties", {}) for other in others):
+            result[key] = _value(own, field, item)
+        elif not _is_another_versions(own, name, key):
             result[key] = item
     return result
 
 
-def _value(own: Document, others: list[Document], field: Json, value: Any) -> Any:
+def _is_another_versions(own: Document, name: str, key: str) -> bool:
+    # The other documents are large, and read only where a field is met that this one does not have.
+    return any(
+        key in document(service, version).schemas.get(name, {}).get("properties", {})
+        for service, version in SERVED
+        if service == own.name and version != own.version
+    )
+
+
+def _value(own: Document, field: Json, value: Any) -> Any:
     if isinstance(value, list):
-        return [_value(own, others, field.get("items", {}), item) for item in value]
+        return [_value(own, field.get("items", {}), item) for item in value]
     if isinstance(value, dict):
         if "@type" in value:
-            return _message(own, others, value["@type"].rpartition(".")[2], value)
+            return _message(own, value["@type"].rpartition(".")[2], value)
         if "$ref" in field:
-            return _message(own, others, field["$ref"], value)
+            return _message(own, field["$ref"], value)
         inner = field.get("additionalProperties", {})
-        return {key: _value(own, others, inner, item) for key, item in value.items()}
+        return {key: _value(own, inner, item) for key, item in value.items()}
     return value

@@ -15,7 +15,7 @@ from localcloud import faults as command
 from localcloud.__main__ import main
 from localcloud.api import faults
 from localcloud.api.errors import ApiError
-from localcloud.api.server import application
+from localcloud.api.server import Api, application
 from localcloud.store import Store
 from tests.unit.localcloud_api.client import (
     CLUSTERS,
@@ -156,6 +156,14 @@ def test_faults_outlive_the_server(client: Client) -> None:
     _add(client, "error", name="mine")
     again = Store(client.api.services.home.store_path)
     assert [fault["name"] for fault in faults.faults(again)] == ["mine"]
+
+
+def test_a_new_server_brings_control_planes_back_and_ends_their_faults(client: Client) -> None:
+    _add(client, "no-control-plane")
+    _add(client, "error", method="container.*")
+    again = Api(client.api.services.home, client.backends)
+    again.restore()
+    assert [fault["kind"] for fault in faults.faults(again.services.store)] == ["error"]
 
 
 @pytest.mark.parametrize(
