@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import pulumi
-from pulumi.dynamic import DiffResult
+from pulumi.dynamic import DiffResult, ReadResult
 from pulumi.output import Unknown
 
 P = ParamSpec("P")
@@ -56,3 +56,8 @@ def changed(olds: dict[str, Any], news: dict[str, Any], *, replace: set[str], up
     """
     differs = {key for key in replace | update if olds.get(key) != news.get(key)}
     return DiffResult(changes=bool(differs), replaces=sorted(differs & replace))
+
+
+def gone() -> ReadResult:
+    """Say to a refresh that the thing is not there any more: the next update makes it again."""
+    return ReadResult("", {})

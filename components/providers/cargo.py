@@ -20,9 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import pulumi
-from pulumi.dynamic import CheckFailure, CheckResult, CreateResult, DiffResult, ResourceProvider, UpdateResult
+from pulumi.dynamic import (
+    CheckFailure,
+    CheckResult,
+    CreateResult,
+    DiffResult,
+    ReadResult,
+    ResourceProvider,
+    UpdateResult,
+)
 
-from components.providers import ProviderError, changed, is_unknown, operation
+from components.providers import ProviderError, is_unknown, operation
 
 WASM_TARGET = "wasm32-unknown-unknown"
 # Debian's own compiler for the web, for machines where rustup cannot bring the target.
@@ -138,6 +146,11 @@ def source_hash(crate: Path, target: str, profile: str, toolchain: Toolchain) ->
     return digest.hexdigest()
 
 
+def host(crate: Path) -> str:
+    """Give the Rust target of this machine. To ask for it by name is to ask for nothing."""
+    return _fact(run(["rustc", "-vV"], crate), "host")
+
+
 def toolchain_for(crate: Path, target: str) -> Toolchain:
     """Find out how to compile for a target ("" is this machine).
 
@@ -218,6 +231,7 @@ def build(crate: Path, target: str = "", profile: str = "release") -> Built:
     `crate` is the directory of a Cargo.toml with a Cargo.lock. Raises CargoError.
     """
     crate = crate.resolve()
+    target = "" if target == host(crate) else target
     toolchain = toolchain_for(crate, target)
     key = source_hash(crate, target, profile, toolchain)
     directory = cache_directory() / "builds" / key
@@ -284,7 +298,10 @@ class CargoBuildProvider(ResourceProvider):
 
     @operation
     def check(self, _olds: dict[str, Any], news: dict[str, Any]) -> CheckResult:
-        """Check the crate and add the hash of its sources to the inputs."""
+        """Build, so that a preview knows whether other bytes come out, and shows cargo's errors.
+
+        What is in the cache already costs no time; what was removed from it is there again afterwards.
+        """
         if any(is_unknown(news[key]) for key in ("crate", "target", "profile")):
             return CheckResult(news, [])
         crate = Path(news["crate"]).resolve()
@@ -294,25 +311,27 @@ class CargoBuildProvider(ResourceProvider):
             reason = f"{news['crate']} has no Cargo.lock: run `cargo generate-lockfile` there and commit it"
             return CheckResult(news, [CheckFailure("crate", reason)])
         try:
-            toolchain = toolchain_for(crate, news["target"])
+            built = build(crate, news["target"], news["profile"])
         except CargoError as error:
-            return CheckResult(news, [CheckFailure("target", str(error))])
-        sources = source_hash(crate, news["target"], news["profile"], toolchain)
-        return CheckResult({**news, "source_hash": sources}, [])
+            return CheckResult(news, [CheckFailure("crate", str(error))])
+        return CheckResult({**news, "sha256": built.sha256}, [])
 
     @operation
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
-        """Other sources are a new build of the same resource.
-
-        The crate's place in the file system is not looked at.
-        """
-        return changed(olds, news, replace=set(), update={"target", "profile", "source_hash"})
+        """Other bytes are a change, and nothing else is: not a comment in a source, not another place."""
+        is_there = Path(olds["path"]).is_file()
+        return DiffResult(changes=not is_there or olds["sha256"] != news.get("sha256"))
 
     @operation
     def create(self, props: dict[str, Any]) -> CreateResult:
         """Build."""
         built = build(Path(props["crate"]), props["target"], props["profile"])
         return CreateResult(Path(props["crate"]).name, {**props, **asdict(built)})
+
+    @operation
+    def read(self, id_: str, props: dict[str, Any]) -> ReadResult:
+        """The cache is not the cloud's: what is missing in it the next check builds again."""
+        return ReadResult(id_, props)
 
     @operation
     def update(self, _id: str, _olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
@@ -327,7 +346,6 @@ class CargoBuild(pulumi.dynamic.Resource, module="cargo", name="Build"):
     path: pulumi.Output[str]
     sha256: pulumi.Output[str]
     size: pulumi.Output[int]
-    source_hash: pulumi.Output[str]
 
     def __init__(
         self,
@@ -348,7 +366,6 @@ class CargoBuild(pulumi.dynamic.Resource, module="cargo", name="Build"):
                 "path": None,
                 "sha256": None,
                 "size": None,
-                "source_hash": None,
             },
             opts,
         )

@@ -7,16 +7,13 @@ same. Credentials are looked up when a request is made and are in no input, outp
 from __future__ import annotations
 
 import functools
-import hashlib
 import ipaddress
-import json
 import os
 import re
 import tempfile
+import threading
 import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import google.auth
 import google.auth.exceptions
@@ -25,21 +22,27 @@ import oras.container
 import oras.provider
 import pulumi
 import requests
-import wasmtime
-from pulumi.dynamic import CheckFailure, CheckResult, CreateResult, DiffResult, ResourceProvider, UpdateResult
-from wasmtime import component
+from pulumi.dynamic import (
+    CheckFailure,
+    CheckResult,
+    CreateResult,
+    DiffResult,
+    ReadResult,
+    ResourceProvider,
+    UpdateResult,
+)
 
-from components.providers import ProviderError, changed, is_unknown, operation
-
-MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-WASM_CONFIG = "application/vnd.wasm.config.v0+json"
-WASM_LAYER = "application/wasm"
-EMPTY_CONFIG = "application/vnd.oci.empty.v1+json"
-AGENT_ARTIFACT = "application/vnd.krustlet.agent.v1"
-AGENT_LAYER = "application/vnd.krustlet.agent.v1.binary"
-IMAGE_CONFIG = "application/vnd.oci.image.config.v1+json"
-SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json"
-SIGNATURE_ANNOTATION = "dev.cosignproject.cosign/signature"
+from components.providers import changed, gone, is_unknown, operation
+from components.providers.artifacts import (
+    MANIFEST,
+    Artifact,
+    Kind,
+    OciError,
+    artifact,
+    read_file,
+    signature_artifact,
+    signature_tag,
+)
 
 REPOSITORY = re.compile(r"[^/\s]+(/[a-z0-9]+([._-]+[a-z0-9]+)*)+")
 ATTEMPTS = 4
@@ -47,129 +50,6 @@ ATTEMPTS = 4
 TIMEOUT = (10.0, 120.0)
 # What may differ between two tokens.
 ACTIONS = {"GET": "pull", "HEAD": "pull", "POST": "push", "PUT": "push", "DELETE": "delete"}
-
-Kind = Literal["wasm", "agent"]
-
-
-class OciError(ProviderError):
-    """The registry refused something, could not be reached, or the file is not what it is said to be."""
-
-
-@dataclass(frozen=True)
-class Blob:
-    """Bytes under their digest."""
-
-    media_type: str
-    content: bytes
-
-    @property
-    def digest(self) -> str:
-        """Give `sha256:` and the hex sum."""
-        return f"sha256:{hashlib.sha256(self.content).hexdigest()}"
-
-    def descriptor(self, annotations: dict[str, str] | None = None) -> dict[str, Any]:
-        """Give the blob's OCI descriptor."""
-        described: dict[str, Any] = {
-            "mediaType": self.media_type,
-            "digest": self.digest,
-            "size": len(self.content),
-        }
-        return {**described, "annotations": annotations} if annotations else described
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A manifest and the blobs that it names."""
-
-    manifest: Blob
-    blobs: tuple[Blob, ...]
-
-
-@dataclass(frozen=True)
-class Interface:
-    """What a component imports and exports, sorted, and the world that it is for ("" when none is known)."""
-
-    imports: tuple[str, ...]
-    exports: tuple[str, ...]
-    target: str
-
-
-def canonical(document: dict[str, Any]) -> bytes:
-    """Write JSON in one way only."""
-    return json.dumps(document, separators=(",", ":"), sort_keys=True).encode()
-
-
-def interface(wasm: bytes) -> Interface:
-    """Read what a component imports and exports. Raises OciError when it is no component."""
-    engine = wasmtime.Engine()
-    try:
-        kind = component.Component(engine, wasm).type
-    except wasmtime.WasmtimeError as error:
-        raise OciError(f"this is no WebAssembly component: {str(error).splitlines()[0]}") from None
-    imports, exports = sorted(kind.imports(engine)), sorted(kind.exports(engine))
-    target = ""
-    for name in exports:
-        base, _, version = name.partition("@")
-        if base == "wasi:http/incoming-handler":
-            target = f"wasi:http/proxy@{version}"
-        elif base == "wasi:cli/run" and not target:
-            target = f"wasi:cli/command@{version}"
-    return Interface(tuple(imports), tuple(exports), target)
-
-
-def _manifest(
-    config: Blob, layers: list[dict[str, Any]], blobs: list[Blob], artifact_type: str | None = None
-) -> Artifact:
-    document: dict[str, Any] = {
-        "schemaVersion": 2,
-        "mediaType": MANIFEST,
-        "config": config.descriptor(),
-        "layers": layers,
-    }
-    if artifact_type:
-        document["artifactType"] = artifact_type
-    return Artifact(Blob(MANIFEST, canonical(document)), (config, *blobs))
-
-
-def wasm_artifact(wasm: bytes) -> Artifact:
-    """Lay a component out as CNCF's Wasm OCI artifact. Nothing of the clock, the host or a path is in it."""
-    layer = Blob(WASM_LAYER, wasm)
-    described = interface(wasm)
-    config = {
-        "architecture": "wasm",
-        "os": "wasip2",
-        "layerDigests": [layer.digest],
-        "component": {
-            "exports": list(described.exports),
-            "imports": list(described.imports),
-            "target": described.target,
-        },
-    }
-    return _manifest(Blob(WASM_CONFIG, canonical(config)), [layer.descriptor()], [layer])
-
-
-def agent_artifact(binary: bytes) -> Artifact:
-    """Lay the node agent out as an artifact of its own type; the layer's digest is the file's sha256."""
-    layer = Blob(AGENT_LAYER, binary)
-    return _manifest(Blob(EMPTY_CONFIG, b"{}"), [layer.descriptor()], [layer], AGENT_ARTIFACT)
-
-
-def signature_artifact(payload: str, signature: str) -> Artifact:
-    """Lay a signature out as cosign does: one layer, the payload, with the signature as an annotation."""
-    layer = Blob(SIMPLE_SIGNING, payload.encode())
-    config = {
-        "architecture": "",
-        "config": {},
-        "os": "",
-        "rootfs": {"diff_ids": [layer.digest], "type": "layers"},
-    }
-    described = layer.descriptor({SIGNATURE_ANNOTATION: signature})
-    return _manifest(Blob(IMAGE_CONFIG, canonical(config)), [described], [layer])
-
-
-def signature_tag(digest: str) -> str:
-    """Give the tag at which cosign looks for the signature of an image."""
-    return f"{digest.replace(':', '-')}.sig"
 
 
 def is_loopback(registry: str) -> bool:
@@ -281,13 +161,25 @@ class Client(oras.provider.Registry):  # type: ignore[misc]
                 file.flush()
                 _expect(self.put_upload(file.name, self.container, descriptor), 201)
         digest = artifact.manifest.digest
-        if self.manifest_digest(tag) != digest:
+        if self.manifest_digest(tag) != digest or self.manifest_digest(digest) is None:
             response = self._manifest_request(tag, "PUT", artifact.manifest.content)
             _expect(response, 201, 200)
             said = response.headers.get("Docker-Content-Digest", digest)
             if said != digest:
                 raise OciError(f"{self.container.uri}: the registry stored {said} where {digest} was pushed")
         return digest
+
+    def holds(self, digest: str, tag: str) -> bool:
+        """Say whether a tag points to the manifest, and every blob that the manifest names is there."""
+        if self.manifest_digest(tag) != digest:
+            return False
+        response = self._manifest_request(digest, "GET")
+        if response.status_code == 404:
+            return False
+        _expect(response, 200)
+        manifest = response.json()
+        blobs = [manifest["config"], *manifest["layers"]]
+        return all(self.blob_exists(descriptor, self.container) for descriptor in blobs)
 
     def delete_artifact(self, digest: str, tag: str) -> None:
         """Remove a tag that still points to the manifest, then the manifest, where the registry lets us."""
@@ -322,25 +214,14 @@ def _expect(response: requests.Response, *allowed: int) -> None:
         raise OciError(f"{response.request.method} {response.url}: {response.status_code}: {_said(response)}")
 
 
-def read_file(path: str, sha256: str) -> bytes:
-    """Read a built file and check that it is the one that is meant. Raises OciError."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise OciError(
-            f"{path} cannot be read ({error.strerror}): it was built elsewhere, or the cache is gone; "
-            "build it again with `pulumi up --replace` and the URN of its cargo build"
-        ) from None
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise OciError(f"{path} is not the file that was built: remove it and run `pulumi up` again")
-    return content
+def digest_of(kind: Kind, path: str, sha256: str) -> str:
+    """Give the digest of the manifest that a built file has in any registry."""
+    return artifact(kind, read_file(path, sha256)).manifest.digest
 
 
 def push(repository: str, kind: Kind, path: str, sha256: str) -> str:
     """Push a built file as an artifact, under a tag made of its own sum; give the manifest's digest."""
-    content = read_file(path, sha256)
-    artifact = wasm_artifact(content) if kind == "wasm" else agent_artifact(content)
-    return Client(repository).push_artifact(artifact, tag_for(sha256))
+    return Client(repository).push_artifact(artifact(kind, read_file(path, sha256)), tag_for(sha256))
 
 
 def tag_for(sha256: str) -> str:
@@ -351,6 +232,32 @@ def tag_for(sha256: str) -> str:
 def push_signature(repository: str, digest: str, payload: str, signature: str) -> str:
     """Push the signature of an image to where cosign looks for it; give the signature manifest's digest."""
     return Client(repository).push_artifact(signature_artifact(payload, signature), signature_tag(digest))
+
+
+class Needed:
+    """What the state that a run of pulumi writes has in a registry.
+
+    The same bytes have the same digest, so that the manifest of a resource which is replaced may be that of
+    the one which took its place. Pulumi deletes the old one last, in the process where it compared and
+    created every other: also the one that a killed run left to the next.
+    """
+
+    def __init__(self) -> None:
+        self._manifests: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()
+
+    def keep(self, repository: str, digest: str) -> None:
+        """Note what a resource of the new state stands for."""
+        with self._lock:
+            self._manifests.add((repository, digest))
+
+    def has(self, repository: str, digest: str) -> bool:
+        """Say whether a resource of the new state stands for this manifest."""
+        with self._lock:
+            return (repository, digest) in self._manifests
+
+
+NEEDED = Needed()
 
 
 def _check_repository(news: dict[str, Any]) -> CheckResult:
@@ -367,26 +274,49 @@ class OciArtifactProvider(ResourceProvider):
     serialize_as_secret_always = False
 
     @operation
-    def check(self, _olds: dict[str, Any], news: dict[str, Any]) -> CheckResult:
-        """Check the repository's name."""
-        return _check_repository(news)
+    def check(self, olds: dict[str, Any], news: dict[str, Any]) -> CheckResult:
+        """Check the repository's name, and tell the image's before it is pushed.
+
+        So a preview knows it, and what names the image by digest does not change because the image has to be
+        pushed again.
+        """
+        checked = _check_repository(news)
+        if checked.failures or is_unknown(news["sha256"]) or is_unknown(news["path"]):
+            return checked
+        same = all(olds.get(key) == news[key] for key in ("kind", "sha256")) and olds.get("digest")
+        digest = olds["digest"] if same else digest_of(news["kind"], news["path"], news["sha256"])
+        inputs = {**news, "digest": digest}
+        if not is_unknown(news["repository"]):
+            inputs["image"] = f"{news['repository']}@{digest}"
+        return CheckResult(inputs, [])
 
     @operation
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
         """Other bytes are another artifact; where they lie on this machine does not matter."""
-        return changed(olds, news, replace={"repository", "kind", "sha256"}, update=set())
+        result = changed(olds, news, replace={"repository", "kind", "sha256"}, update=set())
+        if not result.changes:
+            NEEDED.keep(olds["repository"], olds["digest"])
+        return result
 
     @operation
     def create(self, props: dict[str, Any]) -> CreateResult:
         """Push."""
         digest = push(props["repository"], props["kind"], props["path"], props["sha256"])
+        NEEDED.keep(props["repository"], digest)
         image = f"{props['repository']}@{digest}"
         return CreateResult(image, {**props, "digest": digest, "image": image})
 
     @operation
+    def read(self, id_: str, props: dict[str, Any]) -> ReadResult:
+        """Look whether tag, manifest and blobs are there; a registry that is away is an error."""
+        there = Client(props["repository"]).holds(props["digest"], tag_for(props["sha256"]))
+        return ReadResult(id_, props) if there else gone()
+
+    @operation
     def delete(self, _id: str, props: dict[str, Any]) -> None:
-        """Remove tag and manifest."""
-        Client(props["repository"]).delete_artifact(props["digest"], tag_for(props["sha256"]))
+        """Remove tag and manifest, unless another resource has the same."""
+        if not NEEDED.has(props["repository"], props["digest"]):
+            Client(props["repository"]).delete_artifact(props["digest"], tag_for(props["sha256"]))
 
 
 class OciArtifact(pulumi.dynamic.Resource, module="oci", name="Artifact"):
@@ -434,20 +364,31 @@ class OciSignatureProvider(ResourceProvider):
     @operation
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
         """A new signature of the same image takes the old one's place at its tag."""
-        return changed(olds, news, replace={"repository", "digest"}, update={"payload", "signature"})
+        result = changed(olds, news, replace={"repository", "digest"}, update={"payload", "signature"})
+        if not result.changes:
+            NEEDED.keep(olds["repository"], olds["signature_digest"])
+        return result
 
     @operation
     def create(self, props: dict[str, Any]) -> CreateResult:
         """Push."""
         signed = push_signature(props["repository"], props["digest"], props["payload"], props["signature"])
+        NEEDED.keep(props["repository"], signed)
         return CreateResult(
             f"{props['repository']}:{signature_tag(props['digest'])}", {**props, "signature_digest": signed}
         )
 
     @operation
+    def read(self, id_: str, props: dict[str, Any]) -> ReadResult:
+        """Look whether the signature is at its tag; a registry that is away is an error."""
+        there = Client(props["repository"]).holds(props["signature_digest"], signature_tag(props["digest"]))
+        return ReadResult(id_, props) if there else gone()
+
+    @operation
     def update(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
         """Push the new one, which takes over the tag, and remove the old one."""
         signed = push_signature(news["repository"], news["digest"], news["payload"], news["signature"])
+        NEEDED.keep(news["repository"], signed)
         if olds["signature_digest"] != signed:
             Client(news["repository"]).delete_artifact(
                 olds["signature_digest"], signature_tag(news["digest"])
@@ -456,13 +397,14 @@ class OciSignatureProvider(ResourceProvider):
 
     @operation
     def delete(self, _id: str, props: dict[str, Any]) -> None:
-        """Remove tag and manifest."""
-        client = Client(props["repository"])
-        client.delete_artifact(props["signature_digest"], signature_tag(props["digest"]))
+        """Remove tag and manifest, unless another resource has the same."""
+        if not NEEDED.has(props["repository"], props["signature_digest"]):
+            client = Client(props["repository"])
+            client.delete_artifact(props["signature_digest"], signature_tag(props["digest"]))
 
 
 class OciSignature(pulumi.dynamic.Resource, module="oci", name="Signature"):
-    """A cosign signature in a registry; `image` is the signed image, known once its signature is there."""
+    """A cosign signature in a registry."""
 
     signature_digest: pulumi.Output[str]
 

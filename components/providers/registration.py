@@ -1,67 +1,51 @@
 """Lets one VM join the cluster as a node, by Kubernetes' TLS bootstrap.
 
-The VM asks for its certificates with a token that lives for minutes. Each request is checked field by field
-against the VM that Pulumi created; one that is true is approved, one that lies is denied. Then the node must
-become Ready, and the token is deleted, on every way out.
-
-Sources: Kubernetes' "TLS bootstrapping" and "Certificate Signing Requests" (what a signer asks of a request).
+The VM asks for its certificates with a token that lives for minutes. A request that is true is approved, one
+that lies is denied (certificates.py). Then the node must become Ready, and the token is deleted, on every way
+out.
 """
 
 from __future__ import annotations
 
 import base64
-import ipaddress
 import json
+import os
 import re
 import secrets
 import string
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import kubernetes
 import pulumi
 import urllib3.exceptions
-from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.x509.oid import NameOID
 from kubernetes.client.exceptions import ApiException
-from pulumi.dynamic import CheckFailure, CheckResult, CreateResult, DiffResult, ResourceProvider, UpdateResult
+from pulumi.dynamic import (
+    CheckFailure,
+    CheckResult,
+    CreateResult,
+    DiffResult,
+    ReadResult,
+    ResourceProvider,
+    UpdateResult,
+)
 
-from components.providers import ProviderError, changed, is_unknown, operation
+from components.providers import ProviderError, changed, gone, is_unknown, operation
+from components.providers.certificates import BOOTSTRAP_GROUP, Machine, Request, Verdict, judge
 
-BOOTSTRAP_GROUP = "system:bootstrappers:krustlet"
-CLIENT_SIGNER = "kubernetes.io/kube-apiserver-client-kubelet"
-SERVING_SIGNER = "kubernetes.io/kubelet-serving"
-NODES_GROUP = "system:nodes"
-CLIENT_USAGES = (
-    {"digital signature", "client auth"},
-    {"digital signature", "key encipherment", "client auth"},
-)
-SERVING_USAGES = (
-    {"digital signature", "server auth"},
-    {"digital signature", "key encipherment", "server auth"},
-)
-# What the parser raises for a request that is damaged or has what it does not know. The API server takes
-# requests from many, and parses them more loosely.
-UNREADABLE = (
-    ValueError,
-    TypeError,
-    UnsupportedAlgorithm,
-    x509.DuplicateExtension,
-    x509.InvalidVersion,
-    x509.UnsupportedGeneralNameType,
-)
 # The VM has to boot, fetch the agent and start it within this time; the token ends on its own a little later.
 TIMEOUT = timedelta(minutes=10)
 TOKEN_LIFE = TIMEOUT + timedelta(minutes=5)
 POLL_SECONDS = 0.5
 ROLE_LABEL = "node-role.kubernetes.io/wasm"
 WASM_LABELS = {"kubernetes.io/arch": "wasm32-wasi", "kubernetes.io/os": "wasi"}
+# The agent gives it to its Node when it starts: which of the VM's configurations it runs with.
+CONFIGURATION_LABEL = "krustlet.dev/configuration"
+# The Kubernetes plugin's own switch, for a cluster that is gone for good.
+DELETE_UNREACHABLE = "PULUMI_K8S_DELETE_UNREACHABLE"
 TOKEN = re.compile(r"[a-z0-9]{6}\.[a-z0-9]{16}")
 
 
@@ -69,33 +53,8 @@ class RegistrationError(ProviderError):
     """The node did not join; the message has the last known condition."""
 
 
-@dataclass(frozen=True)
-class Machine:
-    """The VM that may join: its name, which is the node's, the DNS names and the addresses that it has."""
-
-    name: str
-    hostnames: frozenset[str]
-    addresses: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What to do with a certificate request: `approve`, or not, with the reason."""
-
-    approve: bool
-    reason: str
-
-
-@dataclass(frozen=True)
-class Request:
-    """The fields of a CertificateSigningRequest that decide."""
-
-    signer: str
-    usages: frozenset[str]
-    username: str
-    groups: frozenset[str]
-    pem: bytes
-    expiration_seconds: int | None = None
+class UnreachableError(RegistrationError):
+    """Nobody answers where the API server should be."""
 
 
 def generate_token() -> str:
@@ -111,101 +70,8 @@ def machine(props: dict[str, Any]) -> Machine:
         props["node"],
         frozenset([props["node"], *props["hostnames"]]),
         frozenset(address for address in props["addresses"] if address),
+        props.get("configuration") or "",
     )
-
-
-def judge(request: Request, vm: Machine, token_id: str) -> Verdict | None:
-    """Decide about a certificate request; None when it is another node's or has another signer.
-
-    A request is this machine's affair when it comes with this machine's token, or from the node itself, or
-    when it asks for this node's name.
-    """
-    if request.signer not in (CLIENT_SIGNER, SERVING_SIGNER):
-        return None
-    bootstrap, node = f"system:bootstrap:{token_id}", f"system:node:{vm.name}"
-    try:
-        csr = x509.load_pem_x509_csr(request.pem)
-        names = [str(item.value) for item in csr.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-    except UNREADABLE:
-        return Verdict(False, "it is no PKCS#10 request") if request.username in (bootstrap, node) else None
-    if request.username not in (bootstrap, node) and node not in names:
-        return None
-    try:
-        lie = _lie(request, csr, vm, token_id)
-    except UNREADABLE as error:
-        lie = f"it cannot be read: {error}"
-    return Verdict(False, lie) if lie else Verdict(True, f"it is {vm.name}'s, as created")
-
-
-def _lie(request: Request, csr: x509.CertificateSigningRequest, vm: Machine, token_id: str) -> str:
-    """Give the first thing in a request that is not as it must be, "" when there is none."""
-    node = f"system:node:{vm.name}"
-    subject = sorted((item.oid.dotted_string, str(item.value)) for item in csr.subject)
-    wanted = sorted(
-        [
-            (NameOID.COMMON_NAME.dotted_string, node),
-            (NameOID.ORGANIZATION_NAME.dotted_string, NODES_GROUP),
-        ]
-    )
-    if subject != wanted:
-        return f"its subject is {csr.subject.rfc4514_string()}, not CN={node},O={NODES_GROUP}"
-    if not csr.is_signature_valid:
-        return "its signature is wrong"
-    key = csr.public_key()
-    if not isinstance(key, ec.EllipticCurvePublicKey) and not (
-        isinstance(key, rsa.RSAPublicKey) and key.key_size >= 2048
-    ):
-        return "its key is neither ECDSA nor RSA of 2048 bits or more"
-    unknown = [item.oid.dotted_string for item in csr.extensions if not _allowed_extension(item)]
-    if unknown:
-        return f"it asks for the extension {unknown[0]}"
-    if request.signer == CLIENT_SIGNER:
-        return _client_lie(request, csr, vm, token_id)
-    return _serving_lie(request, csr, vm)
-
-
-def _allowed_extension(extension: x509.Extension[Any]) -> bool:
-    value = extension.value
-    if isinstance(value, x509.BasicConstraints):
-        return not value.ca
-    return isinstance(value, x509.SubjectAlternativeName | x509.KeyUsage | x509.ExtendedKeyUsage)
-
-
-def _alternative_names(csr: x509.CertificateSigningRequest) -> list[x509.GeneralName]:
-    try:
-        return list(csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
-    except x509.ExtensionNotFound:
-        return []
-
-
-def _client_lie(request: Request, csr: x509.CertificateSigningRequest, vm: Machine, token_id: str) -> str:
-    first = request.username == f"system:bootstrap:{token_id}" and BOOTSTRAP_GROUP in request.groups
-    renewal = request.username == f"system:node:{vm.name}" and NODES_GROUP in request.groups
-    if not first and not renewal:
-        return f"{request.username} may not ask for this node's client certificate"
-    if request.usages not in CLIENT_USAGES:
-        return f"its usages are {', '.join(sorted(request.usages))}, not those of a client certificate"
-    if _alternative_names(csr):
-        return "a client certificate has no alternative names"
-    return ""
-
-
-def _serving_lie(request: Request, csr: x509.CertificateSigningRequest, vm: Machine) -> str:
-    if request.username != f"system:node:{vm.name}" or NODES_GROUP not in request.groups:
-        return f"{request.username} may not ask for this node's serving certificate"
-    if request.usages not in SERVING_USAGES:
-        return f"its usages are {', '.join(sorted(request.usages))}, not those of a serving certificate"
-    names = _alternative_names(csr)
-    if not names:
-        return "it has no alternative names"
-    addresses = {ipaddress.ip_address(address) for address in vm.addresses}
-    for name in names:
-        if isinstance(name, x509.DNSName) and name.value in vm.hostnames:
-            continue
-        if isinstance(name, x509.IPAddress) and name.value in addresses:
-            continue
-        return f"its alternative name {name.value} is not the VM's"
-    return ""
 
 
 class Cluster:
@@ -328,7 +194,39 @@ def _api_errors(what: str) -> Iterator[None]:
     except ApiException as error:
         raise RegistrationError(f"{what}: the API server answers {error.status} {_message(error)}") from None
     except (urllib3.exceptions.HTTPError, kubernetes.config.ConfigException) as error:
-        raise RegistrationError(f"{what}: the API server cannot be reached: {error}") from None
+        raise UnreachableError(f"{what}: the API server cannot be reached: {error}") from None
+
+
+@contextmanager
+def _unless_given_up() -> Iterator[None]:
+    """Let a cluster that nobody can reach be, where the user has given it up; else it is an error."""
+    try:
+        yield
+    except UnreachableError as error:
+        if os.environ.get(DELETE_UNREACHABLE, "").lower() not in ("1", "true"):
+            raise UnreachableError(
+                f"{error}; if the cluster is gone for good, {DELETE_UNREACHABLE}=true forgets what was in it"
+            ) from None
+
+
+def cluster_of(kubeconfig: Any) -> Any:
+    """Give what tells one cluster from another, its CA, from a kubeconfig (JSON).
+
+    An address may change, and the way to prove who one is. What is no kubeconfig (yet) stands for itself.
+    """
+    if is_unknown(kubeconfig):
+        return kubeconfig
+    try:
+        return json.loads(kubeconfig)["clusters"][0]["cluster"]["certificate-authority-data"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        return kubeconfig
+
+
+def _changed(olds: dict[str, Any], news: dict[str, Any], **keys: set[str]) -> DiffResult:
+    """Compare as `changed` does; a kubeconfig of another cluster replaces, and any other is an update."""
+    is_another = cluster_of(olds["kubeconfig"]) != cluster_of(news["kubeconfig"])
+    moved = {"kubeconfig"} if is_another else set()
+    return changed(olds, news, replace=keys["replace"] | moved, update=keys["update"] | {"kubeconfig"})
 
 
 def _message(error: ApiException) -> str:
@@ -338,7 +236,9 @@ def _message(error: ApiException) -> str:
         return str(error.reason)
 
 
-def not_ready(node: Any | None, renewed: datetime | None, since: datetime | None) -> str:
+def not_ready(
+    node: Any | None, renewed: datetime | None, since: datetime | None, configuration: str = ""
+) -> str:
     """Say why a node is not the Ready wasm node that is waited for, "" when it is.
 
     `since` is when the VM was created: a Ready condition of a former VM of the same name lives on for a
@@ -347,7 +247,8 @@ def not_ready(node: Any | None, renewed: datetime | None, since: datetime | None
     if node is None:
         return "there is no Node of its name yet"
     labels = node.metadata.labels or {}
-    for key, value in WASM_LABELS.items():
+    wanted = {**WASM_LABELS, **({CONFIGURATION_LABEL: configuration} if configuration else {})}
+    for key, value in wanted.items():
         if labels.get(key) != value:
             return f"its label {key} is {labels.get(key)}, not {value}"
     ready = next((item for item in node.status.conditions or [] if item.type == "Ready"), None)
@@ -410,7 +311,7 @@ def _ready_node(
             with _api_errors(f"{vm.name} is waited for"):
                 denied = _decide_all(cluster, vm, token_id, log) or denied
                 node = cluster.node(vm.name)
-                trouble = not_ready(node, cluster.renewed(vm.name), since)
+                trouble = not_ready(node, cluster.renewed(vm.name), since, vm.configuration)
                 if not trouble:
                     cluster.name_role(vm.name)
                     return node
@@ -452,13 +353,18 @@ class BootstrapTokenProvider(ResourceProvider):
 
     @operation
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
-        """Another node has another token; a kubeconfig is how to reach the cluster, not which one it is."""
-        return changed(olds, news, replace={"node"}, update={"kubeconfig"})
+        """Another node and another cluster have another token; how to reach the cluster may change."""
+        return _changed(olds, news, replace={"node"}, update=set())
 
     @operation
     def create(self, props: dict[str, Any]) -> CreateResult:
         """Make the token."""
         return CreateResult(props["node"], {**props, "token": generate_token()})
+
+    @operation
+    def read(self, id_: str, props: dict[str, Any]) -> ReadResult:
+        """Nothing outside of the state can change it."""
+        return ReadResult(id_, props)
 
     @operation
     def update(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
@@ -471,7 +377,7 @@ class BootstrapTokenProvider(ResourceProvider):
 
         The token, and a Node that the agent put back before its VM ended.
         """
-        with _api_errors(f"what is left of the node {props['node']} cannot be removed"):
+        with _unless_given_up(), _api_errors(f"what is left of the node {props['node']} cannot be removed"):
             cluster = Cluster(props["kubeconfig"])
             cluster.delete_token(props["token"])
             cluster.delete_node(props["node"])
@@ -500,6 +406,14 @@ class BootstrapToken(pulumi.dynamic.Resource, module="registration", name="Boots
         )
 
 
+def _joined(props: dict[str, Any]) -> Any:
+    created = props.get("created")
+    with _api_errors("the cluster cannot be reached"):
+        cluster = Cluster(props["kubeconfig"])
+    since = datetime.fromisoformat(created) if created else None
+    return join(cluster, machine(props), props["token"], since)
+
+
 class NodeRegistrationProvider(ResourceProvider):
     """CRUD of a node's membership."""
 
@@ -517,8 +431,11 @@ class NodeRegistrationProvider(ResourceProvider):
 
     @operation
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
-        """Another VM has to join anew; names and addresses count only while it joins."""
-        result = changed(olds, news, replace={"node", "instance"}, update={"kubeconfig"})
+        """Another VM has to join anew, and so has a VM in another cluster.
+
+        Names and addresses count only while it joins; another configuration is waited for.
+        """
+        result = _changed(olds, news, replace={"node", "instance"}, update={"configuration"})
         # The new Node has the old one's name.
         result.delete_before_replace = True
         return result
@@ -526,22 +443,29 @@ class NodeRegistrationProvider(ResourceProvider):
     @operation
     def create(self, props: dict[str, Any]) -> CreateResult:
         """Let the VM in."""
-        created = props.get("created")
-        with _api_errors("the cluster cannot be reached"):
-            cluster = Cluster(props["kubeconfig"])
-        since = datetime.fromisoformat(created) if created else None
-        node = join(cluster, machine(props), props["token"], since)
-        return CreateResult(props["node"], {**props, "uid": node.metadata.uid})
+        return CreateResult(props["node"], {**props, "uid": _joined(props).metadata.uid})
 
     @operation
-    def update(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
-        """Take over the new kubeconfig."""
-        return UpdateResult({**news, "uid": olds["uid"]})
+    def read(self, id_: str, props: dict[str, Any]) -> ReadResult:
+        """Look for the Node; one that was deleted and came back has to be let in again.
+
+        An API server that is away is an error.
+        """
+        node = None
+        with _unless_given_up(), _api_errors(f"the Node {props['node']} cannot be read"):
+            node = Cluster(props["kubeconfig"]).node(props["node"])
+        is_it = node is not None and node.metadata.uid == props["uid"]
+        return ReadResult(id_, props) if is_it else gone()
+
+    @operation
+    def update(self, _id: str, _olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
+        """Wait until the agent runs with the new configuration."""
+        return UpdateResult({**news, "uid": _joined(news).metadata.uid})
 
     @operation
     def delete(self, _id: str, props: dict[str, Any]) -> None:
         """Remove the Node."""
-        with _api_errors(f"the Node {props['node']} cannot be deleted"):
+        with _unless_given_up(), _api_errors(f"the Node {props['node']} cannot be deleted"):
             Cluster(props["kubeconfig"]).delete_node(props["node"])
 
 
@@ -550,6 +474,7 @@ class NodeRegistration(pulumi.dynamic.Resource, module="registration", name="Nod
 
     node: pulumi.Output[str]
     uid: pulumi.Output[str]
+    configuration: pulumi.Output[str]
 
     def __init__(
         self,
@@ -560,13 +485,15 @@ class NodeRegistration(pulumi.dynamic.Resource, module="registration", name="Nod
         created: pulumi.Input[str],
         hostnames: Sequence[pulumi.Input[str]],
         addresses: Sequence[pulumi.Input[str]],
+        configuration: pulumi.Input[str],
         token: pulumi.Input[str],
         kubeconfig: pulumi.Input[str],
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
         """Wait for the VM `instance` (Google's numeric id), `created` then (RFC 3339), to join as `node`.
 
-        `hostnames` and `addresses` are what its serving certificate may be for, besides `node` itself.
+        `hostnames` and `addresses` are what its serving certificate may be for, besides `node` itself;
+        `configuration` is what its agent must run with.
         """
         super().__init__(
             NodeRegistrationProvider(),
@@ -577,6 +504,7 @@ class NodeRegistration(pulumi.dynamic.Resource, module="registration", name="Nod
                 "created": created,
                 "hostnames": hostnames,
                 "addresses": addresses,
+                "configuration": configuration,
                 "token": pulumi.Output.secret(token),
                 "kubeconfig": pulumi.Output.secret(kubeconfig),
                 "uid": None,

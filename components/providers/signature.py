@@ -20,7 +20,15 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
-from pulumi.dynamic import CheckFailure, CheckResult, CreateResult, DiffResult, ResourceProvider, UpdateResult
+from pulumi.dynamic import (
+    CheckFailure,
+    CheckResult,
+    CreateResult,
+    DiffResult,
+    ReadResult,
+    ResourceProvider,
+    UpdateResult,
+)
 
 from components.providers import ProviderError, changed, is_unknown, operation
 
@@ -163,6 +171,11 @@ class SigningKeyProvider(ResourceProvider):
         outputs = {**props, "private_key": pair.private_key, "public_key": pair.public_key}
         return CreateResult(key_id(pair.public_key), outputs)
 
+    @operation
+    def read(self, id_: str, props: dict[str, Any]) -> ReadResult:
+        """Nothing outside of the state can change it."""
+        return ReadResult(id_, props)
+
 
 class SigningKey(pulumi.dynamic.Resource, module="signature", name="Key"):
     """An ECDSA P-256 key; `private_key` is a secret."""
@@ -223,6 +236,11 @@ class SignatureProvider(ResourceProvider):
         """Keep what was signed; every input that matters is a replacement."""
         signed = sign(news["private_key"], news["repository"], news["digest"])
         return UpdateResult({**news, "payload": signed.payload, "signature": signed.signature})
+
+    @operation
+    def read(self, id_: str, props: dict[str, Any]) -> ReadResult:
+        """Nothing outside of the state can change it."""
+        return ReadResult(id_, props)
 
 
 class Signature(pulumi.dynamic.Resource, module="signature", name="Signature"):

@@ -19,7 +19,7 @@ import pytest
 import requests
 import wasmtime
 
-from components.providers import oci, signature
+from components.providers import artifacts, oci, signature
 
 REGISTRY = shutil.which("registry")
 pytestmark = pytest.mark.skipif(
@@ -81,7 +81,7 @@ def component(tmp_path: Path) -> File:
 def get(repository: str, path: str) -> requests.Response:
     """Ask the registry as any client would."""
     host, _, name = repository.partition("/")
-    return requests.get(f"http://{host}/v2/{name}/{path}", headers={"Accept": oci.MANIFEST}, timeout=10)
+    return requests.get(f"http://{host}/v2/{name}/{path}", headers={"Accept": artifacts.MANIFEST}, timeout=10)
 
 
 def test_what_is_pushed_is_the_wasm_artifact_layout_under_its_digest(
@@ -91,7 +91,7 @@ def test_what_is_pushed_is_the_wasm_artifact_layout_under_its_digest(
     answer = get(repository, f"manifests/{digest}")
     assert f"sha256:{hashlib.sha256(answer.content).hexdigest()}" == digest
     manifest = answer.json()
-    assert manifest["mediaType"] == oci.MANIFEST
+    assert manifest["mediaType"] == artifacts.MANIFEST
     assert manifest["config"]["mediaType"] == "application/vnd.wasm.config.v0+json"
     [layer] = manifest["layers"]
     assert (layer["mediaType"], layer["digest"]) == ("application/wasm", f"sha256:{component.sha256}")
@@ -113,9 +113,9 @@ def test_a_push_that_is_repeated_ends_the_same(repository: str, component: File)
 def test_a_push_that_was_interrupted_between_blob_and_manifest_is_completed(
     repository: str, component: File
 ) -> None:
-    artifact = oci.wasm_artifact(COMPONENT)
-    half = oci.Artifact(artifact.manifest, artifact.blobs[:1])
-    with pytest.raises(oci.OciError, match="MANIFEST_BLOB_UNKNOWN"):
+    artifact = artifacts.wasm_artifact(COMPONENT)
+    half = artifacts.Artifact(artifact.manifest, artifact.blobs[:1])
+    with pytest.raises(artifacts.OciError, match="MANIFEST_BLOB_UNKNOWN"):
         oci.Client(repository).push_artifact(half, "half")
     digest = oci.push(repository, "wasm", component.path, component.sha256)
     assert get(repository, f"manifests/{digest}").ok
@@ -135,7 +135,7 @@ def test_delete_removes_tag_and_manifest_and_a_second_delete_is_fine(
 def test_delete_leaves_a_tag_that_points_elsewhere_by_now(repository: str, component: File) -> None:
     digest = oci.push(repository, "wasm", component.path, component.sha256)
     tag = oci.tag_for(component.sha256)
-    newer = oci.Client(repository).push_artifact(oci.agent_artifact(b"newer"), tag)
+    newer = oci.Client(repository).push_artifact(artifacts.agent_artifact(b"newer"), tag)
     oci.Client(repository).delete_artifact(digest, tag)
     assert get(repository, f"manifests/{tag}").headers["Docker-Content-Digest"] == newer
 
@@ -180,7 +180,7 @@ def test_a_new_signature_of_an_image_leaves_nothing_of_the_old_one(repository: s
         made.append(outs)
     old, new = (outs["signature_digest"] for outs in made)
     assert get(repository, f"manifests/{old}").status_code == 404
-    tagged = get(repository, f"manifests/{oci.signature_tag(digest)}")
+    tagged = get(repository, f"manifests/{artifacts.signature_tag(digest)}")
     assert tagged.headers["Docker-Content-Digest"] == new
 
 
@@ -202,13 +202,13 @@ def _cosign(directory: Path, public_key: str, image: str) -> subprocess.Complete
 def test_a_file_that_is_no_component_is_not_pushed(repository: str, tmp_path: Path) -> None:
     path = tmp_path / "core.wasm"
     path.write_bytes(wasmtime.wat2wasm("(module)"))
-    with pytest.raises(oci.OciError, match="no WebAssembly component"):
+    with pytest.raises(artifacts.OciError, match="no WebAssembly component"):
         oci.push(repository, "wasm", str(path), hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def test_a_file_that_was_changed_after_its_build_is_not_pushed(repository: str, component: File) -> None:
     Path(component.path).write_bytes(COMPONENT + b"\0")
-    with pytest.raises(oci.OciError, match="not the file that was built"):
+    with pytest.raises(artifacts.OciError, match="not the file that was built"):
         oci.push(repository, "wasm", component.path, component.sha256)
 
 
@@ -239,7 +239,7 @@ def test_refused_credentials_are_an_error_at_once(component: File, monkeypatch: 
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Refusing)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        with pytest.raises(oci.OciError, match="refused"):
+        with pytest.raises(artifacts.OciError, match="refused"):
             oci.push(f"127.0.0.1:{server.server_port}/p/app", "wasm", component.path, component.sha256)
     finally:
         server.shutdown()

@@ -27,7 +27,7 @@ import kubernetes
 import requests
 from kubernetes.client.exceptions import ApiException
 
-from components.providers import oci, registration, signature
+from components.providers import artifacts, certificates, oci, registration, signature
 from tests.guests import build as guests
 from tests.integration.conftest import Localcloud
 from tests.waiting import T, until
@@ -58,7 +58,9 @@ class Registry:
         self._token = cloud.token
         self._pushed: dict[tuple[str, ...], str] = {}
 
-    def push(self, name: str, artifact: oci.Artifact, tag: str = "latest", *, key: str | None = "") -> str:
+    def push(
+        self, name: str, artifact: artifacts.Artifact, tag: str = "latest", *, key: str | None = ""
+    ) -> str:
         """Push an artifact and a signature of it; give REPOSITORY/NAME@DIGEST.
 
         `key` is a private key in PEM, "" the registry's own; with None nothing is signed.
@@ -85,12 +87,12 @@ class Registry:
         return json.dumps({"auths": {self.host: {"auth": login}}})
 
 
-def artifact(name: str, version: str = "1", variant: str = "") -> oci.Artifact:
+def artifact(name: str, version: str = "1", variant: str = "") -> artifacts.Artifact:
     """Lay a guest out; the Rust ones as the program lays out its app."""
     content = guests.build(name, version).read_bytes()
     if variant:
         content += custom_section("variant", variant.encode())
-    return oci.wasm_artifact(content) if name in guests.RUST and not variant else layout(content)
+    return artifacts.wasm_artifact(content) if name in guests.RUST and not variant else layout(content)
 
 
 def custom_section(name: str, content: bytes) -> bytes:
@@ -102,21 +104,23 @@ def custom_section(name: str, content: bytes) -> bytes:
 def layout(
     content: bytes,
     *,
-    config_type: str = oci.WASM_CONFIG,
-    layer_type: str = oci.WASM_LAYER,
+    config_type: str = artifacts.WASM_CONFIG,
+    layer_type: str = artifacts.WASM_LAYER,
     system: str = "wasip2",
-) -> oci.Artifact:
+) -> artifacts.Artifact:
     """Lay any bytes out as an artifact of these types."""
-    layer = oci.Blob(layer_type, content)
+    layer = artifacts.Blob(layer_type, content)
     described = {"architecture": "wasm", "os": system, "layerDigests": [layer.digest]}
-    config = oci.Blob(config_type, oci.canonical(described))
+    config = artifacts.Blob(config_type, artifacts.canonical(described))
     manifest = {
         "schemaVersion": 2,
-        "mediaType": oci.MANIFEST,
+        "mediaType": artifacts.MANIFEST,
         "config": config.descriptor(),
         "layers": [layer.descriptor()],
     }
-    return oci.Artifact(oci.Blob(oci.MANIFEST, oci.canonical(manifest)), (config, layer))
+    return artifacts.Artifact(
+        artifacts.Blob(artifacts.MANIFEST, artifacts.canonical(manifest)), (config, layer)
+    )
 
 
 class Cluster:
@@ -145,7 +149,7 @@ class Cluster:
         self.batch: Any = kubernetes.client.BatchV1Api(api)
         self.policy: Any = kubernetes.client.PolicyV1Api(api)
         self.registration = registration.Cluster(json.dumps(self.kubeconfig))
-        self._machines: dict[str, tuple[registration.Machine, str]] = {}
+        self._machines: dict[str, tuple[certificates.Machine, str]] = {}
         self._stop = threading.Event()
         self._approver = threading.Thread(target=self._approve, daemon=True)
         self._approver.start()
@@ -202,11 +206,11 @@ class Cluster:
             {
                 "metadata": {"name": "krustlet-bootstrap"},
                 "roleRef": {"apiGroup": group, "kind": "ClusterRole", "name": "system:node-bootstrapper"},
-                "subjects": [{"apiGroup": group, "kind": "Group", "name": registration.BOOTSTRAP_GROUP}],
+                "subjects": [{"apiGroup": group, "kind": "Group", "name": certificates.BOOTSTRAP_GROUP}],
             }
         )
 
-    def admit(self, machine: registration.Machine) -> Manifest:
+    def admit(self, machine: certificates.Machine) -> Manifest:
         """Make a token for a machine, whose requests are judged from now on; give a kubeconfig."""
         token = registration.generate_token()
         self.registration.put_token(token, f"Lets {machine.name} join")
@@ -224,7 +228,7 @@ class Cluster:
             with contextlib.suppress(Exception):
                 for item, request in self.registration.requests():
                     for machine, token_id in list(self._machines.values()):
-                        verdict = registration.judge(request, machine, token_id)
+                        verdict = certificates.judge(request, machine, token_id)
                         if verdict is not None:
                             self.registration.decide(item, verdict)
                             break
@@ -279,7 +283,7 @@ class Agent:
         self.host_directory.mkdir(parents=True)
         (self.directory / "cosign.pub").write_text(self.public_key)
         (self.directory / "ca.crt").write_bytes(base64.b64decode(self.cluster.certificate))
-        machine = registration.Machine(
+        machine = certificates.Machine(
             self.name, frozenset([self.name, self.hostname]), frozenset([self.address])
         )
         self.bootstrap_file.write_text(json.dumps(self.cluster.admit(machine)))

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from components.providers import registration
+from components.providers import certificates
 from tests.integration.agent.conftest import AgentFactory
 from tests.integration.agent.harness import Agent, Cluster, Workspace
 from tests.waiting import until
@@ -34,7 +34,7 @@ class Signer:
     """Approves and signs what one node asks for; keeps the requests in their order."""
 
     def __init__(self, cluster: Cluster, node: str, life: timedelta) -> None:
-        self.requests: list[registration.Request] = []
+        self.requests: list[certificates.Request] = []
         self._cluster, self._node, self._life = cluster, node, life
         key = serialization.load_pem_private_key((cluster.pki / "ca.key").read_bytes(), None)
         assert isinstance(key, ec.EllipticCurvePrivateKey)
@@ -44,7 +44,7 @@ class Signer:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def of(self, signer: str) -> list[registration.Request]:
+    def of(self, signer: str) -> list[certificates.Request]:
         return [request for request in self.requests if request.signer == signer]
 
     def close(self) -> None:
@@ -60,18 +60,18 @@ class Signer:
                     if f"CN=system:node:{self._node}," in f"{csr.subject.rfc4514_string()},":
                         self._sign(item, request, csr)
 
-    def _sign(self, item: Any, request: registration.Request, csr: x509.CertificateSigningRequest) -> None:
+    def _sign(self, item: Any, request: certificates.Request, csr: x509.CertificateSigningRequest) -> None:
         """Sign first, then approve, so that the cluster's own signer finds it done."""
         item.status.certificate = base64.b64encode(self._certificate(request, csr)).decode()
         signed = self._cluster.certificates.replace_certificate_signing_request_status(
             item.metadata.name, item
         )
-        self._cluster.registration.decide(signed, registration.Verdict(True, "it is the test's node"))
+        self._cluster.registration.decide(signed, certificates.Verdict(True, "it is the test's node"))
         self.requests.append(request)
 
-    def _certificate(self, request: registration.Request, csr: x509.CertificateSigningRequest) -> bytes:
+    def _certificate(self, request: certificates.Request, csr: x509.CertificateSigningRequest) -> bytes:
         now = datetime.now(UTC)
-        serving = request.signer == registration.SERVING_SIGNER
+        serving = request.signer == certificates.SERVING_SIGNER
         usage = ExtendedKeyUsageOID.SERVER_AUTH if serving else ExtendedKeyUsageOID.CLIENT_AUTH
         builder = (
             x509.CertificateBuilder()
@@ -128,10 +128,10 @@ def test_certificates_are_renewed_before_they_end_without_a_restart(
     assert datetime.now(UTC) < held.not_valid_after_utc
     ends = max(served.not_valid_after_utc, held.not_valid_after_utc)
     until(lambda: datetime.now(UTC) > ends, "the first certificates to end", timeout=LIFE.total_seconds())
-    assert {request.username for request in signer.of(registration.SERVING_SIGNER)[:2]} == {
+    assert {request.username for request in signer.of(certificates.SERVING_SIGNER)[:2]} == {
         f"system:node:{own.name}"
     }
-    assert len(signer.of(registration.SERVING_SIGNER)) >= 2
+    assert len(signer.of(certificates.SERVING_SIGNER)) >= 2
     # Both ways still work: the API server reaches the agent, and the agent the API server.
     assert own.answers()
     assert pod.get("/log", text="after the first certificates").ok
@@ -144,12 +144,12 @@ def test_only_the_first_request_comes_with_the_token_and_each_has_a_key_of_its_o
     own: Agent, signer: Signer
 ) -> None:
     own.start()
-    client, *renewals = signer.of(registration.CLIENT_SIGNER)
+    client, *renewals = signer.of(certificates.CLIENT_SIGNER)
     assert client.username.startswith("system:bootstrap:")
     assert client.usages == {"digital signature", "client auth"}
     node = f"system:node:{own.name}"
     assert {request.username for request in renewals} <= {node}
-    for request in signer.of(registration.SERVING_SIGNER):
+    for request in signer.of(certificates.SERVING_SIGNER):
         assert request.username == node
         assert request.usages == {"digital signature", "server auth"}
         names = x509.load_pem_x509_csr(request.pem).extensions.get_extension_for_class(
@@ -205,7 +205,7 @@ def test_a_request_that_a_crash_interrupted_is_taken_up_again_and_no_other_made(
     signer = Signer(cluster, own.name, timedelta(hours=1))
     try:
         until(lambda: own.condition("Ready") == "True", "the node to be ready")
-        assert len(signer.of(registration.CLIENT_SIGNER)) == 1
+        assert len(signer.of(certificates.CLIENT_SIGNER)) == 1
     finally:
         signer.close()
 
@@ -213,7 +213,7 @@ def test_a_request_that_a_crash_interrupted_is_taken_up_again_and_no_other_made(
 def test_a_request_that_is_denied_is_told_and_not_repeated_every_moment(own: Agent, cluster: Cluster) -> None:
     own.launch()
     (item,) = until(lambda: _pending(cluster, own.name), "the request")
-    cluster.registration.decide(item, registration.Verdict(False, "nobody knows this machine"))
+    cluster.registration.decide(item, certificates.Verdict(False, "nobody knows this machine"))
     until(lambda: "was denied: nobody knows this machine" in own.log, "the agent to say so")
     assert own.process is not None
     assert own.process.poll() is None
@@ -229,10 +229,10 @@ def test_a_node_without_a_serving_certificate_is_ready_and_serves_once_it_has_on
     def approve_client() -> bool:
         for item, request in cluster.registration.requests():
             node = f"system:node:{own.name}"
-            if request.signer == registration.CLIENT_SIGNER and node in str(
+            if request.signer == certificates.CLIENT_SIGNER and node in str(
                 x509.load_pem_x509_csr(request.pem).subject.rfc4514_string()
             ):
-                cluster.registration.decide(item, registration.Verdict(True, "it is the test's node"))
+                cluster.registration.decide(item, certificates.Verdict(True, "it is the test's node"))
                 client_only.set()
         return client_only.is_set()
 

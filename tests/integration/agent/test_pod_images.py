@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from components.providers import oci, signature
+from components.providers import artifacts, oci, signature
 from tests.guests import build as guests
 from tests.integration.agent.harness import Registry, Workspace, artifact, custom_section, layout
 
 
-def _never_seen(space: Workspace) -> oci.Artifact:
+def _never_seen(space: Workspace) -> artifacts.Artifact:
     """The HTTP guest as a module that no node has: a signature counts for a digest, wherever it lies."""
     return artifact("http-guest", variant=space.unique("v"))
 
@@ -192,18 +192,18 @@ def _cosign(environment: dict[str, str], directory: Path, *arguments: str) -> No
 def test_a_container_image_is_refused_by_its_type(space: Workspace) -> None:
     content = guests.build("http-guest").read_bytes()
     wrong = layout(
-        content, config_type=oci.IMAGE_CONFIG, layer_type="application/vnd.oci.image.layer.v1.tar+gzip"
+        content, config_type=artifacts.IMAGE_CONFIG, layer_type="application/vnd.oci.image.layer.v1.tar+gzip"
     )
     pod = space.serve(image=space.registry.push("container", wrong))
     message = pod.wait_waiting("InvalidImage")
-    assert oci.IMAGE_CONFIG in message
+    assert artifacts.IMAGE_CONFIG in message
     assert "container image" in message
     pod.wait_event("Failed", "InvalidImage")
 
 
 def test_the_agents_own_artifact_is_no_module(space: Workspace) -> None:
-    pod = space.serve(image=space.registry.push("agent", oci.agent_artifact(b"\x7fELF")))
-    assert oci.EMPTY_CONFIG in pod.wait_waiting("InvalidImage")
+    pod = space.serve(image=space.registry.push("agent", artifacts.agent_artifact(b"\x7fELF")))
+    assert artifacts.EMPTY_CONFIG in pod.wait_waiting("InvalidImage")
 
 
 @pytest.mark.parametrize("guest", ["garbage", "truncated", "no-export", "no-start"])
@@ -217,10 +217,12 @@ def test_what_cannot_be_compiled_or_has_nothing_to_run_is_told(space: Workspace,
 def test_a_config_that_names_another_layer_is_refused(space: Workspace) -> None:
     content = guests.build("http-guest").read_bytes()
     good = layout(content + custom_section("other", b"x"))
-    layer = oci.Blob(oci.WASM_LAYER, content)
+    layer = artifacts.Blob(artifacts.WASM_LAYER, content)
     manifest = json.loads(good.manifest.content)
     manifest["layers"] = [layer.descriptor()]
-    mixed = oci.Artifact(oci.Blob(oci.MANIFEST, oci.canonical(manifest)), (good.blobs[0], layer))
+    mixed = artifacts.Artifact(
+        artifacts.Blob(artifacts.MANIFEST, artifacts.canonical(manifest)), (good.blobs[0], layer)
+    )
     pod = space.serve(image=space.registry.push("mixed", mixed))
     assert "layerDigests" in pod.wait_waiting("InvalidImage")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from components.providers import cargo, oci
+from components.providers import artifacts, cargo
 from tests.unit.conftest import REPOSITORY
 
 pytestmark = pytest.mark.skipif(shutil.which("cargo") is None, reason="cargo is not on PATH")
@@ -20,7 +20,7 @@ def component() -> Path:
 
 
 def test_the_app_can_reach_its_request_and_nothing_else(component: Path) -> None:
-    found = oci.interface(component.read_bytes())
+    found = artifacts.interface(component.read_bytes())
     # No file system, environment, clock, random numbers or sockets: there is nothing to take away from it.
     assert {name.partition("@")[0] for name in found.imports} == {
         "wasi:http/types",

@@ -203,12 +203,48 @@ def test_debian_s_compiler_builds_the_library_from_source(
     assert "1.96.0" in toolchain.version
 
 
-def test_check_adds_the_hash_of_the_sources(crate: Path, compiler: Path) -> None:
-    props = {"crate": str(crate), "target": "", "profile": "release"}
-    result = cargo.CargoBuildProvider().check({}, props)
-    assert not result.failures
-    assert len(result.inputs["source_hash"]) == 64
-    assert not compiler.exists()
+BUILD = {"target": "", "profile": "release"}
+
+
+def test_check_builds_so_that_a_preview_knows_the_bytes(crate: Path, compiler: Path) -> None:
+    provider, props = cargo.CargoBuildProvider(), {"crate": str(crate), **BUILD}
+    made = provider.create(provider.check({}, props).inputs).outs
+    assert made is not None
+    # A comment: it is compiled again, and the same bytes come out.
+    (crate / "src" / "main.rs").write_text("fn main() {} // nothing new\n")
+    inputs = provider.check({}, props).inputs
+    assert len(compiler.read_text().splitlines()) == 2
+    assert provider.diff("app", made, inputs).changes is False
+    assert provider.diff("app", made, {**inputs, "sha256": "another"}).changes is True
+
+
+def test_a_build_that_is_gone_from_the_cache_is_made_again_and_is_no_change(
+    crate: Path, compiler: Path
+) -> None:
+    provider, props = cargo.CargoBuildProvider(), {"crate": str(crate), **BUILD}
+    made = provider.create(provider.check({}, props).inputs).outs
+    assert made is not None
+    Path(made["path"]).unlink()
+    assert provider.read("app", made).id == "app"
+    assert provider.diff("app", made, provider.check({}, props).inputs).changes is False
+    assert Path(made["path"]).is_file()
+    assert compiler.exists()
+
+
+def test_what_cargo_says_is_what_a_preview_says(
+    crate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusal = "echo 'error: it does not compile' >&2; exit 101"
+    play(tmp_path / "bin", monkeypatch, cargo=refusal, rustc=f"printf '{VERSION}'")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    result = cargo.CargoBuildProvider().check({}, {"crate": str(crate), **BUILD})
+    assert "it does not compile" in result.failures[0].reason
+
+
+def test_this_machine_s_own_target_is_no_other_build(crate: Path, compiler: Path) -> None:
+    host = cargo.host(crate)
+    assert cargo.build(crate, host) == cargo.build(crate, "")
+    assert len(compiler.read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("missing", ["Cargo.toml", "Cargo.lock"])
@@ -223,9 +259,11 @@ def test_check_lets_what_is_unknown_pass() -> None:
     assert cargo.CargoBuildProvider().check({}, props).inputs == props
 
 
-def test_another_place_of_the_crate_is_no_change_and_other_sources_are_an_update() -> None:
-    olds = {"crate": "a", "target": "", "profile": "release", "source_hash": "1", "path": "/x"}
+def test_another_place_of_the_crate_is_no_change(tmp_path: Path) -> None:
+    olds = {"crate": "a", "target": "", "profile": "release", "sha256": "1", "path": str(tmp_path / "x")}
     provider = cargo.CargoBuildProvider()
+    assert provider.diff("id", olds, {**olds, "crate": "b"}).changes is True, "there is no file"
+    (tmp_path / "x").touch()
     assert provider.diff("id", olds, {**olds, "crate": "b"}).changes is False
-    result = provider.diff("id", olds, {**olds, "source_hash": "2"})
-    assert (result.changes, result.replaces) == (True, [])
+    result = provider.diff("id", olds, {**olds, "sha256": "2"})
+    assert (result.changes, result.replaces) == (True, None)

@@ -10,11 +10,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pulumi.dynamic import ResourceProvider
+from pulumi.runtime.rpc import UNKNOWN
 
-from components.providers import oci
+from components.providers import artifacts, oci
 
 ACTIONS = {"GET": "pull", "HEAD": "pull", "POST": "push", "PUT": "push", "DELETE": "delete"}
 
@@ -51,20 +54,39 @@ class Registry:
         body = handler.rfile.read(length)
         if self.failures:
             return self.failures.pop(0), {}, b""
-        if verb == "POST" and self.no_uploads:
+        if verb == "POST":
+            return self.begin_upload(host)
+        if verb == "DELETE":
+            return self.remove(path)
+        return self.store(path, query, body if verb == "PUT" else None)
+
+    def begin_upload(self, host: str) -> tuple[int, dict[str, str], bytes]:
+        """Say where to upload to."""
+        if self.no_uploads:
             error = {"errors": [{"code": "NAME_UNKNOWN", "message": "Repository not found"}]}
             return 404, {}, json.dumps(error).encode()
-        if verb == "POST":
-            return 202, {"Location": f"http://{host}/v2/p/app/blobs/uploads/1"}, b""
-        return self.store(path, query, body if verb == "PUT" else None)
+        return 202, {"Location": f"http://{host}/v2/p/app/blobs/uploads/1"}, b""
 
     def store(self, path: str, query: str, body: bytes | None) -> tuple[int, dict[str, str], bytes]:
         """Keep a blob or a manifest, or say whether it is there."""
         key = query.partition("digest=")[2].replace("%3A", ":") or path.rpartition("/")[2]
         if body is not None:
             self.stored[key] = body
+            if "/manifests/" in path:
+                self.stored[f"sha256:{hashlib.sha256(body).hexdigest()}"] = body
             return 201, {}, b""
-        return (200 if key in self.stored else 404), {}, b""
+        if key not in self.stored:
+            return 404, {}, b""
+        kept = self.stored[key]
+        return 200, {"Docker-Content-Digest": f"sha256:{hashlib.sha256(kept).hexdigest()}"}, kept
+
+    def remove(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        """Remove a tag, or a manifest with its tags."""
+        key = path.rpartition("/")[2]
+        gone = self.stored.pop(key, None)
+        if gone is not None and key.startswith("sha256:"):
+            self.stored = {name: kept for name, kept in self.stored.items() if kept != gone}
+        return (404 if gone is None else 202), {}, b""
 
 
 @pytest.fixture
@@ -107,7 +129,7 @@ BINARY = b"krustlet" * 2**20
 
 def push(registry: Registry) -> str:
     """Push a big artifact."""
-    return oci.Client(registry.name).push_artifact(oci.agent_artifact(BINARY), "tag")
+    return oci.Client(registry.name).push_artifact(artifacts.agent_artifact(BINARY), "tag")
 
 
 def test_a_big_blob_is_sent_once_and_with_a_token(registry: Registry) -> None:
@@ -119,9 +141,9 @@ def test_a_big_blob_is_sent_once_and_with_a_token(registry: Registry) -> None:
 
 def test_a_token_that_ended_is_replaced_by_a_new_one(registry: Registry) -> None:
     client = oci.Client(registry.name)
-    first = client.push_artifact(oci.agent_artifact(b"1"), "1")
+    first = client.push_artifact(artifacts.agent_artifact(b"1"), "1")
     registry.expire()
-    assert client.push_artifact(oci.agent_artifact(b"2"), "2") != first
+    assert client.push_artifact(artifacts.agent_artifact(b"2"), "2") != first
     assert {"1", "2"} <= registry.stored.keys()
 
 
@@ -133,7 +155,7 @@ def test_a_registry_that_is_overloaded_for_a_while_is_asked_again(registry: Regi
 
 def test_what_the_registry_says_to_an_upload_is_the_error(registry: Registry) -> None:
     registry.no_uploads = True
-    with pytest.raises(oci.OciError, match="404: NAME_UNKNOWN Repository not found"):
+    with pytest.raises(artifacts.OciError, match="404: NAME_UNKNOWN Repository not found"):
         push(registry)
 
 
@@ -149,7 +171,104 @@ def test_a_registry_that_does_not_answer_is_given_up_in_the_end(
     monkeypatch.setattr(registry, "answer", answer)
     monkeypatch.setattr(oci, "TIMEOUT", (1, 0.05))
     try:
-        with pytest.raises(oci.OciError, match=r"registry 127.0.0.1:.* cannot be reached: .*timed out"):
+        with pytest.raises(artifacts.OciError, match=r"registry 127.0.0.1:.* cannot be reached: .*timed out"):
             push(registry)
     finally:
         hung.set()
+
+
+@pytest.fixture
+def binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: Registry) -> dict[str, Any]:
+    """Give the inputs of an artifact's push, in a process that did nothing yet."""
+    monkeypatch.setattr(oci, "NEEDED", oci.Needed())
+    path = tmp_path / "krustlet"
+    path.write_bytes(b"krustlet")
+    sum_ = hashlib.sha256(b"krustlet").hexdigest()
+    return {"repository": registry.name, "kind": "agent", "path": str(path), "sha256": sum_}
+
+
+SIGNED = {"payload": "{}", "signature": "c2ln", "digest": "sha256:" + "12" * 32}
+Outputs = dict[str, Any]
+
+
+def made_by(provider: ResourceProvider, inputs: Outputs) -> Outputs:
+    """Create and give the outputs."""
+    made = provider.create(inputs).outs
+    assert made is not None
+    return made
+
+
+PUSHES = [oci.OciArtifactProvider, oci.OciSignatureProvider]
+
+
+@pytest.mark.parametrize("kind", PUSHES)
+def test_a_replacement_by_the_same_bytes_does_not_delete_what_took_its_place(
+    kind: type[ResourceProvider], registry: Registry, binary: Outputs
+) -> None:
+    provider, inputs = kind(), {**binary, **SIGNED}
+    old = made_by(provider, inputs)
+    before = dict(registry.stored)
+    new = made_by(provider, inputs)
+    provider.delete("id", old)
+    assert registry.stored == before
+    assert provider.read("id", new).id == "id"
+
+
+@pytest.mark.parametrize("kind", PUSHES)
+def test_an_old_one_that_a_killed_run_left_is_not_deleted_from_under_the_new_one(
+    kind: type[ResourceProvider], registry: Registry, binary: Outputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider, inputs = kind(), {**binary, **SIGNED}
+    old, new = made_by(provider, inputs), made_by(provider, inputs)
+    before = dict(registry.stored)
+    monkeypatch.setattr(oci, "NEEDED", oci.Needed())  # the next run's process
+    assert provider.diff("id", new, inputs).changes is False
+    provider.delete("id", old)
+    assert registry.stored == before
+
+
+@pytest.mark.parametrize("kind", PUSHES)
+def test_what_nothing_else_stands_for_is_deleted(
+    kind: type[ResourceProvider], registry: Registry, binary: Outputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider, inputs = kind(), {**binary, **SIGNED}
+    made = made_by(provider, inputs)
+    monkeypatch.setattr(oci, "NEEDED", oci.Needed())  # the process of a destroy, which compares nothing
+    provider.delete("id", made)
+    assert not provider.read("id", made).id
+    assert not [name for name in registry.stored if b"schemaVersion" in registry.stored[name]]
+
+
+@pytest.mark.parametrize("kind", PUSHES)
+def test_a_refresh_sees_each_part_that_is_gone_and_a_push_brings_it_back(
+    kind: type[ResourceProvider], registry: Registry, binary: Outputs
+) -> None:
+    provider, inputs = kind(), {**binary, **SIGNED}
+    made = made_by(provider, inputs)
+    for part in list(registry.stored):
+        del registry.stored[part]
+        assert not provider.read("id", made).id, part
+        made = made_by(provider, inputs)
+        assert provider.read("id", made).id == "id"
+
+
+@pytest.mark.parametrize("kind", PUSHES)
+@pytest.mark.parametrize("status", [500, 503, 429])
+def test_a_registry_that_is_away_is_an_error_and_nothing_is_gone(
+    kind: type[ResourceProvider], status: int, registry: Registry, binary: Outputs
+) -> None:
+    provider, inputs = kind(), {**binary, **SIGNED}
+    made = made_by(provider, inputs)
+    registry.failures = [status] * oci.ATTEMPTS
+    with pytest.raises(artifacts.OciError, match=str(status)):
+        provider.read("id", made)
+
+
+def test_a_preview_knows_the_image_before_it_is_pushed(binary: Outputs) -> None:
+    provider = oci.OciArtifactProvider()
+    checked = provider.check({}, binary).inputs
+    assert checked["image"] == made_by(provider, checked)["image"]
+    elsewhere = provider.check(checked, {**binary, "repository": UNKNOWN}).inputs
+    assert elsewhere["digest"] == checked["digest"]
+    assert "image" not in elsewhere
+    assert "digest" not in provider.check(checked, {**binary, "sha256": UNKNOWN}).inputs

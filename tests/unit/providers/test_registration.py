@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import base64
 import ipaddress
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 
+import pulumi
 import pytest
+import urllib3
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import NameOID
 from kubernetes.client.exceptions import ApiException
 
-from components.providers import registration
-from components.providers.registration import CLIENT_SIGNER, SERVING_SIGNER, Machine, Request, judge
+from components.providers import certificates, registration
+from components.providers.certificates import CLIENT_SIGNER, SERVING_SIGNER, Machine, Request, judge
 
 VM = Machine(
     "krustlet-1",
@@ -74,7 +77,7 @@ CLIENT = Request(
     CLIENT_SIGNER,
     frozenset({"digital signature", "client auth"}),
     BOOTSTRAP,
-    frozenset({registration.BOOTSTRAP_GROUP, "system:authenticated"}),
+    frozenset({certificates.BOOTSTRAP_GROUP, "system:authenticated"}),
     pem(),
 )
 SERVING = Request(
@@ -86,7 +89,7 @@ SERVING = Request(
 )
 
 
-def verdict(request: Request) -> registration.Verdict:
+def verdict(request: Request) -> certificates.Verdict:
     """Judge a request that is this machine's affair."""
     found = judge(request, VM, TOKEN_ID)
     assert found is not None
@@ -200,7 +203,7 @@ class FakeCluster(registration.Cluster):
 
     def __init__(self, *requests: Request) -> None:
         self.waiting = {f"csr-{number}": request for number, request in enumerate(requests)}
-        self.decided: dict[str, registration.Verdict] = {}
+        self.decided: dict[str, certificates.Verdict] = {}
         self.token = ""
         self.failures: list[Exception] = []
         self.role_failures: list[Exception] = []
@@ -222,7 +225,7 @@ class FakeCluster(registration.Cluster):
         for name, request in list(self.waiting.items()):
             yield SimpleNamespace(metadata=SimpleNamespace(name=name)), request
 
-    def decide(self, item: Any, verdict: registration.Verdict) -> None:
+    def decide(self, item: Any, verdict: certificates.Verdict) -> None:
         assert self.token
         self.decided[item.metadata.name] = verdict
         del self.waiting[item.metadata.name]
@@ -293,11 +296,88 @@ def test_a_bootstrap_token_has_kubernetes_form_and_is_another_each_time() -> Non
     assert all(registration.TOKEN.fullmatch(token) for token in tokens)
 
 
-def test_another_vm_joins_anew_and_another_kubeconfig_is_an_update() -> None:
-    provider = registration.NodeRegistrationProvider()
-    olds = {"node": "n", "instance": "1", "kubeconfig": "a", "hostnames": ["x"], "created": "t"}
-    assert provider.diff("n", olds, {**olds, "hostnames": ["y"], "created": "u"}).changes is False
-    assert provider.diff("n", olds, {**olds, "kubeconfig": "b"}).replaces == []
-    replaced = provider.diff("n", olds, {**olds, "instance": "2"})
-    assert replaced.replaces == ["instance"]
-    assert replaced.delete_before_replace
+def kubeconfig_of(authority: str, server: str = "https://10.0.0.1") -> str:
+    """Write what tells one cluster from another, and where it is."""
+    cluster = {"server": server, "certificate-authority-data": authority}
+    return json.dumps({"clusters": [{"cluster": cluster}]})
+
+
+OLDS = {
+    "node": "n",
+    "instance": "1",
+    "kubeconfig": kubeconfig_of("CA"),
+    "hostnames": ["x"],
+    "created": "t",
+    "configuration": "a",
+}
+
+
+@pytest.mark.parametrize(
+    ("news", "replaces"),
+    [
+        ({"hostnames": ["y"], "created": "u"}, None),
+        ({"configuration": "b"}, []),
+        ({"kubeconfig": kubeconfig_of("CA", "https://10.0.0.2")}, []),
+        ({"kubeconfig": kubeconfig_of("another")}, ["kubeconfig"]),
+        ({"kubeconfig": pulumi.runtime.rpc.UNKNOWN}, ["kubeconfig"]),
+        ({"instance": "2"}, ["instance"]),
+        ({"node": "m"}, ["node"]),
+    ],
+)
+def test_another_vm_and_another_cluster_are_joined_anew_and_the_rest_is_an_update(
+    news: dict[str, Any], replaces: list[str] | None
+) -> None:
+    result = registration.NodeRegistrationProvider().diff("n", OLDS, {**OLDS, **news})
+    assert result.changes is (replaces is not None)
+    assert result.replaces == (replaces or [])
+    assert result.delete_before_replace
+
+
+def test_another_cluster_has_another_token() -> None:
+    provider, olds = registration.BootstrapTokenProvider(), {"node": "n", "kubeconfig": kubeconfig_of("CA")}
+    assert provider.diff("n", olds, {**olds, "kubeconfig": kubeconfig_of("B")}).replaces == ["kubeconfig"]
+    moved = {**olds, "kubeconfig": kubeconfig_of("CA", "https://10.0.0.2")}
+    assert provider.diff("n", olds, moved).replaces == []
+
+
+def test_a_node_runs_with_its_configuration_once_its_agent_says_so() -> None:
+    found = node()
+    found.metadata.labels[registration.CONFIGURATION_LABEL] = "a"
+    assert registration.not_ready(found, None, None, "a") == ""
+    assert registration.not_ready(found, None, None) == ""
+    assert "krustlet.dev/configuration is a, not b" in registration.not_ready(found, None, None, "b")
+
+
+@pytest.mark.parametrize(("uid", "is_there"), [("u", True), ("another", False), (None, False)])
+def test_a_refresh_sees_a_node_that_is_gone_or_came_back_as_another(
+    monkeypatch: pytest.MonkeyPatch, uid: str | None, is_there: bool
+) -> None:
+    node = None if uid is None else SimpleNamespace(metadata=SimpleNamespace(uid=uid))
+    monkeypatch.setattr(registration, "Cluster", lambda _: SimpleNamespace(node=lambda _: node))
+    found = registration.NodeRegistrationProvider().read("n", {**OLDS, "uid": "u"})
+    assert bool(found.id) is is_there
+
+
+def away(_kubeconfig: str) -> SimpleNamespace:
+    """Give a cluster whose API server does not answer."""
+
+    def refuse(*_arguments: object) -> None:
+        raise urllib3.exceptions.MaxRetryError(urllib3.HTTPSConnectionPool("10.0.0.1"), "/")
+
+    return SimpleNamespace(node=refuse, delete_node=refuse, delete_token=refuse)
+
+
+def test_an_api_server_that_is_away_is_an_error_until_the_cluster_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    provider, props = registration.NodeRegistrationProvider(), {**OLDS, "uid": "u", "token": "t"}
+    token = registration.BootstrapTokenProvider()
+    monkeypatch.setattr(registration, "Cluster", away)
+    monkeypatch.delenv(registration.DELETE_UNREACHABLE, raising=False)
+    for call in (provider.read, provider.delete, token.delete):
+        with pytest.raises(registration.UnreachableError, match=r"cannot be reached.*=true forgets"):
+            call("n", props)
+    monkeypatch.setenv(registration.DELETE_UNREACHABLE, "true")
+    assert not provider.read("n", props).id
+    provider.delete("n", props)
+    token.delete("n", props)

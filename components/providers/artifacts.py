@@ -1,0 +1,169 @@
+"""What lies in the registry, as bytes: manifests and blobs of an app, of the node agent and of a signature.
+
+Everything here is a function of the file's bytes: a digest is known before anything is pushed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import wasmtime
+from wasmtime import component
+
+from components.providers import ProviderError
+
+MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+WASM_CONFIG = "application/vnd.wasm.config.v0+json"
+WASM_LAYER = "application/wasm"
+EMPTY_CONFIG = "application/vnd.oci.empty.v1+json"
+AGENT_ARTIFACT = "application/vnd.krustlet.agent.v1"
+AGENT_LAYER = "application/vnd.krustlet.agent.v1.binary"
+IMAGE_CONFIG = "application/vnd.oci.image.config.v1+json"
+SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json"
+SIGNATURE_ANNOTATION = "dev.cosignproject.cosign/signature"
+
+Kind = Literal["wasm", "agent"]
+
+
+class OciError(ProviderError):
+    """The registry refused something, could not be reached, or the file is not what it is said to be."""
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Bytes under their digest."""
+
+    media_type: str
+    content: bytes
+
+    @property
+    def digest(self) -> str:
+        """Give `sha256:` and the hex sum."""
+        return f"sha256:{hashlib.sha256(self.content).hexdigest()}"
+
+    def descriptor(self, annotations: dict[str, str] | None = None) -> dict[str, Any]:
+        """Give the blob's OCI descriptor."""
+        described: dict[str, Any] = {
+            "mediaType": self.media_type,
+            "digest": self.digest,
+            "size": len(self.content),
+        }
+        return {**described, "annotations": annotations} if annotations else described
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A manifest and the blobs that it names."""
+
+    manifest: Blob
+    blobs: tuple[Blob, ...]
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What a component imports and exports, sorted, and the world that it is for ("" when none is known)."""
+
+    imports: tuple[str, ...]
+    exports: tuple[str, ...]
+    target: str
+
+
+def canonical(document: dict[str, Any]) -> bytes:
+    """Write JSON in one way only."""
+    return json.dumps(document, separators=(",", ":"), sort_keys=True).encode()
+
+
+def interface(wasm: bytes) -> Interface:
+    """Read what a component imports and exports. Raises OciError when it is no component."""
+    engine = wasmtime.Engine()
+    try:
+        kind = component.Component(engine, wasm).type
+    except wasmtime.WasmtimeError as error:
+        raise OciError(f"this is no WebAssembly component: {str(error).splitlines()[0]}") from None
+    imports, exports = sorted(kind.imports(engine)), sorted(kind.exports(engine))
+    target = ""
+    for name in exports:
+        base, _, version = name.partition("@")
+        if base == "wasi:http/incoming-handler":
+            target = f"wasi:http/proxy@{version}"
+        elif base == "wasi:cli/run" and not target:
+            target = f"wasi:cli/command@{version}"
+    return Interface(tuple(imports), tuple(exports), target)
+
+
+def _manifest(
+    config: Blob, layers: list[dict[str, Any]], blobs: list[Blob], artifact_type: str | None = None
+) -> Artifact:
+    document: dict[str, Any] = {
+        "schemaVersion": 2,
+        "mediaType": MANIFEST,
+        "config": config.descriptor(),
+        "layers": layers,
+    }
+    if artifact_type:
+        document["artifactType"] = artifact_type
+    return Artifact(Blob(MANIFEST, canonical(document)), (config, *blobs))
+
+
+def wasm_artifact(wasm: bytes) -> Artifact:
+    """Lay a component out as CNCF's Wasm OCI artifact. Nothing of the clock, the host or a path is in it."""
+    layer = Blob(WASM_LAYER, wasm)
+    described = interface(wasm)
+    config = {
+        "architecture": "wasm",
+        "os": "wasip2",
+        "layerDigests": [layer.digest],
+        "component": {
+            "exports": list(described.exports),
+            "imports": list(described.imports),
+            "target": described.target,
+        },
+    }
+    return _manifest(Blob(WASM_CONFIG, canonical(config)), [layer.descriptor()], [layer])
+
+
+def agent_artifact(binary: bytes) -> Artifact:
+    """Lay the node agent out as an artifact of its own type; the layer's digest is the file's sha256."""
+    layer = Blob(AGENT_LAYER, binary)
+    return _manifest(Blob(EMPTY_CONFIG, b"{}"), [layer.descriptor()], [layer], AGENT_ARTIFACT)
+
+
+def signature_artifact(payload: str, signature: str) -> Artifact:
+    """Lay a signature out as cosign does: one layer, the payload, with the signature as an annotation."""
+    layer = Blob(SIMPLE_SIGNING, payload.encode())
+    config = {
+        "architecture": "",
+        "config": {},
+        "os": "",
+        "rootfs": {"diff_ids": [layer.digest], "type": "layers"},
+    }
+    described = layer.descriptor({SIGNATURE_ANNOTATION: signature})
+    return _manifest(Blob(IMAGE_CONFIG, canonical(config)), [described], [layer])
+
+
+def signature_tag(digest: str) -> str:
+    """Give the tag at which cosign looks for the signature of an image."""
+    return f"{digest.replace(':', '-')}.sig"
+
+
+def read_file(path: str, sha256: str) -> bytes:
+    """Read a built file and check that it is the one that is meant. Raises OciError."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise OciError(
+            f"{path} cannot be read ({error.strerror}): it was removed after it was built; "
+            "run `pulumi up` again"
+        ) from None
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise OciError(f"{path} is not the file that was built: remove it and run `pulumi up` again")
+    return content
+
+
+def artifact(kind: Kind, content: bytes) -> Artifact:
+    """Lay a built file out as what it is."""
+    return wasm_artifact(content) if kind == "wasm" else agent_artifact(content)
