@@ -22,13 +22,15 @@ registry = ContainerRegistry(
     ContainerRegistryArgs(google.project, settings.registry.name, settings.registry.location),
 )
 artifact = WasmArtifact(
-    app.name,
+    "app",
     WasmArtifactArgs(
         app.crate,
         pulumi.Output.concat(registry.url, "/", app.name),
         settings.signing_key,
         settings.signing_key_password,
     ),
+    # Once it was called as the app is, whose name may change.
+    pulumi.ResourceOptions(aliases=[pulumi.Alias(name=app.name)]),
 )
 agent = AgentArtifact(
     "agent",
@@ -54,12 +56,12 @@ node = KrustletNode(
         cluster,
         registry,
         agent,
-        artifact.public_key,
+        artifact,
     ),
 )
 workload = WasmPod(
     "workload",
-    WasmPodArgs(app, artifact.image, node),
+    WasmPodArgs(app, artifact, node),
     pulumi.ResourceOptions(providers=[cluster.provider]),
 )
 

@@ -37,7 +37,9 @@ class WasmArtifact(pulumi.ComponentResource):
     """A WebAssembly component: compiled, pushed and signed."""
 
     image: pulumi.Output[str]
-    """REPOSITORY@DIGEST, known once the signature is in the registry."""
+    """REPOSITORY@DIGEST, known before it is pushed."""
+    signed: pulumi.Resource
+    """What a pod waits for: without its signature in the registry the node would refuse the image."""
     public_key: pulumi.Output[str]
     """PEM; what the node checks the signature with."""
     size: pulumi.Output[int]
@@ -59,7 +61,7 @@ class WasmArtifact(pulumi.ComponentResource):
         signature = Signature(
             f"{name}-signature", args.repository, artifact.digest, key.private_key, opts=child
         )
-        signed = OciSignature(
+        self.signed = OciSignature(
             f"{name}-signature-push",
             repository=args.repository,
             digest=artifact.digest,
@@ -67,10 +69,7 @@ class WasmArtifact(pulumi.ComponentResource):
             signature=signature.signature,
             opts=child,
         )
-        # Whoever uses the image waits for its signature, without which the node would refuse it.
-        self.image = pulumi.Output.all(artifact.image, signed.signature_digest).apply(
-            lambda parts: str(parts[0])
-        )
+        self.image = artifact.image
         self.public_key = key.public_key
         self.size = build.size
         self.register_outputs({"image": self.image, "public_key": self.public_key, "size": self.size})
@@ -80,7 +79,9 @@ class AgentArtifact(pulumi.ComponentResource):
     """The node agent: compiled and pushed. A VM fetches it by digest and checks its sum."""
 
     image: pulumi.Output[str]
-    """REPOSITORY@DIGEST."""
+    """REPOSITORY@DIGEST, known before it is pushed."""
+    pushed: pulumi.Resource
+    """What a VM waits for."""
     sha256: pulumi.Output[str]
     """Sum of the binary, hex."""
 
@@ -99,5 +100,6 @@ class AgentArtifact(pulumi.ComponentResource):
             opts=child,
         )
         self.image = artifact.image
+        self.pushed = artifact
         self.sha256 = build.sha256
         self.register_outputs({"image": self.image, "sha256": self.sha256})

@@ -25,6 +25,7 @@ EXEC_CREDENTIALS = {
 }
 PODS_RANGE = "pods"
 SERVICES_RANGE = "services"
+SYSTEM_POOL = "system"
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class KubernetesCluster(pulumi.ComponentResource):
     control_plane_ranges: list[str]
     """Where the control plane's requests to a node come from."""
     provider: kubernetes.Provider
+    lifetime: pulumi.Resource
+    """What all in the cluster ends with (`deleted_with`): nobody is asked who may be gone already."""
 
     def __init__(
         self, name: str, args: KubernetesClusterArgs, opts: pulumi.ResourceOptions | None = None
@@ -104,7 +107,11 @@ class KubernetesCluster(pulumi.ComponentResource):
                 {"range_name": SERVICES_RANGE, "ip_cidr_range": args.network.services},
             ],
             private_ip_google_access=True,
-            opts=child,
+            opts=pulumi.ResourceOptions(
+                parent=self,
+                # Google changes no secondary range that a cluster uses, and moves no cluster to another.
+                replace_on_changes=["secondaryIpRanges"],
+            ),
         )
         cluster = gcp.container.Cluster(
             f"{name}-cluster",
@@ -119,13 +126,26 @@ class KubernetesCluster(pulumi.ComponentResource):
                 "services_secondary_range_name": SERVICES_RANGE,
             },
             release_channel={"channel": args.cluster.release_channel},
-            # Google's own pods (DNS, the way from the control plane to the nodes) need Linux; ours does not
-            # run there.
-            initial_node_count=args.cluster.nodes,
-            node_config={"machine_type": args.cluster.machine_type},
+            # Google makes no cluster without a pool, and what is said of that one cannot be changed later.
+            initial_node_count=1,
+            remove_default_node_pool=True,
             deletion_protection=args.cluster.deletion_protection,
-            opts=child,
+            # Once its pool is gone it says nothing any more, as in the state of an earlier version.
+            opts=pulumi.ResourceOptions(parent=self, ignore_changes=["initialNodeCount", "nodeConfig"]),
         )
+        # Google's own pods (DNS, the way from the control plane to the nodes) need Linux; ours does not
+        # run there.
+        gcp.container.NodePool(
+            f"{name}-pool",
+            project=args.project,
+            location=args.zone,
+            cluster=cluster.name,
+            name=SYSTEM_POOL,
+            node_count=args.cluster.nodes,
+            node_config={"machine_type": args.cluster.machine_type},
+            opts=pulumi.ResourceOptions(parent=self, deleted_with=cluster),
+        )
+        self.lifetime = cluster
         self.name = cluster.name
         self.endpoint = cluster.endpoint
         self.certificate = cluster.master_auth.cluster_ca_certificate

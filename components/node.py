@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pulumi
 import pulumi_gcp as gcp
 import pulumi_kubernetes as kubernetes
 
-from components.artifact import AgentArtifact
+from components.artifact import AgentArtifact, WasmArtifact
 from components.cluster import KubernetesCluster, kubeconfig
 from components.config import AGENT_PORT, NodeConfig
-from components.providers.registration import BOOTSTRAP_GROUP, BootstrapToken, NodeRegistration
+from components.providers.certificates import BOOTSTRAP_GROUP
+from components.providers.registration import CONFIGURATION_LABEL, BootstrapToken, NodeRegistration
 from components.registry import ContainerRegistry
 
 STARTUP_SCRIPT = Path(__file__).with_name("startup.sh")
@@ -24,7 +26,7 @@ FIRST_UNPRIVILEGED_PORT = 1024
 
 @dataclass(frozen=True)
 class KrustletNodeArgs:
-    """The VM, the cluster that it joins, the agent that it runs and whose signatures it trusts (PEM)."""
+    """The VM, the cluster that it joins, the agent that it runs, and the artifact whose signer it trusts."""
 
     project: str
     region: str
@@ -35,12 +37,21 @@ class KrustletNodeArgs:
     cluster: KubernetesCluster
     registry: ContainerRegistry
     agent: AgentArtifact
-    verification_key: pulumi.Input[str]
+    artifact: WasmArtifact
 
 
 def bootstrap_kubeconfig(endpoint: str, certificate: str, token: str) -> str:
     """Give the kubeconfig with which an agent asks for its certificates."""
     return kubeconfig("bootstrap", endpoint, certificate, {"token": token})
+
+
+def configuration(agent: str, verification_key: str, machine_type: str, max_pods: int, port: int) -> str:
+    """Give a short name for all that a VM may be told anew while it runs.
+
+    The VM gives it to its Node as a label, so that everybody sees which configuration the agent runs with.
+    """
+    told = [agent, verification_key, machine_type, str(max_pods), str(port < FIRST_UNPRIVILEGED_PORT)]
+    return hashlib.sha256("\0".join(told).encode()).hexdigest()[:12]
 
 
 def hostnames(name: str, project: str, zone: str) -> list[str]:
@@ -57,11 +68,14 @@ class KrustletNode(pulumi.ComponentResource):
     address: pulumi.Output[str]
     """The reserved address, where the pods' ports are; it survives the VM."""
     registration: NodeRegistration
+    cluster: KubernetesCluster
+    """What it has joined."""
 
     def __init__(self, name: str, args: KrustletNodeArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("awesome-wasm:node:KrustletNode", name, None, opts)
         self._name = name
         self._args = args
+        self.cluster = args.cluster
         child = pulumi.ResourceOptions(parent=self)
         account = gcp.serviceaccount.Account(
             f"{name}-account",
@@ -79,9 +93,21 @@ class KrustletNode(pulumi.ComponentResource):
             name=f"{args.node.name[:55]}-address",
             opts=child,
         )
-        token = BootstrapToken(f"{name}-token", args.node.name, args.cluster.kubeconfig, opts=child)
+        token = BootstrapToken(
+            f"{name}-token",
+            args.node.name,
+            args.cluster.kubeconfig,
+            opts=pulumi.ResourceOptions(parent=self, deleted_with=args.cluster.lifetime),
+        )
         binding = self._allow_certificate_requests()
-        instance = self._instance(account, address, token, [pull, binding, *firewalls])
+        self._configuration = pulumi.Output.all(args.agent.sha256, args.artifact.public_key).apply(
+            lambda told: configuration(
+                told[0], told[1], args.node.machine_type, args.node.max_pods, args.app_port
+            )
+        )
+        # An agent that gets another key finds what is signed with it.
+        needs = [args.agent.pushed, args.artifact.signed, pull, binding, *firewalls]
+        instance = self._instance(account, address, token, needs)
         self.registration = self._registration(instance, address, token)
         self.name = self.registration.node
         self.address = address.address
@@ -119,7 +145,28 @@ class KrustletNode(pulumi.ComponentResource):
                 "name": "system:node-bootstrapper",
             },
             subjects=[{"api_group": "rbac.authorization.k8s.io", "kind": "Group", "name": BOOTSTRAP_GROUP}],
-            opts=pulumi.ResourceOptions(parent=self, provider=self._args.cluster.provider),
+            opts=pulumi.ResourceOptions(
+                parent=self,
+                provider=self._args.cluster.provider,
+                deleted_with=self._args.cluster.lifetime,
+            ),
+        )
+
+    def _disk(self) -> gcp.compute.Disk:
+        """The VM's disk, a resource of its own because only so it can grow in place."""
+        return gcp.compute.Disk(
+            f"{self._name}-disk",
+            project=self._args.project,
+            zone=self._args.zone,
+            name=f"{self._args.node.name[:58]}-disk",
+            image=self._args.node.boot_image,
+            size=self._args.node.disk_size_gb,
+            opts=pulumi.ResourceOptions(
+                parent=self,
+                delete_before_replace=True,
+                # It has the agent's certificates, which are good for one cluster.
+                replacement_trigger=[self._args.cluster.certificate],
+            ),
         )
 
     def _instance(
@@ -140,9 +187,7 @@ class KrustletNode(pulumi.ComponentResource):
             zone=args.zone,
             name=args.node.name,
             machine_type=args.node.machine_type,
-            boot_disk={
-                "initialize_params": {"image": args.node.boot_image, "size": args.node.disk_size_gb},
-            },
+            boot_disk={"source": self._disk().self_link, "auto_delete": False},
             network_interfaces=[
                 {"subnetwork": args.cluster.subnetwork, "access_configs": [{"nat_ip": address.address}]}
             ],
@@ -156,26 +201,23 @@ class KrustletNode(pulumi.ComponentResource):
                 "krustlet-image": args.agent.image,
                 "krustlet-sha256": args.agent.sha256,
                 "krustlet-bootstrap-kubeconfig": secret_bootstrap,
-                "krustlet-verification-key": args.verification_key,
-                "krustlet-node-labels": "krustlet.dev/runtime=wasmtime",
+                "krustlet-verification-key": args.artifact.public_key,
+                "krustlet-node-labels": pulumi.Output.concat(
+                    f"krustlet.dev/runtime=wasmtime,{CONFIGURATION_LABEL}=", self._configuration
+                ),
                 "krustlet-max-pods": str(args.node.max_pods),
                 "krustlet-app-port": str(args.app_port),
+                "startup-script": STARTUP_SCRIPT.read_text(),
             },
-            metadata_startup_script=STARTUP_SCRIPT.read_text(),
             allow_stopping_for_update=True,
             opts=pulumi.ResourceOptions(
                 parent=self,
                 depends_on=needs,
                 # Name and address can be one VM's at a time.
                 delete_before_replace=True,
-                # What the startup script reads once, at boot: in a running VM a change of it would reach the
-                # metadata and not the agent, which would refuse what another key signed.
-                replacement_trigger=[
-                    args.agent.image,
-                    args.verification_key,
-                    args.node.max_pods,
-                    args.app_port < FIRST_UNPRIVILEGED_PORT,
-                ],
+                # What its metadata say of the agent a running VM takes over by itself (startup.sh); it does
+                # not join another cluster.
+                replacement_trigger=[args.cluster.certificate],
             ),
         )
 
@@ -190,11 +232,13 @@ class KrustletNode(pulumi.ComponentResource):
             created=instance.creation_timestamp,
             hostnames=hostnames(args.node.name, args.project, args.zone),
             addresses=[instance.network_interfaces[0].network_ip, address.address],
+            configuration=self._configuration,
             token=token.token,
             kubeconfig=args.cluster.kubeconfig,
             opts=pulumi.ResourceOptions(
                 parent=self,
                 depends_on=[instance],
+                deleted_with=args.cluster.lifetime,
                 delete_before_replace=True,
                 replace_with=[instance],
             ),

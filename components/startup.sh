@@ -1,6 +1,7 @@
 #!/bin/sh
 # Turns a fresh VM into a Krustlet node: fetches the agent from the registry by digest, checks it, and runs it as a
-# service. Runs at every boot and ends the same each time. What it needs to know is in the VM's metadata attributes:
+# service. Runs at every boot, and again whenever the metadata change, and ends the same each time. What it needs to know
+# is in the VM's metadata attributes:
 #   krustlet-image REPOSITORY@DIGEST, krustlet-sha256, krustlet-bootstrap-kubeconfig, krustlet-verification-key,
 #   krustlet-node-labels, krustlet-max-pods, krustlet-app-port
 set -eu
@@ -11,8 +12,10 @@ SYSCONFDIR=${SYSCONFDIR:-/etc}
 SYSTEMD_UNIT_PATH=${SYSTEMD_UNIT_PATH:-/etc/systemd/system}
 METADATA=http://${GCE_METADATA_HOST:-metadata.google.internal}/computeMetadata/v1
 AGENT=$PREFIX/bin/krustlet
+WATCH=$PREFIX/sbin/krustlet-metadata
 CONFIG=$SYSCONFDIR/krustlet
 UNIT=$SYSTEMD_UNIT_PATH/krustlet.service
+WATCH_UNIT=$SYSTEMD_UNIT_PATH/krustlet-metadata.service
 
 say() {
     echo "krustlet: $*" >&2
@@ -116,9 +119,11 @@ fingerprint() {
 # Everything is asked for before the first file is written: a failure inside a here-document would go unnoticed, and the
 # agent would be configured with nothing where its name or its address belongs.
 write_configuration() {
+    # First of all, because they name the configuration that the rest is of: metadata that change meanwhile are read
+    # again.
+    labels=$(metadata instance/attributes/krustlet-node-labels)
     bootstrap=$(metadata instance/attributes/krustlet-bootstrap-kubeconfig)
     key=$(metadata instance/attributes/krustlet-verification-key)
-    labels=$(metadata instance/attributes/krustlet-node-labels)
     max_pods=$(metadata instance/attributes/krustlet-max-pods)
     name=$(metadata instance/name)
     hostname=$(metadata instance/hostname)
@@ -207,10 +212,68 @@ WantedBy=multi-user.target
 EOF
 }
 
+# Puts a file in the place of another one, which may be running.
+put() {
+    cat >"$1.new"
+    chmod "$2" "$1.new"
+    mv -f "$1.new" "$1"
+}
+
+# What is changed in the metadata of a running VM reaches the agent without a reboot.
+write_watch() {
+    mkdir -p "$PREFIX/sbin"
+    put "$WATCH" 755 <<'EOF'
+#!/bin/sh
+# Runs the VM's startup script when it starts and whenever the VM's metadata change.
+attributes=http://$GCE_METADATA_HOST/computeMetadata/v1/instance/attributes/
+
+ask() {
+    curl --fail --silent --show-error --connect-timeout 5 --header 'Metadata-Flavor: Google' "$@"
+}
+
+# A failure is tried again after a while; this program anew, because the script may have put another in its place.
+again() {
+    sleep "$1"
+    exec "$0"
+}
+
+# The name of what the attributes are; with `wait_for_change` not before they are something else.
+etag() {
+    ask --output /dev/null --dump-header - "$attributes?recursive=true$1" | tr -d '\r' | sed -n 's/^[Ee][Tt][Aa][Gg]: *//p'
+}
+
+seen=$(etag '')
+[ -n "$seen" ] || again 5
+script=$(mktemp) || again 5
+ask --output "$script" "${attributes}startup-script" && sh "$script"
+status=$?
+rm -f "$script"
+[ "$status" = 0 ] || again 10
+while [ "$(etag "&wait_for_change=true&timeout_sec=300&last_etag=$seen")" = "$seen" ]; do :; done
+again 0
+EOF
+    put "$WATCH_UNIT" 644 <<EOF
+[Unit]
+Description=Krustlet's configuration, from the VM's metadata
+Wants=network-online.target
+After=network-online.target
+StartLimitIntervalSec=0
+
+[Service]
+Environment=GCE_METADATA_HOST=${GCE_METADATA_HOST:-metadata.google.internal}
+Environment=PREFIX=$PREFIX SYSCONFDIR=$SYSCONFDIR SYSTEMD_UNIT_PATH=$SYSTEMD_UNIT_PATH
+ExecStart=$WATCH
+Restart=always
+RestartSec=5
+UMask=0022
+EOF
+}
+
 before=$(fingerprint)
 install_agent
 write_configuration
 write_unit
+write_watch
 systemctl daemon-reload
 systemctl enable krustlet
 # At a second boot it runs already, with what was written at the first. Started anew for nothing, it would start its pods
@@ -220,4 +283,6 @@ if [ "$(fingerprint)" = "$before" ]; then
 else
     systemctl restart krustlet
 fi
+# Not enabled: it would run this script at boot too, beside the one that boots.
+systemctl start krustlet-metadata
 say "started"

@@ -8,6 +8,7 @@ import pulumi
 import pulumi_command as command
 import pulumi_kubernetes as kubernetes
 
+from components.artifact import WasmArtifact
 from components.config import AppConfig
 from components.node import KrustletNode
 
@@ -22,10 +23,10 @@ curl --fail --silent --show-error --max-time 10 "$URL/primorial/30" | grep 64696
 
 @dataclass(frozen=True)
 class WasmPodArgs:
-    """`image` is REPOSITORY@DIGEST."""
+    """What runs, where."""
 
     app: AppConfig
-    image: pulumi.Input[str]
+    artifact: WasmArtifact
     node: KrustletNode
 
 
@@ -39,7 +40,7 @@ class WasmPod(pulumi.ComponentResource):
 
     def __init__(self, name: str, args: WasmPodArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("awesome-wasm:workload:WasmPod", name, None, opts)
-        child = pulumi.ResourceOptions(parent=self)
+        lifetime = args.node.cluster.lifetime
         namespace = kubernetes.core.v1.Namespace(
             f"{name}-namespace",
             metadata={
@@ -47,7 +48,7 @@ class WasmPod(pulumi.ComponentResource):
                 # A component needs none of what the strictest of Kubernetes' standards forbids.
                 "labels": {"pod-security.kubernetes.io/enforce": "restricted"},
             },
-            opts=child,
+            opts=pulumi.ResourceOptions(parent=self, deleted_with=lifetime),
         )
         pod = kubernetes.core.v1.Pod(
             f"{name}-pod",
@@ -56,11 +57,12 @@ class WasmPod(pulumi.ComponentResource):
                 "namespace": namespace.metadata.name,
                 "labels": {"app.kubernetes.io/name": args.app.name},
             },
-            spec=_spec(args.app, args.image),
+            spec=_spec(args.app, args.artifact.image),
             opts=pulumi.ResourceOptions(
                 parent=self,
-                depends_on=[args.node.registration],
+                depends_on=[args.node.registration, args.artifact.signed],
                 delete_before_replace=True,
+                deleted_with=lifetime,
                 # A pod ends with its node; the next VM of that name gets a new one.
                 replace_with=[args.node.registration],
             ),
@@ -70,7 +72,14 @@ class WasmPod(pulumi.ComponentResource):
             f"{name}-smoke-test",
             create=SMOKE_TEST,
             environment={"URL": url},
-            triggers=[args.image, url, pod.metadata.uid],
+            # Whatever may have ended the pod or moved it: up is up when the app answers again.
+            triggers=[
+                args.artifact.image,
+                url,
+                pod.metadata.uid,
+                args.node.registration.uid,
+                args.node.registration.configuration,
+            ],
             opts=pulumi.ResourceOptions(parent=self, depends_on=[pod], delete_before_replace=True),
         )
         self.namespace = namespace.metadata.name
@@ -79,16 +88,28 @@ class WasmPod(pulumi.ComponentResource):
         self.register_outputs({"namespace": self.namespace, "pod": self.pod, "url": self.url})
 
 
+# On a node for WebAssembly, with nothing that the strictest of Kubernetes' standards forbids.
+PLACEMENT: kubernetes.core.v1.PodSpecArgsDict = {
+    "automount_service_account_token": False,
+    "node_selector": {"kubernetes.io/arch": ARCHITECTURE},
+    "tolerations": [
+        {"key": "kubernetes.io/arch", "operator": "Equal", "value": ARCHITECTURE, "effect": effect}
+        for effect in ("NoSchedule", "NoExecute")
+    ],
+    "security_context": {"run_as_non_root": True, "seccomp_profile": {"type": "RuntimeDefault"}},
+    "containers": [],
+}
+CONFINED: kubernetes.core.v1.SecurityContextArgsDict = {
+    "allow_privilege_escalation": False,
+    "read_only_root_filesystem": True,
+    "capabilities": {"drop": ["ALL"]},
+}
+
+
 def _spec(app: AppConfig, image: pulumi.Input[str]) -> kubernetes.core.v1.PodSpecArgsDict:
     health: kubernetes.core.v1.ProbeArgsDict = {"http_get": {"path": "/healthz", "port": app.port}}
     return {
-        "automount_service_account_token": False,
-        "node_selector": {"kubernetes.io/arch": ARCHITECTURE},
-        "tolerations": [
-            {"key": "kubernetes.io/arch", "operator": "Equal", "value": ARCHITECTURE, "effect": effect}
-            for effect in ("NoSchedule", "NoExecute")
-        ],
-        "security_context": {"run_as_non_root": True, "seccomp_profile": {"type": "RuntimeDefault"}},
+        **PLACEMENT,
         "containers": [
             {
                 "name": app.name,
@@ -100,11 +121,7 @@ def _spec(app: AppConfig, image: pulumi.Input[str]) -> kubernetes.core.v1.PodSpe
                 },
                 "readiness_probe": {**health, "period_seconds": 5},
                 "liveness_probe": {**health, "period_seconds": 10, "failure_threshold": 3},
-                "security_context": {
-                    "allow_privilege_escalation": False,
-                    "read_only_root_filesystem": True,
-                    "capabilities": {"drop": ["ALL"]},
-                },
+                "security_context": CONFINED,
             }
         ],
     }

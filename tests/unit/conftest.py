@@ -29,6 +29,8 @@ class Registered:
     delete_before_replace: bool = False
     replace_with: list[str] = field(default_factory=list)
     replacement_trigger: list[Any] = field(default_factory=list)
+    aliases: list[str] = field(default_factory=list)
+    deleted_with: str = ""
 
     def is_secret(self, key: str) -> bool:
         """Say whether an input was sent as a secret."""
@@ -49,6 +51,7 @@ class Cloud(mocks.Mocks):
                 "registryUri": "europe-west1-docker.pkg.dev/p/" + str(args.inputs.get("repositoryId"))
             },
             "gcp:compute/address:Address": {"address": "203.0.113.7"},
+            "gcp:compute/disk:Disk": {"selfLink": "https://example.test/disks/krustlet-1-disk"},
             "gcp:compute/instance:Instance": {
                 "instanceId": "4242",
                 "creationTimestamp": "2026-01-01T00:00:00.000-00:00",
@@ -106,6 +109,8 @@ class Monitor(mocks.MockMonitor):
             request.deleteBeforeReplace,
             [urn.rsplit("::", 1)[-1] for urn in request.replace_with],
             rpc.deserialize_property(request.replacement_trigger.list_value),
+            [alias.spec.name for alias in request.aliases],
+            request.deletedWith.rsplit("::", 1)[-1],
         )
         return super().RegisterResource(request)  # type: ignore[no-untyped-call]
 

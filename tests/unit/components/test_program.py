@@ -10,6 +10,7 @@ from typing import Any
 import pulumi
 import pytest
 
+from components import node
 from tests.unit.conftest import REPOSITORY, Monitor, Run
 
 KEYS = {"private_key", "token", "kubeconfig", "given", "password"}
@@ -46,7 +47,7 @@ def test_every_component_is_a_child_of_the_stack_and_every_resource_of_a_compone
         "registry": "awesome-wasm:registry:ContainerRegistry",
         "cluster": "awesome-wasm:cluster:KubernetesCluster",
         "node": "awesome-wasm:node:KrustletNode",
-        "primorial": "awesome-wasm:artifact:WasmArtifact",
+        "app": "awesome-wasm:artifact:WasmArtifact",
         "agent": "awesome-wasm:artifact:AgentArtifact",
         "workload": "awesome-wasm:workload:WasmPod",
     }
@@ -68,16 +69,17 @@ def test_the_names_of_the_resources_are_these(program: Monitor) -> None:
     assert names == {
         "registry-repository",
         "registry-node-reader",
-        "primorial-build",
-        "primorial-key",
-        "primorial-push",
-        "primorial-signature",
-        "primorial-signature-push",
+        "app-build",
+        "app-key",
+        "app-push",
+        "app-signature",
+        "app-signature-push",
         "agent-build",
         "agent-push",
         "cluster-network",
         "cluster-subnetwork",
         "cluster-cluster",
+        "cluster-pool",
         "cluster-provider",
         "node-account",
         "node-app-firewall",
@@ -85,6 +87,7 @@ def test_the_names_of_the_resources_are_these(program: Monitor) -> None:
         "node-address",
         "node-token",
         "node-bootstrap",
+        "node-disk",
         "node-vm",
         "node-registration",
         "workload-namespace",
@@ -93,7 +96,7 @@ def test_the_names_of_the_resources_are_these(program: Monitor) -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["primorial-signature", "node-token", "node-registration"])
+@pytest.mark.parametrize("name", ["app-signature", "node-token", "node-registration"])
 def test_every_key_token_and_kubeconfig_among_the_inputs_is_a_secret(program: Monitor, name: str) -> None:
     resource = program.registered[name]
     held = KEYS & resource.inputs.keys()
@@ -103,7 +106,7 @@ def test_every_key_token_and_kubeconfig_among_the_inputs_is_a_secret(program: Mo
 
 
 def test_generated_keys_and_tokens_are_secret_outputs(program: Monitor) -> None:
-    assert "private_key" in program.registered["primorial-key"].secret_outputs
+    assert "private_key" in program.registered["app-key"].secret_outputs
     assert "token" in program.registered["node-token"].secret_outputs
 
 
@@ -131,11 +134,15 @@ def test_the_pod_waits_for_the_node_and_ends_with_it(program: Monitor) -> None:
     assert program.registered["node-registration"].replace_with == ["node-vm"]
 
 
+def test_an_agent_gets_another_key_when_what_is_signed_with_it_is_there(program: Monitor) -> None:
+    assert "app-signature-push" in program.registered["node-vm"].dependencies
+
+
 def test_the_pod_names_its_image_by_digest_and_waits_for_the_signature(program: Monitor) -> None:
     pod = program.registered["workload-pod"]
     image = pod.plain("spec")["containers"][0]["image"]
     assert image == "europe-west1-docker.pkg.dev/p/awesome-wasm/primorial@sha256:" + "12" * 32
-    assert "primorial-signature-push" in pod.dependencies
+    assert "app-signature-push" in pod.dependencies
 
 
 def test_the_vm_starts_after_it_may_pull_and_ask_for_certificates(program: Monitor) -> None:
@@ -143,26 +150,115 @@ def test_the_vm_starts_after_it_may_pull_and_ask_for_certificates(program: Monit
     assert {"registry-node-reader", "node-bootstrap", "agent-push", "node-token"} <= set(needs)
 
 
+# What a VM and its disk are made of; another one of these is another VM.
+LASTING = ("name", "zone", "project", "bootDisk", "networkInterfaces", "serviceAccount", "image")
+
+
+def lasting(program: Monitor) -> list[Any]:
+    """Give what decides whether VM and disk are replaced."""
+    found = []
+    for name in ("node-vm", "node-disk"):
+        resource = program.registered[name]
+        found.append(resource.replacement_trigger)
+        found += [resource.plain(key) for key in LASTING if key in resource.inputs]
+    return found
+
+
+def told(program: Monitor) -> str:
+    """Give the configuration that is waited for, as the VM is told it and its Node has to show it."""
+    labels: str = program.registered["node-vm"].plain("metadata")["krustlet-node-labels"]
+    configuration: str = program.registered["node-registration"].plain("configuration")
+    assert labels == f"krustlet.dev/runtime=wasmtime,krustlet.dev/configuration={configuration}"
+    return configuration
+
+
 @pytest.mark.parametrize(
-    ("key", "value", "is_another"),
+    ("key", "value", "reaches_the_agent"),
     [
         ("maxPods", "7", True),
         ("appPort", "80", True),
+        ("machineType", "e2-medium", True),
         ("appPort", "8081", False),
+        ("appName", "another", False),
+        ("registryName", "another", False),
+        ("diskSizeGb", "20", False),
+        ("clusterNodes", "2", False),
         ("sourceRanges", '["10.0.0.0/8"]', False),
     ],
 )
-def test_a_vm_is_made_anew_for_what_its_agent_reads_at_boot_and_for_nothing_else(
-    program: Monitor, program_with: Program, key: str, value: str, is_another: bool
+def test_a_vm_stays_and_takes_over_what_its_agent_is_told(
+    program: Monitor, program_with: Program, key: str, value: str, reaches_the_agent: bool
 ) -> None:
-    trigger = program.registered["node-vm"].replacement_trigger
-    changed = program_with(**{key: value}).registered["node-vm"].replacement_trigger
-    assert (changed != trigger) is is_another
+    changed = program_with(**{key: value})
+    assert lasting(changed) == lasting(program)
+    assert (told(changed) != told(program)) is reaches_the_agent
 
 
-def test_a_vm_is_made_anew_for_another_agent_and_for_another_key(program: Monitor) -> None:
-    image = "europe-west1-docker.pkg.dev/p/awesome-wasm/krustlet@sha256:" + "12" * 32
-    assert program.registered["node-vm"].replacement_trigger[:2] == [image, "PUBLIC"]
+@pytest.mark.parametrize(("key", "value"), [("nodeName", "another"), ("bootImage", "debian-cloud/debian-13")])
+def test_another_name_and_another_system_are_another_vm(
+    program: Monitor, program_with: Program, key: str, value: str
+) -> None:
+    assert lasting(program_with(**{key: value})) != lasting(program)
+
+
+def test_a_vm_and_its_disk_are_made_anew_with_another_cluster(program: Monitor) -> None:
+    for name in ("node-vm", "node-disk"):
+        assert program.registered[name].replacement_trigger == ["Q0E="]
+
+
+def test_the_agent_s_configuration_is_told_by_its_sum_and_not_by_where_it_lies() -> None:
+    one = node.configuration("sum", "key", "e2-small", 5, 8080)
+    assert one == node.configuration("sum", "key", "e2-small", 5, 8081)
+    others = [
+        node.configuration("another", "key", "e2-small", 5, 8080),
+        node.configuration("sum", "another", "e2-small", 5, 8080),
+        node.configuration("sum", "key", "e2-medium", 5, 8080),
+        node.configuration("sum", "key", "e2-small", 6, 8080),
+        node.configuration("sum", "key", "e2-small", 5, 80),
+    ]
+    assert len({one, *others}) == 6
+
+
+def test_nothing_is_named_after_the_app_but_its_image_and_its_pod(
+    program: Monitor, program_with: Program
+) -> None:
+    changed = program_with(appName="another")
+    before, after = (
+        {name: item.inputs for name, item in found.registered.items() if item.type != "pulumi:pulumi:Stack"}
+        for found in (program, changed)
+    )
+    assert after.keys() == before.keys()
+    differ = {name for name, inputs in before.items() if inputs != after[name]}
+    assert differ == {
+        "app-push",
+        "app-signature",
+        "app-signature-push",
+        "workload-pod",
+        "workload-smoke-test",
+    }
+
+
+@pytest.mark.parametrize("name", ["primorial", "agent", "app", "cluster"])
+def test_the_artifact_of_an_earlier_version_is_taken_over(program_with: Program, name: str) -> None:
+    artifact = program_with(appName=name).registered["app"]
+    assert artifact.type == "awesome-wasm:artifact:WasmArtifact"
+    assert artifact.aliases == [name]
+
+
+def test_what_is_in_the_cluster_ends_with_it(program: Monitor) -> None:
+    ends = {name for name, item in program.registered.items() if item.deleted_with == "cluster-cluster"}
+    in_it = {name for name, item in program.registered.items() if item.type.startswith("kubernetes:")}
+    assert ends == in_it | {"cluster-pool", "node-token", "node-registration"}
+
+
+def test_the_linux_nodes_are_a_pool_of_their_own(program: Monitor, program_with: Program) -> None:
+    cluster, pool = program.registered["cluster-cluster"], program.registered["cluster-pool"]
+    assert cluster.plain("removeDefaultNodePool") is True
+    assert pool.plain("nodeCount") == 1
+    changed = program_with(clusterNodes="3", clusterMachineType="e2-standard-2")
+    assert changed.registered["cluster-cluster"].inputs == cluster.inputs
+    assert changed.registered["cluster-pool"].plain("nodeCount") == 3
+    assert changed.registered["cluster-pool"].plain("nodeConfig") == {"machineType": "e2-standard-2"}
 
 
 def test_the_longest_name_of_a_node_leaves_room_for_the_names_made_of_it(program_with: Program) -> None:
@@ -185,6 +281,8 @@ def test_the_smoke_test_is_last_and_runs_again_for_another_digest_or_url(program
         "europe-west1-docker.pkg.dev/p/awesome-wasm/primorial@sha256:" + "12" * 32,
         "http://203.0.113.7:8080",
         "pod-uid",
+        "node-uid",
+        program.registered["node-registration"].plain("configuration"),
     ]
     assert list(program.registered)[-1] == "workload-smoke-test"
 
@@ -193,4 +291,4 @@ def test_the_components_register_what_they_offer(program: Monitor) -> None:
     assert program.outputs["workload"]["url"] == "http://203.0.113.7:8080"
     assert program.outputs["node"] == {"name": "krustlet-1", "address": "203.0.113.7"}
     assert program.outputs["registry"] == {"url": "europe-west1-docker.pkg.dev/p/awesome-wasm"}
-    assert set(program.outputs["primorial"]) == {"image", "public_key", "size"}
+    assert set(program.outputs["app"]) == {"image", "public_key", "size"}

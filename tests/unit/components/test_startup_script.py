@@ -112,7 +112,12 @@ def test_a_boot_installs_the_agent_configures_it_and_starts_it(vm: Vm) -> None:
     assert configuration["KRUSTLET_EXTERNAL_IP"] == "203.0.113.7"
     assert (configuration["MAX_PODS"], configuration["NODE_LABELS"]) == ("7", "a=b")
     assert (vm.root / "etc/krustlet/verification.pem").read_text() == "PUBLIC\n"
-    assert vm.systemctl() == ["daemon-reload", "enable krustlet", "restart krustlet"]
+    assert vm.systemctl() == [
+        "daemon-reload",
+        "enable krustlet",
+        "restart krustlet",
+        "start krustlet-metadata",
+    ]
 
 
 def test_a_second_boot_takes_the_agent_that_is_there_and_what_is_new_in_the_metadata(vm: Vm) -> None:
@@ -122,13 +127,13 @@ def test_a_second_boot_takes_the_agent_that_is_there_and_what_is_new_in_the_meta
     boot = vm.boot()
     assert boot.returncode == 0, boot.stderr
     assert vm.configuration()["MAX_PODS"] == "8"
-    assert vm.systemctl()[-1] == "restart krustlet"
+    assert vm.systemctl()[-2] == "restart krustlet"
 
 
 def test_a_second_boot_with_nothing_new_leaves_an_agent_alone_that_runs(vm: Vm) -> None:
     assert vm.boot().returncode == 0
     assert vm.boot().returncode == 0
-    assert vm.systemctl()[-1] == "start krustlet"
+    assert vm.systemctl()[-2] == "start krustlet"
 
 
 @pytest.mark.parametrize(
