@@ -67,7 +67,8 @@ def up() -> None:
         step("pulumi up", lambda log: pulumi.up(log, env))
         outputs = pulumi.outputs(env)
         pulumi.write_kubeconfig(outputs, environment.KUBECONFIG)
-    verified = program("verify", [])
+    # What was killed a moment ago is on its way back.
+    verified = program("verify", ["--wait", "60"])
     if verified != 0:
         raise StepError("the stack is up, but scripts/verify found a fault; see the table above")
     url = outputs["url"]

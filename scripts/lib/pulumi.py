@@ -1,5 +1,7 @@
 """Drives the pulumi CLI for the stack `local`."""
 
+import http
+import http.client
 import json
 import os
 import re
@@ -9,11 +11,13 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from scripts.lib import paths
 from scripts.lib.steps import Log, StepError
 
 STACK = "local"
+CLUSTER = "gcp:container/cluster:Cluster"
 SETTINGS = paths.REPOSITORY / f"Pulumi.{STACK}.yaml"
 
 
@@ -66,14 +70,37 @@ def _settle(log: Log, env: Mapping[str, str]) -> None:
     log.run(["python", "-m", "scripts.lib.interrupted", STACK], env=env)
 
 
+def _has_lost_its_cluster(env: Mapping[str, str]) -> bool:
+    """Whether the state has a cluster that Google says is not there: nobody can be asked what was in it."""
+    command = ["pulumi", "stack", "export", "--stack", STACK]
+    exported = subprocess.run(command, cwd=paths.REPOSITORY, env=dict(env), capture_output=True, check=False)
+    resources = json.loads(exported.stdout or "{}").get("deployment", {}).get("resources") or []
+    endpoint = urlsplit(env["GOOGLE_CONTAINER_CUSTOM_ENDPOINT"])
+    headers = {"Authorization": f"Bearer {env['GOOGLE_OAUTH_ACCESS_TOKEN']}"}
+    for resource in resources:
+        if resource["type"] != CLUSTER:
+            continue
+        google = http.client.HTTPConnection(endpoint.netloc, timeout=30)
+        try:
+            google.request("GET", f"{endpoint.path}{resource['id']}", headers=headers)
+            return google.getresponse().status == http.HTTPStatus.NOT_FOUND
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            google.close()
+    return False
+
+
 def up(log: Log, env: Mapping[str, str]) -> None:
-    """Creates or updates the stack."""
+    """Creates or updates the stack; what is gone from it is seen by a refresh, and made again."""
     _keep_salt_out_of_git()
     _drop_salt()
     try:
         _select(log, env)
         _settle(log, env)
-        log.run(["pulumi", "up", "--yes", "--stack", STACK, "--color", "never"], env=env)
+        if _has_lost_its_cluster(env):
+            env = {**env, "PULUMI_K8S_DELETE_UNREACHABLE": "true"}
+        log.run(["pulumi", "up", "--refresh", "--yes", "--stack", STACK, "--color", "never"], env=env)
     finally:
         _drop_salt()
 

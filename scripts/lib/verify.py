@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT = 15
+POLL_SECONDS = 1.0
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 SIGNATURE_ANNOTATION = "dev.cosignproject.cosign/signature"
 OUTPUTS = ("url", "image", "public_key", "kubeconfig", "node", "namespace", "pod", "wasm_bytes")
@@ -352,6 +353,16 @@ def run(checks: dict[str, Callable[[], str]]) -> list[Check]:
     return results
 
 
+def run_until_right(outputs: dict[str, Any], seconds: float) -> list[Check]:
+    """Make the checks until they all pass or the time is over; give the last results."""
+    end = time.monotonic() + seconds
+    while True:
+        results = run(Stack(outputs).checks())
+        if all(result.passed for result in results) or time.monotonic() >= end:
+            return results
+        time.sleep(POLL_SECONDS)
+
+
 def table(results: list[Check]) -> str:
     """Lay the results out for people."""
     width = max(len(result.name) for result in results)
@@ -370,9 +381,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="./scripts/verify", description=main.__doc__)
     parser.add_argument("--stack", help="the stack to check; default: the selected one")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="how long to check again while something is not right; default: once",
+    )
     arguments = parser.parse_args()
     try:
-        results = run(Stack(stack_outputs(arguments.stack)).checks())
+        results = run_until_right(stack_outputs(arguments.stack), arguments.wait)
     except VerifyError as error:
         results = [Check("stack outputs", False, str(error), 0.0)]
     passed = all(result.passed for result in results)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -46,3 +50,37 @@ def test_a_stack_is_known_by_its_state(stacks: Path) -> None:
     assert not pulumi.is_known()
     (stacks / "stacks/awesome-wasm/local.json").write_text("{}")
     assert pulumi.is_known()
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "is_lost"),
+    [
+        (404, pulumi.CLUSTER, True),
+        (200, pulumi.CLUSTER, False),
+        (503, pulumi.CLUSTER, False),
+        (403, pulumi.CLUSTER, False),
+        (404, "gcp:compute/network:Network", False),
+    ],
+)
+def test_a_cluster_is_given_up_when_google_says_that_it_is_not_there_and_else_never(
+    monkeypatch: pytest.MonkeyPatch, status: int, kind: str, is_lost: bool
+) -> None:
+    class Google(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            """Answer."""
+            self.send_response(status if self.path == "/v1/projects/p/clusters/c" else 500)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
+            """Say nothing."""
+
+    state = {"deployment": {"resources": [{"type": kind, "id": "projects/p/clusters/c"}]}}
+    answer = subprocess.CompletedProcess([], 0, json.dumps(state))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
+    with HTTPServer(("127.0.0.1", 0), Google) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}/v1/"
+        env = {"GOOGLE_CONTAINER_CUSTOM_ENDPOINT": endpoint, "GOOGLE_OAUTH_ACCESS_TOKEN": "t"}
+        assert pulumi._has_lost_its_cluster(env) is is_lost
+        server.shutdown()
+    assert pulumi._has_lost_its_cluster(env) is False, "nobody answers"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
@@ -42,6 +43,22 @@ def test_a_check_that_fails_keeps_no_other_from_being_made(fault: Exception) -> 
     assert (first.passed, second.passed, second.detail) == (False, True, "fine")
     assert first.detail
     assert "FAIL  first " in verify.table([first, second])
+
+
+@pytest.mark.parametrize(("seconds", "passed"), [(0, False), (30, True)])
+def test_what_is_on_its_way_back_may_be_waited_for(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, passed: bool
+) -> None:
+    answers = iter([False, False, True])
+
+    def check() -> str:
+        verify.expect(next(answers), "not yet")
+        return "fine"
+
+    monkeypatch.setattr(verify, "Stack", lambda _: SimpleNamespace(checks=lambda: {"it": check}))
+    monkeypatch.setattr(verify, "POLL_SECONDS", 0)
+    (result,) = verify.run_until_right({}, seconds)
+    assert result.passed is passed
 
 
 def test_a_stack_that_is_not_up_is_said_to_be_so(
