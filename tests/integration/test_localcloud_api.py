@@ -520,6 +520,8 @@ def test_gcloud_manages_repositories_and_service_accounts(gcloud: Gcloud) -> Non
     )
     assert policy["bindings"][0]["members"] == [f"serviceAccount:{email}"]
     assert "g-repo" in str(gcloud("artifacts", "repositories", "list", location))
+    assert gcloud("artifacts", "packages", "list", "--repository=g-repo", location) == []
+    assert [item["projectId"] for item in gcloud("projects", "list")] == [PROJECT]
     gcloud("artifacts", "repositories", "delete", "g-repo", location)
     gcloud("iam", "service-accounts", "delete", email)
     assert "NOT_FOUND" in gcloud("iam", "service-accounts", "describe", email, fails=True)
@@ -533,5 +535,7 @@ def test_gcloud_manages_clusters(gcloud: Gcloud) -> None:
     gcloud("container", "clusters", "update", "g-c", location, "--update-labels=a=b")
     body = gcloud("container", "clusters", "describe", "g-c", location)
     assert body["resourceLabels"] == {"a": "b"}
+    gcloud("container", "clusters", "resize", "g-c", location, "--num-nodes=2")
+    assert gcloud("container", "clusters", "describe", "g-c", location)["currentNodeCount"] == 2
     gcloud("container", "clusters", "delete", "g-c", location)
     assert "Not found" in gcloud("container", "clusters", "describe", "g-c", location, fails=True)
