@@ -112,7 +112,10 @@ def resources(stack: Stack) -> dict[str, Any]:
     return {r["urn"].rsplit("::", 1)[-1]: r for r in state["deployment"].get("resources") or []}
 
 
-def test_options_and_commands_do_what_they_do_with_the_official_plugins(stack: Stack) -> None:
+# One stack, which each test takes as the one before it leaves it: an up takes longer than what is looked at.
+
+
+def test_plans_targets_replacements_and_drift_are_what_pulumi_says_of_them(stack: Stack) -> None:
     assert stack.up() == {"create": NUMBER}
     first = resources(stack)
     assert "4dabf18193072939515e22adb298388d" in first["hidden"]["outputs"]["registryUri"]
@@ -151,7 +154,9 @@ def test_options_and_commands_do_what_they_do_with_the_official_plugins(stack: S
     assert resources(stack)["hidden"]["inputs"]["description"] == "drift"
     assert stack.up()["update"] == 1
 
-    # Forgotten by the state and imported, each by a short id, nothing has to change.
+
+def test_what_the_state_forgot_is_imported_by_short_ids_and_nothing_is_made_anew(stack: Stack) -> None:
+    first = resources(stack)
     state = json.loads(stack.run("stack", "export"))
     forgotten = ("disk", "hidden", "ignored")
     state["deployment"]["resources"] = [
@@ -173,7 +178,8 @@ def test_options_and_commands_do_what_they_do_with_the_official_plugins(stack: S
     }
     assert not {"replace", "create", "delete"} & set(stack.up())
 
-    # What is protected stays until it is not, and what is retained stays for good.
+
+def test_what_is_protected_stays_until_it_is_not_and_what_is_retained_for_good(stack: Stack) -> None:
     assert "protected" in stack.run("destroy", "--yes", "--skip-preview", fails=True)
     stack.set(protect="no")
     stack.up()
