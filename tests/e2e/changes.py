@@ -1,0 +1,167 @@
+"""What a change of each configuration key does to a running stack; docs/changes.md is made of it.
+
+`python -m tests.e2e.changes` writes the document.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "changes.md"
+
+NONE = "none"
+POD = "the time that the port takes from the old pod to the new one"
+AGENT = "the agent's restart"
+BOOT = "the VM's boot"
+VM = "a new VM's boot"
+ALL = "until the new one is up"
+
+
+@dataclass(frozen=True)
+class Change:
+    """Another value of a key: what is planned for which resource (by its name), and how long the app is away.
+
+    `note` says what a plan cannot. `also` are keys that have to change with it.
+    """
+
+    key: str
+    value: str
+    plan: dict[str, str]
+    downtime: str = NONE
+    note: str = ""
+    also: tuple[tuple[str, str], ...] = ()
+
+
+def update(*names: str) -> dict[str, str]:
+    """Plan updates in place."""
+    return dict.fromkeys(names, "update")
+
+
+def replace(*names: str) -> dict[str, str]:
+    """Plan replacements."""
+    return dict.fromkeys(names, "replace")
+
+
+SMOKE = replace("workload-smoke-test")
+RESTARTED = replace("workload-pod") | SMOKE
+RECONFIGURED = update("node-vm", "node-registration") | SMOKE
+IMAGE = replace("app-push", "app-signature", "app-signature-push")
+REGISTRY = replace("registry-repository", "registry-node-reader", "agent-push") | IMAGE | RESTARTED
+REGISTRY |= update("node-vm")
+JOINED = replace("node-vm", "node-registration") | RESTARTED
+# What is on a cluster, and the VM that is in its network.
+CLUSTER = (
+    replace("cluster-cluster", "cluster-pool", "cluster-provider", "node-token", "node-bootstrap")
+    | replace("node-disk", "workload-namespace")
+    | JOINED
+)
+
+CHANGES = (
+    Change("appCrate", "wasm_app", {}, note="another crate is another image"),
+    Change("appName", "another", IMAGE | RESTARTED, POD),
+    Change(
+        "appPort", "8081", update("node-app-firewall", "node-vm") | RESTARTED, POD, note="the URL is another"
+    ),
+    Change(
+        "appPort",
+        "80",
+        update("node-app-firewall", "node-vm", "node-registration") | RESTARTED,
+        AGENT,
+        note="below 1024 the agent gets the capability for it",
+    ),
+    Change("namespace", "another", replace("workload-namespace") | RESTARTED, POD),
+    Change("memoryLimit", "32Mi", RESTARTED, POD),
+    Change("cpuLimit", "250m", RESTARTED, POD),
+    Change("sourceRanges", '["127.0.0.0/8"]', update("node-app-firewall")),
+    Change("agentCrate", "krustlet", {}, note="another agent is an update of the VM, as maxPods"),
+    Change("agentTarget", "HOST", {}, note="this machine's own, said by name"),
+    Change(
+        "nodeName",
+        "krustlet-2",
+        replace("node-account", "registry-node-reader", "node-app-firewall", "node-agent-firewall")
+        | replace("node-address", "node-disk", "node-token")
+        | JOINED,
+        VM,
+        note="the URL is another",
+    ),
+    Change("machineType", "e2-medium", RECONFIGURED, BOOT),
+    Change("bootImage", "debian-cloud/debian-11", replace("node-disk") | JOINED, VM),
+    Change("diskSizeGb", "20", update("node-disk"), note="the system takes the room at its next boot"),
+    Change("maxPods", "50", RECONFIGURED, AGENT),
+    Change(
+        "clusterName",
+        "another",
+        replace("cluster-network", "cluster-subnetwork", "node-app-firewall", "node-agent-firewall")
+        | CLUSTER,
+        ALL,
+    ),
+    Change("releaseChannel", "RAPID", update("cluster-cluster")),
+    Change("clusterMachineType", "e2-standard-2", update("cluster-pool")),
+    Change("clusterNodes", "2", update("cluster-pool")),
+    Change("deletionProtection", "true", update("cluster-cluster"), note="the next destroy is refused"),
+    Change(
+        "networkCidr",
+        "10.40.0.0/20",
+        replace("cluster-subnetwork") | CLUSTER | update("node-agent-firewall"),
+        ALL,
+    ),
+    Change(
+        "podCidr",
+        "10.50.0.0/16",
+        replace("cluster-subnetwork") | CLUSTER | update("node-agent-firewall"),
+        ALL,
+        note="Google changes no range that a cluster uses",
+    ),
+    Change("serviceCidr", "10.60.0.0/20", replace("cluster-subnetwork") | CLUSTER, ALL, note="as podCidr"),
+    Change("registryName", "another", REGISTRY, POD, note="the VM stays, and the agent as well"),
+    Change("registryLocation", "us-east1", REGISTRY, POD, note="as registryName"),
+    Change(
+        "signingKey",
+        "KEY",
+        replace("app-key", "app-signature") | update("app-signature-push") | RECONFIGURED,
+        AGENT,
+    ),
+    Change("signingKeyPassword", "unused", {}),
+    Change("gcp:zone", "europe-west1-c", CLUSTER, ALL),
+    Change(
+        "gcp:region",
+        "us-east1",
+        replace("cluster-subnetwork", "node-address") | CLUSTER,
+        ALL,
+        note="the URL is another",
+        also=(("gcp:zone", "us-east1-b"),),
+    ),
+    Change(
+        "gcp:project",
+        "another-project",
+        replace("everything but the builds and the key"),
+        ALL,
+        note="all of it is made in the other project",
+    ),
+)
+
+
+def rendered() -> str:
+    """Write the document."""
+    lines = [
+        "# What a change of a setting does",
+        "",
+        "Resources have their names in the program; what is not named stays as it is. The table is made of",
+        "tests/e2e/changes.py: `python -m tests.e2e.changes` writes it.",
+        "",
+        "| setting | to | updated in place | made anew | the app is away for |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for change in CHANGES:
+        updated, replaced = (
+            ", ".join(f"`{name}`" for name, op in sorted(change.plan.items()) if op == wanted) or "nothing"
+            for wanted in ("update", "replace")
+        )
+        away = f"{change.downtime}; {change.note}" if change.note else change.downtime
+        lines.append(f"| `{change.key}` | `{change.value}` | {updated} | {replaced} | {away} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(rendered())
