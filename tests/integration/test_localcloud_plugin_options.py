@@ -180,7 +180,9 @@ def test_what_the_state_forgot_is_imported_by_short_ids_and_nothing_is_made_anew
 
 
 def test_what_is_protected_stays_until_it_is_not_and_what_is_retained_for_good(stack: Stack) -> None:
-    assert "protected" in stack.run("destroy", "--yes", "--skip-preview", fails=True)
+    urn = resources(stack)["protected"]["urn"]
+    assert "protected" in stack.run("destroy", "--yes", "--skip-preview", "--target", urn, fails=True)
+    assert "protected" in resources(stack)
     stack.set(protect="no")
     stack.up()
     stack.run("destroy", "--yes", "--skip-preview")
