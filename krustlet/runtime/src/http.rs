@@ -1,4 +1,4 @@
-//! Serves wasi:http/proxy components: one listener a container, a fresh instance a request.
+//! Serves wasi:http/proxy components: a listener for each port of a container, a fresh instance a request.
 //!
 //! A guest that answers in one go is executed by its connection's own task, so that an ordinary request costs no task, no
 //! channel and no timer. One that writes on after its answer has begun gets a task then. When the client goes away, the
@@ -14,6 +14,7 @@ use crate::logs::LogStream;
 use crate::metrics::Metrics;
 use crate::module::{Code, Module};
 use crate::slow_client::{Patience, Traffic, Turn, WriteTimeout};
+use futures::future::join_all;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode, header};
@@ -91,7 +92,7 @@ impl HttpServer {
         metrics: &Metrics,
         module: &Module,
         spec: ContainerSpec,
-        address: SocketAddr,
+        addresses: &[SocketAddr],
         patience: Patience,
     ) -> Result<Self, StartError> {
         let name = spec.name.clone();
@@ -106,19 +107,26 @@ impl HttpServer {
             .keep_alive_interval(patience.head);
         // The listener belongs to the guests' executor, whoever calls.
         let entered = executor.handle().enter();
-        let listener = bind(address).map_err(|error| match error.kind() {
-            io::ErrorKind::AddrInUse => StartError::PortInUse { address },
-            _ => StartError::Create {
-                container: name.clone(),
-                cause: format!("cannot listen on {address}: {error}"),
-                permanent: false,
-            },
-        })?;
+        let listen = |address: &SocketAddr| {
+            bind(*address).and_then(|listener| Ok((listener.local_addr()?, listener))).map_err(|error| {
+                match error.kind() {
+                    io::ErrorKind::AddrInUse => StartError::PortInUse { address: *address },
+                    _ => StartError::Create {
+                        container: name.clone(),
+                        cause: format!("cannot listen on {address}: {error}"),
+                        permanent: false,
+                    },
+                }
+            })
+        };
+        // All of them or none: those that are there go with an error.
+        let listening = addresses.iter().map(listen).collect::<Result<Vec<_>, _>>()?;
         drop(entered);
-        let local_addr = listener.local_addr().map_err(|error| StartError::Create {
+        let (local_addrs, listeners): (Vec<_>, _) = listening.into_iter().unzip();
+        let local_addr = *local_addrs.first().ok_or_else(|| StartError::Create {
             container: name,
-            cause: format!("cannot listen on {address}: {error}"),
-            permanent: false,
+            cause: "it has no address to listen on".into(),
+            permanent: true,
         })?;
         let server = Arc::new(Server {
             executor: executor.clone(),
@@ -135,10 +143,11 @@ impl HttpServer {
             aborted: CancellationToken::new(),
             protocol,
         });
-        executor.handle().spawn(accept(server.clone(), listener));
+        executor.handle().spawn(accept_all(server.clone(), listeners));
         Ok(Self { local_addr, server })
     }
 
+    /// The first of the addresses on which it listens.
     pub fn local_addr(&self) -> SocketAddr {
         self.local_addr
     }
@@ -225,9 +234,18 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-async fn accept(server: Arc<Server>, listener: TcpListener) {
+/// Accepts on all of the listeners, which share the container's connections, until the server is closed and the last
+/// connection has ended.
+async fn accept_all(server: Arc<Server>, listeners: Vec<TcpListener>) {
     let open = TaskTracker::new();
     let connections = Arc::new(Semaphore::new(server.patience.connections));
+    join_all(listeners.into_iter().map(|listener| accept(&server, listener, &open, &connections))).await;
+    open.close();
+    open.wait().await;
+    server.drained.cancel();
+}
+
+async fn accept(server: &Arc<Server>, listener: TcpListener, open: &TaskTracker, connections: &Arc<Semaphore>) {
     let mut failing = false;
     loop {
         let accepted = async {
@@ -257,10 +275,6 @@ async fn accept(server: Arc<Server>, listener: TcpListener) {
             drop(permit);
         });
     }
-    drop(listener);
-    open.close();
-    open.wait().await;
-    server.drained.cancel();
 }
 
 /// One connection's life.

@@ -154,14 +154,14 @@ impl Runtime {
         freed
     }
 
-    /// Serves an `HttpProxy` module on `address`.
+    /// Serves an `HttpProxy` module on all of the addresses.
     pub async fn serve(
         &self,
         module: &Module,
         spec: ContainerSpec,
-        address: SocketAddr,
+        addresses: &[SocketAddr],
     ) -> Result<HttpServer, StartError> {
-        HttpServer::start(&self.0.executor, &self.0.metrics, module, spec, address, Patience::default())
+        HttpServer::start(&self.0.executor, &self.0.metrics, module, spec, addresses, Patience::default())
     }
 
     /// Starts a `Command` or `CoreModule`.

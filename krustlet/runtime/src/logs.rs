@@ -1,12 +1,14 @@
 //! Container log files in the CRI format (`TIMESTAMP stdout|stderr F|P text`), line-buffered and rotated.
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use tokio::io::AsyncWrite;
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
@@ -14,6 +16,8 @@ use wasmtime_wasi::p2::{OutputStream, Pollable, StreamResult};
 
 /// A longer line is written in pieces with the tag `P`, as container runtimes do it.
 const MAX_LINE: usize = 16 * 1024;
+/// The tag of an entry whose line goes on in the next one, or ends without a line break.
+const PARTIAL: char = 'P';
 /// What a guest may write at once.
 const BUDGET: usize = 64 * 1024;
 
@@ -63,6 +67,21 @@ struct Inner {
 struct Current {
     file: File,
     size: u64,
+    /// Who left a line of the stream without its end.
+    unfinished: [Option<Writer>; 2],
+}
+
+/// One instance's stdout or stderr, or the agent itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Writer(u64);
+
+impl Writer {
+    const AGENT: Self = Self(0);
+
+    fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
 }
 
 impl LogFile {
@@ -74,7 +93,7 @@ impl LogFile {
         }
         let file = open(&path)?;
         let size = file.metadata()?.len();
-        Ok(Self(Arc::new(Inner { path, limits, current: Mutex::new(Current { file, size }) })))
+        Ok(Self(Arc::new(Inner { path, limits, current: Mutex::new(Current { file, size, unfinished: [None; 2] }) })))
     }
 
     /// The current file. Rotated ones stand next to it as `PATH.1` (newest) to `PATH.4`.
@@ -86,14 +105,15 @@ impl LogFile {
     pub fn write_line(&self, stream: LogStream, text: &str) {
         let mut text = text.as_bytes().to_vec();
         text.push(b'\n');
-        self.write_lines(stream, &mut text);
+        self.write_lines(stream, Writer::AGENT, &mut text);
     }
 
     /// Takes the whole lines out of `buffer`, leaving the unfinished last one unless it is over-long.
-    fn write_lines(&self, stream: LogStream, buffer: &mut Vec<u8>) {
+    fn write_lines(&self, stream: LogStream, writer: Writer, buffer: &mut Vec<u8>) {
         let mut entries = Vec::new();
         let mut taken = 0;
         let mut timestamp = None;
+        let mut unfinished = false;
         while let Some((line, tag, consumed)) = next_line(buffer.get(taken..).unwrap_or_default()) {
             let timestamp = timestamp.get_or_insert_with(now);
             // Writing to a Vec cannot fail.
@@ -101,19 +121,40 @@ impl LogFile {
             entries.extend_from_slice(line);
             entries.push(b'\n');
             taken += consumed;
+            unfinished = tag == PARTIAL;
         }
         buffer.drain(..taken);
         if !entries.is_empty() {
-            self.append(&entries);
+            self.append(stream, writer, entries, unfinished);
         }
     }
 
-    fn append(&self, entries: &[u8]) {
-        let mut current = lock(&self.0.current);
+    /// Writes the last line of a stream that ended without a line break, and adds none.
+    fn write_rest(&self, stream: LogStream, writer: Writer, rest: &[u8]) {
+        let mut entry = format!("{} {stream} {PARTIAL} ", now()).into_bytes();
+        entry.extend_from_slice(rest);
+        entry.push(b'\n');
+        self.append(stream, writer, entry, true);
+    }
+
+    fn append(&self, stream: LogStream, writer: Writer, mut entries: Vec<u8>, unfinished: bool) {
+        let mut current = self.0.current.lock();
+        let before = current.unfinished.get_mut(stream as usize);
+        if let Some(before) = before {
+            // A line of one is never the rest of another's.
+            if before.is_some_and(|other| other != writer) {
+                entries.splice(..0, format!("{} {stream} F \n", now()).into_bytes());
+            }
+            *before = unfinished.then_some(writer);
+        }
+        let entries = entries.as_slice();
         let length = entries.len() as u64;
         if current.size > 0 && current.size + length > self.0.limits.max_size {
             match self.rotate() {
-                Ok(file) => *current = Current { file, size: 0 },
+                Ok(file) => {
+                    current.file = file;
+                    current.size = 0;
+                }
                 Err(error) => {
                     tracing::warn!(path = %self.0.path.display(), %error, "failed to rotate a container log; emptied it");
                     // Lines are worth less than a disk that is not full.
@@ -155,7 +196,7 @@ impl LogFile {
 
     /// A guest's stream into this log.
     pub(crate) fn guest_stream(&self, stream: LogStream) -> GuestStream {
-        GuestStream(Arc::new(Lines { log: self.clone(), stream, buffer: Mutex::default() }))
+        GuestStream(Arc::new(Lines { log: self.clone(), stream, writer: Writer::new(), buffer: Mutex::default() }))
     }
 }
 
@@ -173,14 +214,9 @@ fn next_line(buffer: &[u8]) -> Option<(&[u8], char, usize)> {
     let window = buffer.get(..=MAX_LINE).unwrap_or(buffer);
     match window.iter().position(|byte| *byte == b'\n') {
         Some(end) => Some((window.get(..end)?, 'F', end + 1)),
-        None if window.len() > MAX_LINE => Some((window.get(..MAX_LINE)?, 'P', MAX_LINE)),
+        None if window.len() > MAX_LINE => Some((window.get(..MAX_LINE)?, PARTIAL, MAX_LINE)),
         None => None,
     }
-}
-
-/// A poisoned lock only means that another thread panicked between two writes.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A guest's stdout or stderr. Each instance has a buffer of its own, so that lines of two are never mixed.
@@ -190,23 +226,23 @@ pub struct GuestStream(Arc<Lines>);
 struct Lines {
     log: LogFile,
     stream: LogStream,
+    writer: Writer,
     buffer: Mutex<Vec<u8>>,
 }
 
 impl Lines {
     fn write(&self, bytes: &[u8]) {
-        let mut buffer = lock(&self.buffer);
+        let mut buffer = self.buffer.lock();
         buffer.extend_from_slice(bytes);
-        self.log.write_lines(self.stream, &mut buffer);
+        self.log.write_lines(self.stream, self.writer, &mut buffer);
     }
 }
 
 impl Drop for Lines {
     fn drop(&mut self) {
-        let mut buffer = std::mem::take(&mut *lock(&self.buffer));
+        let buffer = std::mem::take(&mut *self.buffer.lock());
         if !buffer.is_empty() {
-            buffer.push(b'\n');
-            self.log.write_lines(self.stream, &mut buffer);
+            self.log.write_rest(self.stream, self.writer, &buffer);
         }
     }
 }
@@ -298,7 +334,29 @@ mod tests {
         one.0.write(b"e\n\n");
         drop(two);
         let lines: Vec<_> = content(&log).into_iter().map(|line| line[31..].to_owned()).collect();
-        assert_eq!(lines, ["stdout F two", "stdout F one", "stdout F ", "stdout F rest"]);
+        assert_eq!(lines, ["stdout F two", "stdout F one", "stdout F ", "stdout P rest"]);
+    }
+
+    #[test]
+    fn a_stream_that_ends_without_a_line_break_is_given_none_until_another_writes() {
+        let (_directory, log) = log(LogLimits::default());
+        log.guest_stream(LogStream::Stdout).0.write(b"one\nrest");
+        let lines = || content(&log).into_iter().map(|line| line[31..].to_owned()).collect::<Vec<_>>();
+        assert_eq!(lines(), ["stdout F one", "stdout P rest"]);
+        log.guest_stream(LogStream::Stderr).0.write(b"of another stream\n");
+        log.guest_stream(LogStream::Stdout).0.write(b"two\n");
+        assert_eq!(lines()[2..], ["stderr F of another stream", "stdout F ", "stdout F two"]);
+    }
+
+    #[test]
+    fn pieces_of_an_over_long_line_are_never_joined_with_anothers() {
+        let (_directory, log) = log(LogLimits::default());
+        let (one, two) = (log.guest_stream(LogStream::Stdout), log.guest_stream(LogStream::Stdout));
+        one.0.write(&vec![b'x'; MAX_LINE + 1]);
+        two.0.write(b"two\n");
+        one.0.write(b"\n");
+        let tags: Vec<_> = content(&log).iter().map(|line| line[31..].chars().take(10).collect::<String>()).collect();
+        assert_eq!(tags, ["stdout P x", "stdout F ", "stdout F t", "stdout F x"]);
     }
 
     #[test]
@@ -307,7 +365,7 @@ mod tests {
         let text = vec![b'x'; MAX_LINE * 2 + 10];
         let stream = log.guest_stream(LogStream::Stdout);
         stream.0.write(&text);
-        assert!(lock(&stream.0.buffer).len() <= MAX_LINE);
+        assert!(stream.0.buffer.lock().len() <= MAX_LINE);
         stream.0.write(b"\n");
         let lines = content(&log);
         let tags: Vec<_> = lines.iter().map(|line| line.split(' ').nth(2).unwrap()).collect();

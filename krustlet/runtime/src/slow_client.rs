@@ -228,7 +228,7 @@ mod tests {
         spec.request_timeout = EVER;
         let metrics = Metrics::register(&mut prometheus_client::registry::Registry::default());
         let any_port = "127.0.0.1:0".parse().unwrap();
-        let server = HttpServer::start(&executor, &metrics, &module, spec, any_port, patience).unwrap();
+        let server = HttpServer::start(&executor, &metrics, &module, spec, &[any_port], patience).unwrap();
         Node { _directory: directory, server }
     }
 

@@ -22,7 +22,7 @@ async fn served(node: &Node, change: impl FnOnce(&mut ContainerSpec)) -> (HttpSe
     let module = node.module(&http_guest("version")).await;
     let mut spec = node.spec("app");
     change(&mut spec);
-    (node.runtime.serve(&module, spec.clone(), any_port()).await.unwrap(), spec)
+    (node.runtime.serve(&module, spec.clone(), &[any_port()]).await.unwrap(), spec)
 }
 
 async fn refused(node: &Node, module: &[u8]) -> LoadError {
@@ -71,7 +71,7 @@ async fn a_module_that_is_served_or_run_is_not_loaded_again() {
     let from_memory = || node.metric(r#"krustlet_module_loads_total{source="memory"}"#);
     let image = node.image(&http_guest("version")).await;
     let server =
-        node.runtime.serve(&node.runtime.load(&image).await.unwrap(), node.spec("app"), any_port()).await.unwrap();
+        node.runtime.serve(&node.runtime.load(&image).await.unwrap(), node.spec("app"), &[any_port()]).await.unwrap();
     node.runtime.load(&image).await.unwrap();
     assert_eq!(from_memory(), 1);
     drop(server);
@@ -416,13 +416,33 @@ async fn two_servers_on_one_port_are_one_too_many_until_the_first_ends() {
     let (server, spec) = served(&node, |_| {}).await;
     let module = node.module(&http_guest("another")).await;
     let address = server.local_addr();
-    let error = node.runtime.serve(&module, spec.clone(), address).await.unwrap_err();
+    let error = node.runtime.serve(&module, spec.clone(), &[address]).await.unwrap_err();
     assert_eq!((error.reason(), error.is_permanent()), ("PortInUse", false));
     assert!(error.to_string().contains(&address.to_string()), "{error}");
     assert_eq!(get(address, "/version").await.body, "version");
     server.drain(Duration::from_secs(1)).await;
-    let next = node.runtime.serve(&module, spec, address).await.unwrap();
+    let next = node.runtime.serve(&module, spec, &[address]).await.unwrap();
     assert_eq!(get(next.local_addr(), "/version").await.body, "another");
+}
+
+#[tokio::test]
+async fn a_container_is_served_on_all_of_its_addresses_or_on_none() {
+    let node = Node::trusting_anyone().await;
+    let module = node.module(&http_guest("version")).await;
+    let free = async || TcpListener::bind(any_port()).await.unwrap().local_addr().unwrap();
+    let (first, second) = (free().await, free().await);
+    let server = node.runtime.serve(&module, node.spec("app"), &[first, second]).await.unwrap();
+    for address in [first, second] {
+        assert_eq!(get(address, "/version").await.body, "version");
+    }
+    assert_eq!(server.stats().requests, 2);
+    assert!(server.drain(Duration::from_secs(1)).await);
+    assert!(TcpStream::connect(first).await.is_err());
+    let _other = TcpListener::bind(second).await.unwrap();
+    let error = node.runtime.serve(&module, node.spec("app"), &[first, second]).await.unwrap_err();
+    assert!(error.to_string().contains(&second.to_string()), "{error}");
+    assert!(TcpStream::connect(first).await.is_err(), "nothing is left of what was begun");
+    assert!(node.runtime.serve(&module, node.spec("app"), &[]).await.is_err());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -793,7 +813,7 @@ async fn stdin_is_closed() {
 async fn a_module_is_not_run_as_what_it_is_not() {
     let node = Node::trusting_anyone().await;
     let command = node.wat(r#"(module (func (export "_start")))"#).await;
-    let error = node.runtime.serve(&command, node.spec("app"), any_port()).await.unwrap_err();
+    let error = node.runtime.serve(&command, node.spec("app"), &[any_port()]).await.unwrap_err();
     assert!(error.is_permanent());
     let proxy = node.module(&http_guest("version")).await;
     assert!(node.runtime.run(&proxy, node.spec("app")).await.unwrap_err().is_permanent());
