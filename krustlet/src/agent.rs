@@ -10,22 +10,25 @@ use crate::eviction::Evictor;
 use crate::google::MetadataServer;
 use crate::image_gc::ImageGc;
 use crate::node::{self, Keeper, Machine, NodeConfig, Readiness};
+use crate::panics::message_of;
+use crate::pod::context::NodeContext;
 use crate::pod::fields::PodFacts;
 use crate::pod::roster::Roster;
 use crate::pod::sources::Objects;
-use crate::pod::start::NodeContext;
 use crate::pod::volumes::HostPaths;
 use crate::pods::Pods;
 use crate::ports::Ports;
 use crate::reasons::event;
 use crate::telemetry::metrics;
 use anyhow::{Context, bail};
+use futures::FutureExt;
 use krustlet_runtime::{CredentialSource, NoCredentials, Runtime, RuntimeConfig};
 use prometheus_client::registry::Registry;
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
+use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,7 +37,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 /// Modules fetched at once.
 const CONCURRENT_PULLS: usize = 4;
@@ -109,20 +112,24 @@ async fn serve(
         allocatable_cpu_millis: machine.cpus * 1000,
         allocatable_memory: machine.allocatable_memory(),
     };
+    let vital = Vital::default();
     let (events, send_events) = Recorder::new(client.clone(), &names.node_name);
-    let _events = spawn(send_events);
+    let _events = vital.spawn("sending Events", send_events);
 
     // The HTTPS API answers as soon as it has a certificate, whatever else happens.
     let serving = Arc::new(ServingCertificate::default());
     let addresses: Vec<IpAddr> = std::iter::once(address).chain(options.external_ip).collect();
     let wanted = Wanted::serving(&names.node_name, &names.hostname, &addresses);
-    let _serving = spawn(bootstrap::keep_serving_certificate(
-        client.clone(),
-        options.clone(),
-        names.data_dir.clone(),
-        wanted,
-        serving.clone(),
-    ));
+    let _serving = vital.spawn(
+        "keeping the serving certificate",
+        bootstrap::keep_serving_certificate(
+            client.clone(),
+            options.clone(),
+            names.data_dir.clone(),
+            wanted,
+            serving.clone(),
+        ),
+    );
     let roster = Arc::new(Roster::default());
     let api_stop = CancellationToken::new();
     let context = api::Context {
@@ -135,7 +142,7 @@ async fn serve(
     };
     let tls = Arc::new(api::server_tls(serving, client_ca(&membership.client_ca)?)?);
     let api = tokio::spawn(api::serve(context, listener, tls, api_stop.clone()));
-    let _membership = spawn(membership.keep());
+    let _membership = vital.spawn("keeping the client certificate", membership.keep());
 
     // The node says that it is not ready before its pods are taken up again, and that it is once they are.
     let (readiness, current) = watch::channel(Readiness::NotReady("krustlet is taking up its pods"));
@@ -144,8 +151,9 @@ async fn serve(
     tokio::select! {
         () = keeper.register() => {}
         () = stop.cancelled() => return Ok(()),
+        what = vital.failed() => bail!("{what} failed by a bug"),
     }
-    let keeper = spawn(keeper.keep());
+    let keeper = vital.spawn("keeping the node's object", keeper.keep());
     let subject = node::reference(&names.node_name);
     events.record(subject.clone(), Severity::Normal, event::NODE_STARTING, "krustlet starts".to_owned());
 
@@ -183,7 +191,8 @@ async fn serve(
         images: image_gc.clone(),
         measuring: Duration::ZERO,
     };
-    let mut pods = tokio::spawn(Pods::new(context, options.max_pods, taken_up).run());
+    let pods = Pods::new(context, options.max_pods, taken_up);
+    let mut pods = vital.spawn("following the pods", pods.run());
     // What `wait_for` returns holds a lock that the sender needs.
     let taken_up = async move { all_taken_up.wait_for(|taken_up| *taken_up).await.map(|_| ()) };
     tokio::select! {
@@ -195,9 +204,11 @@ async fn serve(
                 () = image_gc.run() => {}
                 () = evictor.run() => {}
                 () = stop.cancelled() => {}
+                _ = vital.failed() => {}
             }
         }
         () = stop.cancelled() => {}
+        _ = vital.failed() => {}
     }
 
     info!("stopping: the pods are let go, and taken up again by the next start");
@@ -216,13 +227,41 @@ async fn serve(
         warn!("the HTTPS API ended with an error: {error:#}");
     }
     drop(keeper);
+    if let Some(what) = vital.failed().now_or_never() {
+        bail!("{what} failed by a bug");
+    }
     info!("stopped");
     Ok(())
 }
 
-/// A task that ends with the agent.
-fn spawn(work: impl Future<Output = ()> + Send + 'static) -> AbortOnDropHandle<()> {
-    AbortOnDropHandle::new(tokio::spawn(work))
+/// The tasks without which the agent is none. Where one panics the agent ends in order, for whoever supervises it to start
+/// it again: a node that looks alive and does nothing is worse.
+struct Vital(watch::Sender<Option<&'static str>>);
+
+impl Default for Vital {
+    fn default() -> Self {
+        Self(watch::Sender::new(None))
+    }
+}
+
+impl Vital {
+    /// A task that ends with the agent, and by a panic ends the agent.
+    fn spawn(&self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) -> AbortOnDropHandle<()> {
+        let failed = self.0.clone();
+        AbortOnDropHandle::new(tokio::spawn(async move {
+            if let Err(panic) = AssertUnwindSafe(work).catch_unwind().await {
+                error!("{name} panicked: {}", message_of(&*panic));
+                failed.send_replace(Some(name));
+            }
+        }))
+    }
+
+    /// The name of a task that panicked, once there is one.
+    async fn failed(&self) -> &'static str {
+        let mut failed = self.0.subscribe();
+        let name = failed.wait_for(Option::is_some).await.ok().and_then(|name| *name);
+        name.unwrap_or_default()
+    }
 }
 
 /// Cancelled by SIGTERM or SIGINT.
@@ -312,6 +351,15 @@ async fn route_to(server: &http::Uri) -> anyhow::Result<IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_vital_task_that_panics_is_named_and_one_that_ends_is_not() {
+        let vital = Vital::default();
+        vital.spawn("going on", async {}).await.unwrap();
+        assert_eq!(vital.failed().now_or_never(), None);
+        vital.spawn("keeping the node", async { panic!("a bug") }).await.unwrap();
+        assert_eq!(vital.failed().await, "keeping the node");
+    }
 
     #[tokio::test]
     async fn a_data_directory_has_one_agent() {

@@ -1,16 +1,15 @@
 //! Registry credentials from a VM's metadata server: the one module that knows Google.
 
-use anyhow::{Context, ensure};
+use crate::http_client;
+use anyhow::{Context, anyhow, ensure};
 use futures::future::BoxFuture;
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
+use http::{HeaderMap, HeaderValue};
 use krustlet_runtime::{CredentialSource, RegistrySecret};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 use tracing::warn;
+use url::Url;
 
 /// The host that Google's own client libraries ask, unless `GCE_METADATA_HOST` names another.
 const METADATA_HOST: &str = "metadata.google.internal";
@@ -19,13 +18,14 @@ const TOKEN_PATH: &str = "/computeMetadata/v1/instance/service-accounts/default/
 /// The user that Artifact Registry expects an access token from.
 const USER: &str = "oauth2accesstoken";
 
+/// A token has some hundred bytes.
+const MAX_ANSWER: usize = 64 * 1024;
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// A token is asked for anew so long before it ends.
 const MARGIN: Duration = Duration::from_secs(60);
 
 /// The access token of the VM's service account, kept until shortly before it ends.
 pub struct MetadataServer {
-    client: Client<HttpConnector, Empty<bytes::Bytes>>,
     host: String,
     token: Mutex<Option<Token>>,
 }
@@ -51,7 +51,7 @@ impl MetadataServer {
     }
 
     fn at(host: String) -> Self {
-        Self { client: Client::builder(TokioExecutor::new()).build_http(), host, token: Mutex::new(None) }
+        Self { host, token: Mutex::new(None) }
     }
 
     async fn token(&self) -> anyhow::Result<String> {
@@ -70,17 +70,16 @@ impl MetadataServer {
     }
 
     async fn ask(&self) -> anyhow::Result<Answer> {
-        let request = http::Request::get(format!("http://{}{TOKEN_PATH}", self.host))
-            .header("Metadata-Flavor", "Google")
-            .body(Empty::new())?;
-        let response = self.client.request(request).await?;
-        ensure!(response.status().is_success(), "{} answered {}", self.host, response.status());
-        let body = Limited::new(response.into_body(), 64 * 1024)
-            .collect()
-            .await
-            .map_err(|error| anyhow::anyhow!(error))?
-            .to_bytes();
-        serde_json::from_slice(&body).context("the answer is no token")
+        let url = Url::parse(&format!("http://{}{TOKEN_PATH}", self.host))?;
+        let headers = HeaderMap::from_iter([(
+            http::HeaderName::from_static("metadata-flavor"),
+            HeaderValue::from_static("Google"),
+        )]);
+        let answer =
+            http_client::get(&url, &headers, MAX_ANSWER).await.map_err(|error| anyhow!("no answer: {error}"))?;
+        ensure!(answer.status.is_success(), "{} answered {}", self.host, answer.status);
+        ensure!(!answer.truncated, "{} answered more than {MAX_ANSWER} bytes", self.host);
+        serde_json::from_slice(&answer.body).context("the answer is no token")
     }
 }
 

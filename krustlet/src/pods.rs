@@ -1,15 +1,19 @@
 //! The pods of this node: follows them in the API and gives each UID a worker of its own.
 
 use crate::backoff::Backoff;
+use crate::events::Severity;
 use crate::logs;
-use crate::pod::start::{NodeContext, holder};
+use crate::panics::message_of;
+use crate::pod::context::NodeContext;
+use crate::pod::start::holder;
 use crate::pod::status::Failure;
-use crate::pod::worker::Worker;
-use crate::pod::{containers, full_name, is_finished, phase, port, uid};
-use crate::reasons::pod as reasons;
+use crate::pod::worker::{Updates, Worker};
+use crate::pod::{containers, full_name, is_finished, phase, ports, uid};
+use crate::reasons::{event, pod as reasons};
 use crate::telemetry::metrics;
 use crate::trees;
-use futures::StreamExt;
+use futures::future::BoxFuture;
+use futures::{FutureExt, StreamExt};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::Api;
 use kube::runtime::WatchStreamExt;
@@ -20,15 +24,32 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::watch;
-use tokio::task::JoinSet;
-use tracing::{debug, info, warn};
+use tokio::task::{Id, JoinError, JoinSet};
+use tracing::{debug, error, info, warn};
+
+/// How often a pod whose worker panics is taken up again before it is failed.
+const MAX_PANICS: u32 = 3;
+
+/// Does the work on one pod.
+type Work = Box<dyn Fn(Arc<NodeContext>, Arc<Pod>, Updates, Option<Failure>) -> BoxFuture<'static, ()> + Send>;
+
+/// A pod that is worked on.
+struct Worked {
+    updates: watch::Sender<Option<Arc<Pod>>>,
+    pod: Arc<Pod>,
+    /// None when the work was given up.
+    task: Option<Id>,
+    panics: u32,
+}
 
 /// Follows the node's pods until the agent is to stop and every pod has come to rest.
 pub struct Pods {
     node: Arc<NodeContext>,
     max_pods: u32,
-    workers: HashMap<String, watch::Sender<Option<Arc<Pod>>>>,
-    tasks: JoinSet<String>,
+    work: Work,
+    /// By UID.
+    workers: HashMap<String, Worked>,
+    tasks: JoinSet<()>,
     /// Told once all pods that were there at the start have been taken up.
     taken_up: watch::Sender<bool>,
     /// A full list of the pods that is being received.
@@ -39,9 +60,13 @@ pub struct Pods {
 
 impl Pods {
     pub fn new(node: Arc<NodeContext>, max_pods: u32, taken_up: watch::Sender<bool>) -> Self {
+        let work: Work = Box::new(|node, pod, updates, rejected| {
+            async move { Worker::new(node, pod, updates, rejected).run().await }.boxed()
+        });
         Self {
             node,
             max_pods,
+            work,
             workers: HashMap::new(),
             tasks: JoinSet::new(),
             taken_up,
@@ -60,7 +85,7 @@ impl Pods {
         while !(shutdown.is_cancelled() && self.tasks.is_empty()) {
             tokio::select! {
                 Some(event) = events.next() => self.on_event(event),
-                Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => self.on_worker_end(ended),
+                Some(ended) = self.tasks.join_next_with_id(), if !self.tasks.is_empty() => self.on_worker_end(ended),
                 () = shutdown.cancelled(), if !shutdown.is_cancelled() => {}
             }
         }
@@ -107,9 +132,7 @@ impl Pods {
             // The pod that served on a port before the agent stopped has it again, whichever comes first now.
             for pod in pods.iter().filter(|pod| phase(pod) == "Running" && pod.metadata.deletion_timestamp.is_none()) {
                 for (_, container) in pod.spec.iter().flat_map(containers) {
-                    if let Some(port) = port(container) {
-                        let _ = self.node.ports.claim(port, &holder(pod, container));
-                    }
+                    let _ = self.node.ports.claim(&ports::served(container), &holder(pod, container));
                 }
             }
         }
@@ -124,21 +147,20 @@ impl Pods {
     fn take(&mut self, pod: Arc<Pod>) {
         let id = uid(&pod).to_owned();
         self.node.roster.put_pod(&id, pod.clone());
-        if let Some(worker) = self.workers.get(&id) {
-            worker.send_replace(Some(pod));
+        if let Some(worked) = self.workers.get_mut(&id) {
+            worked.pod = pod.clone();
+            worked.updates.send_replace(Some(pod));
         } else if !self.node.shutdown.is_cancelled() {
             let rejected = self.rejection(&pod);
-            let (sender, updates) = watch::channel(Some(pod.clone()));
-            let worker = Worker::new(self.node.clone(), pod, updates, rejected);
-            let uid = id.clone();
-            // The future of a worker is large while it is being made; on the heap it is what it is.
-            self.tasks.spawn(async move {
-                worker.run().await;
-                uid
-            });
-            self.workers.insert(id, sender);
+            self.start(pod, rejected, 0);
         }
         self.count();
+    }
+
+    fn start(&mut self, pod: Arc<Pod>, rejected: Option<Failure>, panics: u32) {
+        let (updates, receiver) = watch::channel(Some(pod.clone()));
+        let task = self.tasks.spawn((self.work)(self.node.clone(), pod.clone(), receiver, rejected)).id();
+        self.workers.insert(uid(&pod).to_owned(), Worked { updates, pod, task: Some(task), panics });
     }
 
     /// Why the node cannot take the pod. The scheduler counts too; this is for pods that it did not place.
@@ -164,19 +186,51 @@ impl Pods {
 
     fn drop_pod(&mut self, uid: &str) {
         self.node.roster.remove_pod(uid);
-        if let Some(worker) = self.workers.get(uid) {
-            worker.send_replace(None);
+        match self.workers.get(uid) {
+            Some(Worked { task: None, .. }) => drop(self.workers.remove(uid)),
+            Some(worked) => drop(worked.updates.send_replace(None)),
+            None => {}
         }
         self.count();
     }
 
-    fn on_worker_end(&mut self, ended: Result<String, tokio::task::JoinError>) {
-        match ended {
-            Ok(uid) => {
-                self.workers.remove(&uid);
-            }
-            // A bug; the pod's other fellows live on.
-            Err(error) => warn!("a pod's worker ended unexpectedly: {error}"),
+    fn on_worker_end(&mut self, ended: Result<(Id, ()), JoinError>) {
+        let task = ended.as_ref().map_or_else(JoinError::id, |(id, ())| *id);
+        let Some(uid) = self.workers.iter().find(|(_, worked)| worked.task == Some(task)).map(|(uid, _)| uid.clone())
+        else {
+            return;
+        };
+        if let Some(worked) = self.workers.remove(&uid)
+            && let Err(error) = ended
+        {
+            let message = error.try_into_panic().map_or_else(|e| e.to_string(), |panic| message_of(&*panic).to_owned());
+            self.on_panic(&uid, worked, &message);
+        }
+    }
+
+    /// A bug ended the work on a pod; what it ran has ended with it. The pod is taken up again as after a restart of the
+    /// agent, and failed if that does not help. The others live on.
+    fn on_panic(&mut self, uid: &str, worked: Worked, panic: &str) {
+        let Worked { updates, pod, panics, .. } = worked;
+        let panics = panics + 1;
+        error!(pod = full_name(&pod), uid, panics, "the work on a pod panicked: {panic}");
+        self.node.ports.release_pod(uid);
+        let gone = updates.borrow().is_none();
+        let (rejected, next) = if panics <= MAX_PANICS {
+            (None, "it is taken up again")
+        } else if panics == MAX_PANICS + 1 {
+            let message = format!("a bug in the node agent, {panics} times: {panic}");
+            (Some(Failure { reason: event::WORKER_FAILED.to_owned(), message }), "it is failed")
+        } else {
+            // Not even that can be done. It is remembered, so that it is not begun once more with the next change.
+            self.workers.insert(uid.to_owned(), Worked { updates, pod, task: None, panics });
+            return;
+        };
+        let text = format!("A bug in the node agent ended its work on the pod, {next}: {panic}");
+        self.node.events.pod(&pod, None, Severity::Warning, event::WORKER_FAILED, text);
+        self.start(pod, rejected, panics);
+        if gone {
+            self.drop_pod(uid);
         }
     }
 }
@@ -206,6 +260,77 @@ async fn remove_leftovers(paths: Vec<PathBuf>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::events::Recorder;
+    use crate::pod::fields::PodFacts;
+    use crate::pod::roster::Roster;
+    use crate::pod::sources::Objects;
+    use crate::pod::volumes::HostPaths;
+    use crate::ports::Ports;
+    use krustlet_runtime::{NoCredentials, Runtime, RuntimeConfig, Verification};
+    use parking_lot::Mutex;
+    use tokio_util::sync::CancellationToken;
+
+    fn node(directory: &Path) -> Arc<NodeContext> {
+        let config = RuntimeConfig {
+            data_dir: directory.to_owned(),
+            verification: Verification::AllowUnsigned,
+            credentials: Arc::new(NoCredentials),
+            insecure_registries: Vec::new(),
+            max_concurrent_compiles: 1,
+            max_concurrent_pulls: 1,
+        };
+        let client = kube::Client::new(axum::Router::new(), "default");
+        Arc::new(NodeContext {
+            runtime: Runtime::new(config, &mut prometheus_client::registry::Registry::default()).unwrap(),
+            events: Recorder::new(client.clone(), "node").0,
+            facts: PodFacts::default(),
+            address: [127, 0, 0, 1].into(),
+            data_dir: directory.to_owned(),
+            objects: Objects::new(client.clone()),
+            client,
+            host_paths: Arc::new(HostPaths { allowed: Vec::new(), data_dir: directory.to_owned() }),
+            evictions: Arc::default(),
+            ports: Ports::default(),
+            roster: Arc::new(Roster::default()),
+            shutdown: CancellationToken::new(),
+        })
+    }
+
+    /// Works on one pod, which panics so often; tells what it was rejected for each time.
+    async fn rejections(panics: usize) -> Vec<Option<String>> {
+        let directory = tempfile::tempdir().unwrap();
+        let mut pods = Pods::new(node(directory.path()), 10, watch::Sender::new(false));
+        let seen = Arc::<Mutex<Vec<Option<String>>>>::default();
+        let told = seen.clone();
+        pods.work = Box::new(move |_, _, _, rejected| {
+            let mut told = told.lock();
+            told.push(rejected.map(|failure| failure.reason));
+            let number = told.len();
+            async move { assert!(number > panics, "a bug") }.boxed()
+        });
+        let mut pod = Pod::default();
+        pod.metadata.uid = Some("uid".into());
+        pods.on_event(Ok(Event::Apply(pod)));
+        while let Some(ended) = pods.tasks.join_next_with_id().await {
+            pods.on_worker_end(ended);
+        }
+        pods.drop_pod("uid");
+        assert!(pods.workers.is_empty());
+        let seen = seen.lock();
+        seen.clone()
+    }
+
+    #[tokio::test]
+    async fn a_pod_whose_worker_panics_is_taken_up_again() {
+        assert_eq!(rejections(2).await, [None, None, None]);
+    }
+
+    #[tokio::test]
+    async fn a_pod_whose_worker_panics_whatever_is_done_is_failed_and_then_left() {
+        let failed = Some("PodWorkerFailed".to_owned());
+        assert_eq!(rejections(4).await, [None, None, None, None, failed.clone()]);
+        assert_eq!(rejections(usize::MAX).await, [None, None, None, None, failed]);
+    }
 
     #[tokio::test]
     async fn leftovers_of_unknown_pods_are_removed_and_those_of_known_ones_stay() {

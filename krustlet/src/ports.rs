@@ -1,8 +1,8 @@
 //! Which pod has which port of the node. There is no pod network: a containerPort is a port on the node's address.
 
+use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 use tokio::sync::futures::OwnedNotified;
 
@@ -16,6 +16,13 @@ pub struct Holder {
     pub pod: String,
 }
 
+/// Why ports cannot be had.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Taken {
+    pub port: u16,
+    pub holder: Holder,
+}
+
 /// The ports of one node.
 #[derive(Debug, Default)]
 pub struct Ports {
@@ -24,16 +31,17 @@ pub struct Ports {
 }
 
 impl Ports {
-    /// Takes the port for `holder`, who may have it already; otherwise tells who has it.
-    pub fn claim(&self, port: u16, holder: &Holder) -> Result<(), Holder> {
-        let mut held = self.held();
-        match held.get(&port) {
-            Some(other) if other != holder => Err(other.clone()),
-            _ => {
-                held.insert(port, holder.clone());
-                Ok(())
+    /// Takes all of the ports for `holder`, who may have some already, or none of them: two that want the same ports never
+    /// wait for each other with one of them each. Then tells who has one.
+    pub fn claim(&self, ports: &[u16], holder: &Holder) -> Result<(), Taken> {
+        let mut held = self.held.lock();
+        for port in ports {
+            if let Some(other) = held.get(port).filter(|other| *other != holder) {
+                return Err(Taken { port: *port, holder: other.clone() });
             }
         }
+        held.extend(ports.iter().map(|port| (*port, holder.clone())));
+        Ok(())
     }
 
     /// Gives up every port of the pod.
@@ -47,7 +55,7 @@ impl Ports {
     }
 
     fn release_where(&self, gone: impl Fn(&Holder) -> bool) {
-        let mut held = self.held();
+        let mut held = self.held.lock();
         let before = held.len();
         held.retain(|_, holder| !gone(holder));
         if held.len() < before {
@@ -59,10 +67,6 @@ impl Ports {
     /// Completes when some port becomes free after this call.
     pub fn released(&self) -> OwnedNotified {
         self.released.clone().notified_owned()
-    }
-
-    fn held(&self) -> MutexGuard<'_, HashMap<u16, Holder>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -77,13 +81,22 @@ mod tests {
     #[tokio::test]
     async fn a_port_has_one_holder_and_is_free_again_when_the_pod_is_gone() {
         let ports = Ports::default();
-        assert!(ports.claim(8080, &holder("a", "web")).is_ok());
-        assert!(ports.claim(8080, &holder("a", "web")).is_ok());
-        assert_eq!(ports.claim(8080, &holder("a", "other")).unwrap_err().container, "web");
-        assert_eq!(ports.claim(8080, &holder("b", "web")).unwrap_err().pod, "default/a");
+        assert!(ports.claim(&[8080], &holder("a", "web")).is_ok());
+        assert!(ports.claim(&[8080], &holder("a", "web")).is_ok());
+        assert_eq!(ports.claim(&[8080], &holder("a", "other")).unwrap_err().holder.container, "web");
+        assert_eq!(ports.claim(&[8080], &holder("b", "web")).unwrap_err().holder.pod, "default/a");
         let released = ports.released();
         ports.release_pod("a");
         released.await;
-        assert!(ports.claim(8080, &holder("b", "web")).is_ok());
+        assert!(ports.claim(&[8080], &holder("b", "web")).is_ok());
+    }
+
+    #[test]
+    fn several_ports_are_taken_all_or_none() {
+        let ports = Ports::default();
+        assert!(ports.claim(&[2], &holder("b", "web")).is_ok());
+        let taken = ports.claim(&[1, 2, 3], &holder("a", "web")).unwrap_err();
+        assert_eq!((taken.port, taken.holder.uid.as_str()), (2, "b"));
+        assert!(ports.claim(&[1, 3], &holder("c", "web")).is_ok(), "a has none of them");
     }
 }

@@ -34,9 +34,11 @@ pub mod condition {
     pub const INITIALIZED: &str = "Initialized";
     pub const CONTAINERS_READY: &str = "ContainersReady";
     pub const READY: &str = "Ready";
-    pub const DISRUPTION_TARGET: &str = "DisruptionTarget";
     /// Ours: whether the running module is the one that the spec names.
     pub const IMAGE_CURRENT: &str = "krustlet.dev/ImageCurrent";
+
+    /// The pod ends for what befell it, and not for what it did.
+    pub const DISRUPTION_TARGET: &str = "DisruptionTarget";
 
     pub const TERMINATION_BY_KUBELET: &str = "TerminationByKubelet";
     pub const CONTAINERS_NOT_INITIALIZED: &str = "ContainersNotInitialized";
@@ -60,6 +62,10 @@ pub mod event {
     pub const FAILED_MOUNT: &str = "FailedMount";
     pub const FAILED_PRE_STOP_HOOK: &str = "FailedPreStopHook";
     pub const FAILED_POST_START_HOOK: &str = "FailedPostStartHook";
+    /// Ours: a port of the container is of a kind that is not served.
+    pub const PORT_NOT_SERVED: &str = "PortNotServed";
+    /// Ours: the agent's own work on the pod failed by a bug.
+    pub const WORKER_FAILED: &str = "PodWorkerFailed";
     pub const UNHEALTHY: &str = "Unhealthy";
     pub const UPDATED: &str = "ImageUpdated";
     pub const FAILED_UPDATE: &str = "FailedImageUpdate";

@@ -99,9 +99,11 @@ pub fn past(shown: Option<&ContainerStatus>, record: Option<&Record>) -> Past {
         None => PastKind::Interrupted(interrupted(Some(record.started_at), None)),
     };
     let later = record.restarts > shown_restarts;
-    let knows_more =
-        record.restarts == shown_restarts && matches!(shown_kind, PastKind::New | PastKind::Interrupted(_));
-    if later || knows_more {
+    let same = record.restarts == shown_restarts;
+    let knows_more = same && matches!(shown_kind, PastKind::New | PastKind::Interrupted(_));
+    // It was cut off, and what the agent after that waited for was not its next run.
+    let still_interrupted = same && record.termination.is_none() && matches!(shown_kind, PastKind::Waiting(_));
+    if later || knows_more || still_interrupted {
         Past { restarts: record.restarts, kind: recorded_kind }
     } else {
         Past { restarts: shown_restarts, kind: shown_kind }
@@ -206,6 +208,15 @@ mod tests {
         let past = past(Some(&waiting), None);
         assert_eq!(past.restarts, 4);
         assert!(matches!(past.kind, PastKind::Waiting(end) if end.exit_code == 9));
+    }
+
+    #[test]
+    fn a_container_that_was_interrupted_and_then_waited_for_an_obstacle_is_interrupted_still() {
+        let mut waiting =
+            status(0, ContainerState { waiting: Some(ContainerStateWaiting::default()), ..ContainerState::default() });
+        waiting.last_state = Some(ended(KILLED));
+        assert!(matches!(past(Some(&waiting), Some(&record(0, None))).kind, PastKind::Interrupted(_)));
+        assert!(matches!(past(Some(&waiting), Some(&record(0, Some(1)))).kind, PastKind::Waiting(_)));
     }
 
     #[test]

@@ -1,14 +1,13 @@
 //! Lifecycle hooks: postStart and preStop, as httpGet or sleep.
 
-use super::port;
-use http_body_util::Empty;
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
-use k8s_openapi::api::core::v1::{Container, HTTPGetAction, LifecycleHandler};
-use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use super::http_get::HttpGet;
+use crate::http_client::Error;
+use k8s_openapi::api::core::v1::{Container, LifecycleHandler};
 use std::net::IpAddr;
 use std::time::Duration;
+
+/// The kubelet's name for itself in a hook.
+const USER_AGENT: &str = "kube-lifecycle/1.37";
 
 /// Says why the container's hooks cannot be done here, if they cannot.
 pub fn validate(container: &Container) -> Result<(), String> {
@@ -24,7 +23,8 @@ pub fn validate(container: &Container) -> Result<(), String> {
             return Err(format!("{name}: tcpSocket is not supported; use httpGet or sleep"));
         }
         if let Some(get) = &handler.http_get {
-            url(container, get, IpAddr::from([127, 0, 0, 1])).map_err(|cause| format!("{name}: {cause}"))?;
+            HttpGet::of(get, container, IpAddr::from([127, 0, 0, 1]), USER_AGENT)
+                .map_err(|cause| format!("{name}: httpGet: {cause}"))?;
         }
     }
     Ok(())
@@ -46,95 +46,78 @@ pub async fn run(container: &Container, handler: &LifecycleHandler, address: IpA
     let Some(get) = &handler.http_get else {
         return Ok(());
     };
-    let url = url(container, get, address)?;
-    let mut request = http::Request::get(&url);
-    for header in get.http_headers.iter().flatten() {
-        request = request.header(&header.name, &header.value);
-    }
-    let request = request
-        .body(Empty::<bytes::Bytes>::new())
-        .map_err(|error| format!("httpGet {url} is not a valid request: {error}"))?;
-    let client: Client<HttpConnector, _> = Client::builder(TokioExecutor::new()).build_http();
-    match client.request(request).await {
-        Ok(response) if response.status().as_u16() < 400 => Ok(()),
-        Ok(response) => Err(format!("httpGet {url} answered {}", response.status())),
-        Err(error) => Err(format!("httpGet {url} failed: {error}")),
-    }
-}
-
-fn url(container: &Container, get: &HTTPGetAction, address: IpAddr) -> Result<String, String> {
-    if get.scheme.as_deref().is_some_and(|scheme| scheme != "HTTP") {
-        return Err("httpGet: only scheme HTTP is supported".to_owned());
-    }
-    let number = match &get.port {
-        IntOrString::Int(number) => u16::try_from(*number).ok(),
-        IntOrString::String(name) => match name.parse() {
-            Ok(number) => Some(number),
-            Err(_) => named_port(container, name),
-        },
+    let get = HttpGet::of(get, container, address, USER_AGENT)?;
+    let answer = match get.send().await {
+        // As the kubelet, for what was written when it did not know https here.
+        Err(Error::NoTls) => get.in_clear().send().await,
+        answer => answer,
     };
-    let number = number.ok_or_else(|| format!("httpGet: the container has no port {:?}", get.port))?;
-    let host = match get.host.as_deref().filter(|host| !host.is_empty()) {
-        Some(host) => host.to_owned(),
-        None if address.is_ipv6() => format!("[{address}]"),
-        None => address.to_string(),
-    };
-    let path = get.path.as_deref().unwrap_or("/");
-    Ok(format!("http://{host}:{number}/{}", path.trim_start_matches('/')))
-}
-
-/// A named port of the container, as it is reached on the node.
-fn named_port(container: &Container, name: &str) -> Option<u16> {
-    let found = container.ports.iter().flatten().find(|port| port.name.as_deref() == Some(name))?;
-    let only = Container { ports: Some(vec![found.clone()]), ..Container::default() };
-    port(&only)
+    match answer {
+        Ok(status) if status.as_u16() < 400 => Ok(()),
+        Ok(status) => Err(format!("{get} answered {status}")),
+        Err(error) => Err(format!("{get}: {error}")),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use k8s_openapi::api::core::v1::{ContainerPort, ExecAction, Lifecycle, SleepAction};
+    use serde_json::{Value, json};
 
-    fn container(handler: LifecycleHandler) -> Container {
-        Container {
-            ports: Some(vec![ContainerPort {
-                name: Some("http".into()),
-                container_port: 8080,
-                ..ContainerPort::default()
-            }]),
-            lifecycle: Some(Lifecycle { pre_stop: Some(handler), ..Lifecycle::default() }),
-            ..Container::default()
-        }
-    }
-
-    fn get(port: IntOrString) -> LifecycleHandler {
-        let action = HTTPGetAction { path: Some("/bye".into()), port, ..HTTPGetAction::default() };
-        LifecycleHandler { http_get: Some(action), ..LifecycleHandler::default() }
+    fn container(handler: Value) -> Container {
+        serde_json::from_value(json!({
+            "name": "web",
+            "ports": [{"name": "http", "containerPort": 8080}, {"containerPort": 80, "hostPort": 9080}],
+            "lifecycle": {"preStop": handler},
+        }))
+        .unwrap()
     }
 
     #[test]
     fn an_exec_hook_is_refused_with_a_way_out() {
-        let handler = LifecycleHandler { exec: Some(ExecAction::default()), ..LifecycleHandler::default() };
-        assert!(validate(&container(handler)).unwrap_err().contains("use httpGet"));
+        assert!(validate(&container(json!({"exec": {"command": ["true"]}}))).unwrap_err().contains("use httpGet"));
     }
 
     #[test]
-    fn ports_are_found_by_number_and_by_name() {
-        let address = IpAddr::from([127, 0, 0, 2]);
-        for port in [IntOrString::Int(8080), IntOrString::String("http".into())] {
-            let container = container(get(port));
-            let action = pre_stop(&container).unwrap().http_get.clone().unwrap();
-            assert_eq!(url(&container, &action, address).unwrap(), "http://127.0.0.2:8080/bye");
+    fn what_is_no_request_is_refused_before_the_start() {
+        for get in [
+            json!({"port": "none"}),
+            json!({"port": 80, "scheme": "GOPHER"}),
+            json!({"port": 80, "httpHeaders": [{"name": "a b", "value": ""}]}),
+        ] {
+            let why = validate(&container(json!({"httpGet": get}))).unwrap_err();
+            assert!(why.starts_with("preStop: httpGet: "), "{why}");
         }
-        assert!(validate(&container(get(IntOrString::String("none".into())))).is_err());
     }
 
     #[tokio::test]
-    async fn a_hook_whose_server_is_gone_fails_and_says_where() {
-        let handler = get(IntOrString::Int(1));
-        let error = run(&container(handler.clone()), &handler, IpAddr::from([127, 0, 0, 1])).await.unwrap_err();
-        assert!(error.contains("http://127.0.0.1:1/bye"), "{error}");
-        let sleep = LifecycleHandler { sleep: Some(SleepAction { seconds: 0 }), ..LifecycleHandler::default() };
-        assert!(run(&container(sleep.clone()), &sleep, IpAddr::from([127, 0, 0, 1])).await.is_ok());
+    async fn a_hook_asks_where_the_node_has_the_port() {
+        for (port, expected) in [(json!(8080), 8080), (json!("http"), 8080), (json!(80), 9080), (json!("80"), 9080)] {
+            let container = container(json!({"httpGet": {"path": "/bye", "port": port}}));
+            let hook = pre_stop(&container).unwrap();
+            // Nobody listens there.
+            let error = run(&container, hook, IpAddr::from([127, 255, 255, 253])).await.unwrap_err();
+            assert!(error.contains(&format!("http://127.255.255.253:{expected}/bye")), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_https_hook_is_taken_and_repeated_in_clear_where_nobody_speaks_tls() {
+        let app = axum::Router::new().route("/bye", axum::routing::get(async || "bye"));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move { axum::serve(listener, app).await });
+        let bye = |path: &str| container(json!({"httpGet": {"path": path, "port": port, "scheme": "HTTPS"}}));
+        let address = IpAddr::from([127, 0, 0, 1]);
+        let container = bye("/bye");
+        assert_eq!(run(&container, pre_stop(&container).unwrap(), address).await, Ok(()));
+        let container = bye("/nothing");
+        assert!(run(&container, pre_stop(&container).unwrap(), address).await.unwrap_err().contains("404"));
+    }
+
+    #[tokio::test]
+    async fn a_hook_may_sleep() {
+        let container = container(json!({"sleep": {"seconds": 0}}));
+        assert_eq!(run(&container, pre_stop(&container).unwrap(), IpAddr::from([127, 0, 0, 1])).await, Ok(()));
     }
 }

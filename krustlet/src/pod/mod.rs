@@ -1,15 +1,21 @@
 //! One pod: from its object in the API to running guests, and back to its status.
 
 pub mod checkpoint;
+pub mod context;
 pub mod environment;
+pub mod failure;
 pub mod fields;
+pub mod guest;
 pub mod hooks;
+pub mod http_get;
 pub mod images;
+pub mod lifecycle;
+pub mod limits;
+pub mod ports;
 pub mod probes;
 pub mod publish;
 pub mod restart;
 pub mod roster;
-pub mod slot;
 pub mod sources;
 pub mod start;
 pub mod status;
@@ -73,10 +79,4 @@ pub fn containers(spec: &PodSpec) -> impl Iterator<Item = (Role, &Container)> {
         (role, container)
     });
     init.chain(spec.containers.iter().map(|container| (Role::Main, container)))
-}
-
-/// The port that a container is served on: a containerPort is a port of the node.
-pub fn port(container: &Container) -> Option<u16> {
-    let port = container.ports.as_ref()?.first()?;
-    u16::try_from(port.host_port.filter(|port| *port > 0).unwrap_or(port.container_port)).ok()
 }

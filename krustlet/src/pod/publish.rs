@@ -1,5 +1,6 @@
 //! When a pod's status is written to the API: the newest one only, one write at a time, and none that says nothing new.
 
+use super::lifecycle::Jitter;
 use super::status;
 use super::{name, uid};
 use crate::backoff::Backoff;
@@ -29,10 +30,11 @@ pub struct Publisher {
     patience: Duration,
     patience_ends: Option<Instant>,
     backoff: Backoff,
+    jitter: Jitter,
 }
 
-impl Default for Publisher {
-    fn default() -> Self {
+impl Publisher {
+    pub fn new(jitter: Jitter) -> Self {
         Self {
             told: None,
             version: 0,
@@ -41,11 +43,10 @@ impl Default for Publisher {
             patience: PATIENCE,
             patience_ends: None,
             backoff: Backoff::api(),
+            jitter,
         }
     }
-}
 
-impl Publisher {
     /// What the API was told last.
     pub fn told(&self) -> Option<&PodStatus> {
         self.told.as_ref()
@@ -95,7 +96,7 @@ impl Publisher {
                 self.backoff.reset();
             }
             Err(Some(404)) => self.not_before = Some(now + AFTER_GONE),
-            Err(_) => self.not_before = Some(now + self.backoff.jittered()),
+            Err(_) => self.not_before = Some(now + (self.jitter)(self.backoff.exact(), 0.25)),
         }
     }
 
@@ -117,7 +118,8 @@ impl Publisher {
 
     /// When [`Self::begin`] may have another answer even if nothing happens.
     pub fn deadline(&self) -> Option<Instant> {
-        if self.writing { None } else { [self.not_before, self.patience_ends].into_iter().flatten().min() }
+        // Before the former nothing is written, however little the latter leaves.
+        if self.writing { None } else { self.not_before.or(self.patience_ends) }
     }
 }
 
@@ -159,8 +161,12 @@ mod tests {
         PodStatus { phase: Some(phase.into()), ..PodStatus::default() }
     }
 
+    fn fresh() -> Publisher {
+        Publisher::new(|duration, _| duration)
+    }
+
     fn told(phase: &str, now: Instant) -> Publisher {
-        let mut publisher = Publisher::default();
+        let mut publisher = fresh();
         assert!(publisher.begin(&status(phase), false, now));
         publisher.on_written(status(phase), Ok(10), now);
         publisher
@@ -175,10 +181,10 @@ mod tests {
     #[test]
     fn progress_waits_for_something_better_and_is_told_when_that_does_not_come() {
         let now = Instant::now();
-        let mut publisher = Publisher::default();
+        let mut publisher = fresh();
         assert!(!publisher.begin(&status("Pending"), true, now));
         assert_eq!(publisher.deadline(), Some(now + PATIENCE));
-        let mut quick = Publisher::default();
+        let mut quick = fresh();
         assert!(!quick.begin(&status("Pending"), true, now));
         assert!(quick.begin(&status("Running"), false, now + PATIENCE / 2));
         assert!(publisher.begin(&status("Pending"), true, now + PATIENCE));
@@ -187,7 +193,7 @@ mod tests {
     #[test]
     fn in_a_hurry_nothing_waits() {
         let now = Instant::now();
-        let mut publisher = Publisher::default();
+        let mut publisher = fresh();
         assert!(!publisher.begin(&status("Pending"), true, now));
         publisher.hurry(now);
         assert!(publisher.begin(&status("Pending"), true, now));
@@ -198,7 +204,7 @@ mod tests {
     #[test]
     fn a_pod_that_takes_long_is_told_of_less_and_less_often() {
         let mut now = Instant::now();
-        let mut publisher = Publisher::default();
+        let mut publisher = fresh();
         let mut waits = Vec::new();
         for step in 0..7 {
             let begun = now;
@@ -214,7 +220,7 @@ mod tests {
     #[test]
     fn there_is_one_write_at_a_time_and_the_newest_follows() {
         let now = Instant::now();
-        let mut publisher = Publisher::default();
+        let mut publisher = fresh();
         assert!(publisher.begin(&status("Pending"), false, now));
         assert!(!publisher.begin(&status("Running"), false, now));
         assert_eq!(publisher.deadline(), None);
@@ -228,12 +234,23 @@ mod tests {
     #[test]
     fn a_failed_write_is_repeated_after_a_while() {
         let now = Instant::now();
-        let mut publisher = Publisher::default();
+        let mut publisher = fresh();
         assert!(publisher.begin(&status("Running"), false, now));
         publisher.on_written(status("Running"), Err(None), now);
         assert!(!publisher.begin(&status("Running"), false, now));
         let later = publisher.deadline().unwrap();
         assert!(publisher.begin(&status("Running"), false, later));
+    }
+
+    #[test]
+    fn haste_does_not_wake_up_for_what_may_not_be_written_yet() {
+        let now = Instant::now();
+        let mut publisher = fresh();
+        assert!(publisher.begin(&status("Running"), false, now));
+        publisher.on_written(status("Running"), Err(None), now);
+        publisher.hurry(now);
+        assert!(!publisher.begin(&status("Running"), false, now));
+        assert!(publisher.deadline().unwrap() > now);
     }
 
     #[test]

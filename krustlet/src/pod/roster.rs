@@ -1,11 +1,15 @@
 //! Who is on the node now: its pods, and the guests that run in them. Written by the pods' workers, read by the API.
+//!
+//! kube's `reflector::Store` is keyed by namespace and name: a pod made anew under the same name would hide the one before
+//! it, which may still be ending here. So pods are kept by UID.
 
-use super::start::Guest;
+use super::guest::Guest;
 use crate::api::{ContainerUsage, View};
 use crate::telemetry::metrics;
 use k8s_openapi::api::core::v1::Pod;
+use parking_lot::RwLock;
 use std::collections::HashMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
 #[derive(Default)]
 pub struct Roster {
@@ -17,26 +21,26 @@ pub struct Roster {
 
 impl Roster {
     pub fn put_pod(&self, uid: &str, pod: Arc<Pod>) {
-        self.pods.write().unwrap_or_else(PoisonError::into_inner).insert(uid.to_owned(), pod);
+        self.pods.write().insert(uid.to_owned(), pod);
     }
 
     pub fn remove_pod(&self, uid: &str) {
-        self.pods.write().unwrap_or_else(PoisonError::into_inner).remove(uid);
+        self.pods.write().remove(uid);
     }
 
     pub fn has_pod(&self, uid: &str) -> bool {
-        self.pods.read().unwrap_or_else(PoisonError::into_inner).contains_key(uid)
+        self.pods.read().contains_key(uid)
     }
 
     /// Pods for which `holds`.
     pub fn count_pods(&self, holds: impl Fn(&Pod) -> bool) -> usize {
-        self.pods.read().unwrap_or_else(PoisonError::into_inner).values().filter(|pod| holds(pod)).count()
+        self.pods.read().values().filter(|pod| holds(pod)).count()
     }
 
     /// Enters a guest, for as long as the entry lives.
     pub fn enter(self: &Arc<Self>, uid: &str, container: &str, guest: Guest) -> Entry {
         let key = (uid.to_owned(), container.to_owned());
-        self.guests.write().unwrap_or_else(PoisonError::into_inner).insert(key.clone(), guest);
+        self.guests.write().insert(key.clone(), guest);
         metrics().containers_running.inc();
         Entry { roster: self.clone(), key }
     }
@@ -50,27 +54,24 @@ pub struct Entry {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        self.roster.guests.write().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+        self.roster.guests.write().remove(&self.key);
         metrics().containers_running.dec();
     }
 }
 
 impl View for Roster {
     fn pods(&self) -> Vec<Arc<Pod>> {
-        self.pods.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+        self.pods.read().values().cloned().collect()
     }
 
     fn usage(&self) -> Vec<ContainerUsage> {
-        let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
+        let guests = self.guests.read();
         guests
             .iter()
             .map(|((uid, container), guest)| ContainerUsage {
                 pod_uid: uid.clone(),
                 container: container.clone(),
-                stats: match guest {
-                    Guest::Server(server) => server.stats(),
-                    Guest::Command(execution) => execution.stats(),
-                },
+                stats: guest.stats(),
             })
             .collect()
     }

@@ -2,7 +2,7 @@
 
 use super::fields::PodFacts;
 use super::{Role, is_finished};
-use crate::reasons::{condition, pod as reason, waiting};
+use crate::reasons::{condition, pod as pod_reason, waiting};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
     ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus, HostIP,
@@ -153,6 +153,7 @@ pub struct View<'a> {
     pub facts: &'a PodFacts,
     /// In the order of the spec, init containers first.
     pub containers: Vec<&'a ContainerView>,
+    pub now: Timestamp,
     pub start_time: Timestamp,
     /// Whether the volumes are there.
     pub prepared: bool,
@@ -206,10 +207,11 @@ fn phase(view: &View<'_>) -> &'static str {
     let begun = |c: &ContainerView| c.running() || c.terminated() || c.last.is_some();
     if view.containers.iter().all(|c| c.initialized() || c.role == Role::Main && begun(c)) && mains().all(|c| begun(c))
     {
-        "Running"
-    } else {
-        "Pending"
+        return "Running";
     }
+    // Init containers that run once more do not undo that the others have run.
+    let told = view.sent.and_then(|sent| sent.phase.as_deref());
+    if told.unwrap_or_else(|| super::phase(view.pod)) == "Running" { "Running" } else { "Pending" }
 }
 
 fn conditions(view: &View<'_>, phase: &str) -> Vec<PodCondition> {
@@ -256,12 +258,13 @@ fn conditions(view: &View<'_>, phase: &str) -> Vec<PodCondition> {
         condition_of(view, condition::CONTAINERS_READY, containers_ready),
         condition_of(view, condition::READY, ready),
     ];
-    if let Some(failure) = view.failure.filter(|failure| failure.reason == reason::EVICTED) {
-        // A Job does not count such an end as a failure of its own.
+    if let Some(failure) = view.failure.filter(|failure| failure.reason == pod_reason::EVICTED) {
+        // By it a Job tells what the node did to the pod from a failure of the pod's own.
+        let condition = condition_of(view, condition::DISRUPTION_TARGET, Ok(()));
         conditions.push(PodCondition {
             reason: Some(condition::TERMINATION_BY_KUBELET.to_owned()),
             message: Some(failure.message.clone()),
-            ..condition_of(view, condition::DISRUPTION_TARGET, Ok(()))
+            ..condition
         });
     }
     match view.stale {
@@ -287,7 +290,7 @@ fn condition_of(view: &View<'_>, type_: &str, holds: Result<(), (&str, String)>)
         .or_else(|| current(view.pod, type_))
         .filter(|before| before.status == status)
         .and_then(|before| before.last_transition_time.clone())
-        .unwrap_or_else(|| Time(now()));
+        .unwrap_or(Time(view.now));
     PodCondition {
         type_: type_.to_owned(),
         status: status.to_owned(),
@@ -347,8 +350,12 @@ pub fn is_overwritten(sent: &PodStatus, shown: &PodStatus) -> bool {
 
 /// The present, as exact as the API's times are.
 pub fn now() -> Timestamp {
-    let now = Timestamp::now();
-    Timestamp::from_second(now.as_second()).unwrap_or(now)
+    seconds(Timestamp::now())
+}
+
+/// A time, as exact as the API's times are.
+pub fn seconds(time: Timestamp) -> Timestamp {
+    Timestamp::from_second(time.as_second()).unwrap_or(time)
 }
 
 #[cfg(test)]
@@ -397,6 +404,7 @@ mod tests {
             sent: None,
             facts: &PodFacts { host_ip: "127.0.0.2".into(), pod_ip: "127.0.0.2".into(), ..PodFacts::default() },
             containers: containers.iter().collect(),
+            now: now(),
             start_time: now(),
             prepared: true,
             ended: over,
@@ -432,6 +440,30 @@ mod tests {
         let status = built(&Pod::default(), &[good], true, Some(&failure));
         assert_eq!(status.phase.as_deref(), Some("Failed"));
         assert_eq!(status.reason.as_deref(), Some("DeadlineExceeded"));
+    }
+
+    #[test]
+    fn an_evicted_pod_is_told_as_disrupted_and_no_other_failed_one_is() {
+        let ended = [view(Role::Main, "a", ended(137))];
+        let failed = |reason: &str| {
+            let failure = Failure { reason: reason.into(), message: "too much disk".into() };
+            built(&Pod::default(), &ended, true, Some(&failure))
+        };
+        let evicted = failed(pod_reason::EVICTED);
+        let target = condition(&evicted, "DisruptionTarget");
+        assert_eq!((target.status.as_str(), target.reason.as_deref()), ("True", Some("TerminationByKubelet")));
+        assert_eq!(target.message.as_deref(), Some("too much disk"));
+        let others = failed(pod_reason::DEADLINE_EXCEEDED);
+        assert!(others.conditions.unwrap().iter().all(|c| c.type_ != "DisruptionTarget"));
+    }
+
+    #[test]
+    fn init_containers_that_run_once_more_do_not_take_a_running_pod_back_to_pending() {
+        let again = [view(Role::Init, "i", running()), view(Role::Main, "a", ended(88))];
+        assert_eq!(phase_of(&again, false), "Pending");
+        let mut pod = Pod::default();
+        pod.status.get_or_insert_default().phase = Some("Running".into());
+        assert_eq!(built(&pod, &again, false, None).phase.as_deref(), Some("Running"));
     }
 
     #[test]

@@ -1,0 +1,39 @@
+//! What every pod of a node shares.
+
+use super::fields::PodFacts;
+use super::roster::Roster;
+use super::sources::Objects;
+use super::uid;
+use super::volumes::HostPaths;
+use crate::events::Recorder;
+use crate::eviction::Evictions;
+use crate::ports::Ports;
+use k8s_openapi::api::core::v1::Pod;
+use krustlet_runtime::Runtime;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
+
+pub struct NodeContext {
+    pub client: kube::Client,
+    pub runtime: Runtime,
+    pub events: Recorder,
+    pub facts: PodFacts,
+    pub address: IpAddr,
+    pub data_dir: PathBuf,
+    pub objects: Objects,
+    pub host_paths: Arc<HostPaths>,
+    pub ports: Ports,
+    pub roster: Arc<Roster>,
+    pub evictions: Arc<Evictions>,
+    /// The agent is to stop.
+    pub shutdown: CancellationToken,
+}
+
+impl NodeContext {
+    /// Where a pod's volumes and memory are kept.
+    pub fn pod_dir(&self, pod: &Pod) -> PathBuf {
+        self.data_dir.join("pods").join(uid(pod))
+    }
+}
