@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextvars
 import fnmatch
-import logging
 import random
 import threading
 from collections.abc import Callable
@@ -28,8 +27,6 @@ from typing import Any
 from localcloud.api.errors import ApiError
 from localcloud.specs import BackendError
 from localcloud.store import Json, Record, Store
-
-logger = logging.getLogger("localcloud.backends")
 
 FAULT = "localcloud.faults"
 OF_REQUESTS = ("latency", "error", "lost-answer", "failed-operation")
@@ -159,11 +156,7 @@ class RequestFaults:
 
 
 class FaultyBackends:
-    """The backends, but for what the faults say; and whatever goes wrong in them is a `BackendError`.
-
-    A full disk or a damaged file is no reason for a resource to be PROVISIONING for ever: it ends in an error
-    that is shown, and can be deleted.
-    """
+    """The backends, but for what the faults say."""
 
     def __init__(self, backends: Any, store: Store) -> None:
         self._backends = backends
@@ -176,13 +169,7 @@ class FaultyBackends:
             target = getattr(arguments[0], "name", "") if arguments else ""
             if name == "start_instance" and due(self._store, ("no-boot",), target):
                 return None
-            try:
-                result = function(*arguments)
-            except BackendError:
-                raise
-            except Exception as error:
-                logger.exception("%s failed", name)
-                raise BackendError(f"{name}: {type(error).__name__}: {error}") from error
+            result = function(*arguments)
             if work_fails.get():
                 work_fails.set(False)
                 raise BackendError(f"fault: {name} was done, and the operation is to fail")
