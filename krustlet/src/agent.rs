@@ -22,14 +22,14 @@ use crate::reasons::event;
 use crate::telemetry::metrics;
 use anyhow::{Context, bail};
 use futures::FutureExt;
-use krustlet_runtime::{CredentialSource, NoCredentials, Runtime, RuntimeConfig};
+use krustlet_runtime::{Compiler, CredentialSource, NoCredentials, Runtime, RuntimeConfig};
 use prometheus_client::registry::Registry;
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
 use std::panic::AssertUnwindSafe;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -43,6 +43,8 @@ use tracing::{error, info, warn};
 const CONCURRENT_PULLS: usize = 4;
 /// How long an agent that was killed may take to be gone.
 const PREDECESSOR: Duration = Duration::from_secs(5);
+/// How often it is looked up where the API server is, so that guests are kept from it.
+const API_SERVER_LOOKUP: Duration = Duration::from_secs(60);
 /// At the end, the API server gets this long to hear that the node is not ready before its pods are let go.
 const FAREWELL: Duration = Duration::from_secs(3);
 
@@ -89,6 +91,7 @@ async fn serve(
         Some(address) => address,
         None => route_to(&membership.server).await?,
     };
+    refuse_api_server(&runtime, &membership.server).await;
     let listen = options.listen_address(address);
     let listener = TcpListener::bind(listen)
         .await
@@ -115,6 +118,8 @@ async fn serve(
     let vital = Vital::default();
     let (events, send_events) = Recorder::new(client.clone(), &names.node_name);
     let _events = vital.spawn("sending Events", send_events);
+    let refusing = keep_refusing_api_server(runtime.clone(), membership.server.clone());
+    let _refusing = vital.spawn("keeping guests from the API server", refusing);
 
     // The HTTPS API answers as soon as it has a certificate, whatever else happens.
     let serving = Arc::new(ServingCertificate::default());
@@ -318,11 +323,23 @@ fn new_runtime(options: &Options, names: &Names, registry: &mut Registry) -> any
         verification: options.verification()?,
         credentials,
         insecure_registries: options.insecure_registries.clone(),
-        // One core is left to the pods that serve.
-        max_concurrent_compiles: cpus.saturating_sub(1).max(1),
+        compiler: Compiler { program: own_program()?, arguments: vec![crate::COMPILE.into()] },
+        // Compilers give way to the pods that serve. One whose module takes its whole time leaves another to the rest.
+        max_concurrent_compiles: cpus.saturating_sub(1).max(2),
         max_concurrent_pulls: CONCURRENT_PULLS,
+        egress: options.egress()?,
+        guest_memory: options.guest_memory,
     };
     Runtime::new(config, registry).context("failed to start the wasm runtime")
+}
+
+/// The program that this process runs, also after its file was replaced by an update.
+fn own_program() -> anyhow::Result<PathBuf> {
+    let process = PathBuf::from("/proc/self/exe");
+    if process.exists() {
+        return Ok(process);
+    }
+    std::env::current_exe().context("failed to find the agent's own program")
 }
 
 fn client_ca(certificates: &[Vec<u8>]) -> anyhow::Result<RootCertStore> {
@@ -331,6 +348,27 @@ fn client_ca(certificates: &[Vec<u8>]) -> anyhow::Result<RootCertStore> {
         store.add(CertificateDer::from(der.clone())).context("failed to use the cluster's certificate authority")?;
     }
     Ok(store)
+}
+
+/// Keeps guests from the API server, wherever its name leads.
+async fn refuse_api_server(runtime: &Runtime, server: &http::Uri) {
+    let host = server.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
+    let port = server.port_u16().unwrap_or(443);
+    match tokio::net::lookup_host((host, port)).await {
+        Ok(found) => runtime.refuse_api_server(host, found.map(|address| address.ip())),
+        Err(error) => {
+            // Guests cannot resolve it either, and its name is refused.
+            runtime.refuse_api_server(host, []);
+            tracing::debug!(%error, host, "failed to resolve the API server's name");
+        }
+    }
+}
+
+async fn keep_refusing_api_server(runtime: Runtime, server: http::Uri) {
+    loop {
+        tokio::time::sleep(API_SERVER_LOOKUP).await;
+        refuse_api_server(&runtime, &server).await;
+    }
 }
 
 /// The address of this machine that routes to the API server. Sends nothing.

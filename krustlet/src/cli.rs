@@ -2,9 +2,11 @@
 
 use crate::eviction;
 use crate::image_gc::Thresholds;
+use crate::pod::fields::nanos;
 use anyhow::{Context, bail, ensure};
 use clap::{Parser, ValueEnum};
-use krustlet_runtime::{PublicKey, Verification};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use krustlet_runtime::{EgressConfig, IpNet, PublicKey, Verification};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -100,6 +102,20 @@ pub struct Options {
     /// Directories below which pods may mount hostPath volumes, comma separated
     #[arg(long, env = "KRUSTLET_HOSTPATH_ALLOW", value_delimiter = ',')]
     pub hostpath_allow: Vec<PathBuf>,
+
+    /// Networks that guests may connect to though they are refused otherwise (loopback, link-local, the node itself),
+    /// CIDR or address, comma separated. The API server and the metadata server need an entry for their very address
+    #[arg(long, env = "KRUSTLET_GUEST_EGRESS_NETWORKS", value_delimiter = ',', value_parser = parse_network)]
+    pub guest_egress_networks: Vec<IpNet>,
+
+    /// Certificate authorities in PEM that guests' outbound https trusts beside the public ones
+    #[arg(long, env = "KRUSTLET_GUEST_CA_FILE")]
+    pub guest_ca_file: Option<PathBuf>,
+
+    /// Bytes that all guests together may take, e.g. 2Gi [default: what the machine or its control group has, less what
+    /// the system and idle instances need]
+    #[arg(long, env = "KRUSTLET_GUEST_MEMORY", value_parser = parse_bytes)]
+    pub guest_memory: Option<u64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -167,6 +183,20 @@ impl Options {
         self.node_labels.iter().cloned().collect()
     }
 
+    /// What guests may reach. Fails when the bundle cannot be read.
+    pub fn egress(&self) -> anyhow::Result<EgressConfig> {
+        let ca_bundle = match &self.guest_ca_file {
+            None => None,
+            Some(path) => Some(
+                std::fs::read_to_string(path)
+                    .with_context(|| format!("failed to read --guest-ca-file {}", path.display()))?,
+            ),
+        };
+        // The agent's own API listens on --addr; the others lead to the node.
+        let node_addresses = [self.address, self.node_ip, self.external_ip].into_iter().flatten().collect();
+        Ok(EgressConfig { networks: self.guest_egress_networks.clone(), node_addresses, ca_bundle })
+    }
+
     /// Fails when nothing lies between the thresholds.
     fn image_gc(&self) -> anyhow::Result<Thresholds> {
         let (high, low) = (self.image_gc_high_threshold, self.image_gc_low_threshold);
@@ -202,6 +232,27 @@ fn parse_label(text: &str) -> Result<(String, String), String> {
         return Err(format!("{text:?} has an empty key"));
     }
     Ok((key.trim().to_owned(), value.trim().to_owned()))
+}
+
+/// A network, or an address alone.
+fn parse_network(text: &str) -> Result<IpNet, String> {
+    let text = text.trim();
+    let network = match text.parse::<IpAddr>() {
+        Ok(address) => IpNet::from(address),
+        Err(_) => {
+            text.parse().map_err(|_| format!("{text:?} is neither a network such as 10.0.0.0/8 nor an address"))?
+        }
+    };
+    Ok(network.trunc())
+}
+
+/// A quantity of memory as Kubernetes writes it.
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let quantity = Quantity(text.trim().to_owned());
+    nanos(&quantity)
+        .and_then(|nanos| u64::try_from(nanos / 1_000_000_000).ok())
+        .filter(|bytes| *bytes > 0)
+        .ok_or_else(|| format!("{text:?} is not an amount of memory such as 2Gi"))
 }
 
 /// RFC 1123, as the API server checks the name of a Node.
@@ -248,6 +299,23 @@ mod tests {
         let error = parse(&["--image-gc-high-threshold=80"]).image_gc().unwrap_err();
         assert!(error.to_string().contains("--image-gc-low-threshold 80"), "{error}");
         assert!(Options::try_parse_from(["krustlet", "--image-gc-high-threshold=101"]).is_err());
+    }
+
+    #[test]
+    fn networks_for_guests_are_opened_by_name_and_what_is_none_is_refused() {
+        let options = parse(&["--guest-egress-networks", "10.1.2.3/8, 127.0.0.1,fd00::/8"]);
+        let networks: Vec<String> = options.egress().unwrap().networks.iter().map(ToString::to_string).collect();
+        assert_eq!(networks, ["10.0.0.0/8", "127.0.0.1/32", "fd00::/8"]);
+        assert!(parse(&[]).egress().unwrap().networks.is_empty());
+        assert!(Options::try_parse_from(["krustlet", "--guest-egress-networks=localhost"]).is_err());
+        assert!(parse(&["--guest-ca-file=/does/not/exist"]).egress().is_err());
+    }
+
+    #[test]
+    fn the_memory_of_guests_is_a_quantity() {
+        assert_eq!(parse(&["--guest-memory=2Gi"]).guest_memory, Some(2 << 30));
+        assert_eq!(parse(&[]).guest_memory, None);
+        assert!(Options::try_parse_from(["krustlet", "--guest-memory=much"]).is_err());
     }
 
     #[test]

@@ -26,7 +26,14 @@ mod trees;
 use clap::Parser;
 use std::process::ExitCode;
 
+/// How the agent starts itself to compile a module, in a process that is given nothing else.
+const COMPILE: &str = "compile-module";
+
 fn main() -> ExitCode {
+    // Before anything is read or started: the compiler's process is to have nothing that it does not need.
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == COMPILE) {
+        return krustlet_runtime::compiler_main(std::env::args_os().skip(2));
+    }
     let options = cli::Options::parse();
     match run(options) {
         Ok(()) => ExitCode::SUCCESS,

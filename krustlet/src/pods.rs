@@ -278,6 +278,9 @@ mod tests {
             insecure_registries: Vec::new(),
             max_concurrent_compiles: 1,
             max_concurrent_pulls: 1,
+            compiler: krustlet_runtime::Compiler { program: "/bin/false".into(), arguments: Vec::new() },
+            egress: krustlet_runtime::EgressConfig::default(),
+            guest_memory: None,
         };
         let client = kube::Client::new(axum::Router::new(), "default");
         Arc::new(NodeContext {

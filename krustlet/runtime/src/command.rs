@@ -23,7 +23,7 @@ pub enum ExitReason {
     Completed,
     /// With another exit code, by a trap, or killed.
     Error,
-    /// By asking for more memory than its limit.
+    /// By asking for more memory than its limit, its pod's or the node's.
     OutOfMemory,
 }
 
@@ -45,7 +45,9 @@ impl Exit {
         };
         match Failure::of(&error) {
             Failure::Exit(code) => Self::code(code),
-            Failure::OutOfMemory(message) => Self { code: KILLED, reason: ExitReason::OutOfMemory, message },
+            Failure::OutOfMemory(message) | Failure::MemoryTaken(message) => {
+                Self { code: KILLED, reason: ExitReason::OutOfMemory, message }
+            }
             Failure::Trap(message) => Self { code: TRAPPED, reason: ExitReason::Error, message },
             other => Self { code: KILLED, reason: ExitReason::Error, message: other.to_string() },
         }
@@ -82,7 +84,7 @@ impl Execution {
                 permanent: true,
             });
         }
-        let container = Arc::new(Container::new(spec, executor)?);
+        let container = Arc::new(Container::new(spec, executor, None)?);
         let kill = CancellationToken::new();
         let (send, exit) = watch::channel(None);
         let guest = Sliced::new(
@@ -121,7 +123,7 @@ impl Execution {
         Stats {
             requests: 0,
             in_flight: 0,
-            memory_bytes: self.container.usage.bytes(),
+            memory_bytes: self.container.memory.used(),
             cpu_time: self.container.cpu.used(),
         }
     }

@@ -4,7 +4,9 @@
 //! work (heartbeats, the pod watch, the API) not at all.
 
 use crate::cpu::{CpuShare, Ticker};
+use crate::egress::Egress;
 use crate::guest::{self, ComponentState, CoreState};
+use crate::memory::{Budget, Division, Machine, node_budget};
 use std::sync::Arc;
 use tokio::runtime::Handle;
 use wasmtime::component::Linker;
@@ -23,10 +25,15 @@ pub const TABLE_ELEMENTS: usize = 100_000;
 const INSTANCES_PER_GC_HEAP: u32 = 10;
 /// Slots that stay warm for another instance of the same module.
 const WARM_SLOTS: u32 = 64;
-/// Memory that a warm slot keeps; clearing it is cheaper than having the kernel map it again at the next request.
+/// Memory that an idle slot keeps; clearing it is cheaper than having the kernel map it again at the next request. Every slot
+/// that was ever used keeps it, so that a machine's share for idle instances bounds it.
 const KEEP_RESIDENT: usize = 1024 * 1024;
 /// The same where the kernel cannot say which pages were written, so that all of them are cleared.
 const KEEP_RESIDENT_BLIND: usize = 64 * 1024;
+/// The same for a table: the functions of an ordinary guest.
+const KEEP_TABLE: usize = 16 * 1024;
+/// Bytes of a machine that does not say how many it has.
+const UNKNOWN_MACHINE: u64 = 2 * 1024 * 1024 * 1024;
 /// The first Linux with the PAGEMAP_SCAN ioctl.
 const PAGEMAP_SCAN: (u32, u32) = (6, 7);
 
@@ -39,6 +46,11 @@ pub struct Executor {
     pub engine: Engine,
     pub component_linker: Linker<ComponentState>,
     pub core_linker: wasmtime::Linker<CoreState>,
+    pub egress: Arc<Egress>,
+    /// For everything that guests make the node hold.
+    pub memory: Arc<Budget>,
+    /// A container's limit where its pod sets none.
+    pub default_memory: u64,
     ticker: Arc<Ticker>,
     workers: usize,
     runtime: Option<tokio::runtime::Runtime>,
@@ -46,8 +58,11 @@ pub struct Executor {
 }
 
 impl Executor {
-    pub fn new() -> wasmtime::Result<Self> {
-        let engine = engine().context("failed to make the wasm engine")?;
+    /// `guest_memory` is what guests may take together, instead of what the machine can spare.
+    pub fn new(egress: Arc<Egress>, guest_memory: Option<u64>) -> wasmtime::Result<Self> {
+        let machine = Machine::this();
+        let division = Division::of(machine.total().unwrap_or(UNKNOWN_MACHINE), guest_memory);
+        let engine = engine(division.idle).context("failed to make the wasm engine")?;
         let ticker = Ticker::start(engine.weak()).context("failed to start the epoch thread")?;
         let workers = std::thread::available_parallelism().map_or(1, usize::from);
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -63,9 +78,19 @@ impl Executor {
             handle: runtime.handle().clone(),
             runtime: Some(runtime),
             engine,
+            egress,
+            memory: node_budget(machine, division),
+            default_memory: division.default_limit,
             ticker,
             workers,
         })
+    }
+
+    /// An executor that opens nothing, for tests.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub fn for_tests() -> wasmtime::Result<Self> {
+        let egress = Egress::new(crate::EgressConfig::default()).map_err(wasmtime::Error::msg)?;
+        Self::new(Arc::new(egress), None)
     }
 
     /// One container's part in these threads' time.
@@ -87,18 +112,26 @@ impl Drop for Executor {
     }
 }
 
-fn engine() -> wasmtime::Result<Engine> {
-    let mut result = Engine::new(&config(MAX_INSTANCES[0]));
+/// `idle` bytes are what all idle slots together may keep.
+fn engine(idle: u64) -> wasmtime::Result<Engine> {
+    let mut result = Engine::new(&config(MAX_INSTANCES[0], idle));
     for instances in &MAX_INSTANCES[1..] {
         if let Err(error) = &result {
             tracing::warn!(%error, instances, "this machine gives little address space; it holds fewer instances at once");
-            result = Engine::new(&config(*instances));
+            result = Engine::new(&config(*instances, idle));
         }
     }
     result
 }
 
-fn config(instances: u32) -> Config {
+/// What a slot may keep resident while it is idle: of a memory, and of a table.
+fn keep_resident(instances: u32, idle: u64) -> (usize, usize) {
+    let tables = KEEP_TABLE * TABLES as usize;
+    let share = usize::try_from(idle / u64::from(instances.max(1))).unwrap_or(usize::MAX).saturating_sub(tables);
+    (share.min(if kernel_scans_pages() { KEEP_RESIDENT } else { KEEP_RESIDENT_BLIND }), KEEP_TABLE)
+}
+
+fn config(instances: u32, idle: u64) -> Config {
     let mut pool = PoolingAllocationConfig::new();
     pool.total_component_instances(instances)
         .total_core_instances(instances * CORE_INSTANCES)
@@ -111,12 +144,17 @@ fn config(instances: u32) -> Config {
         .table_elements(TABLE_ELEMENTS)
         .max_unused_warm_slots(WARM_SLOTS)
         .pagemap_scan(Enabled::Auto);
-    let keep = if kernel_scans_pages() { KEEP_RESIDENT } else { KEEP_RESIDENT_BLIND };
-    pool.linear_memory_keep_resident(keep).table_keep_resident(keep);
+    let (memory, table) = keep_resident(instances, idle);
+    pool.linear_memory_keep_resident(memory).table_keep_resident(table);
+    let mut config = code_config();
+    config.allocation_strategy(InstanceAllocationStrategy::Pooling(pool));
+    config
+}
 
+/// What shapes the code: the compiler, which runs no guests, needs no more.
+pub fn code_config() -> Config {
     let mut config = Config::new();
     config
-        .allocation_strategy(InstanceAllocationStrategy::Pooling(pool))
         .epoch_interruption(true)
         .cranelift_opt_level(OptLevel::Speed)
         .memory_init_cow(true)
@@ -146,13 +184,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn code_does_not_depend_on_how_many_instances_a_machine_can_hold() {
+    fn code_does_not_depend_on_how_many_instances_a_machine_can_hold_nor_on_whether_it_runs_any() {
         use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-        let hash = |instances| {
+        let hash = |config: &Config| {
             let mut hasher = DefaultHasher::new();
-            Engine::new(&config(instances)).unwrap().precompile_compatibility_hash().hash(&mut hasher);
+            Engine::new(config).unwrap().precompile_compatibility_hash().hash(&mut hasher);
             hasher.finish()
         };
-        assert_eq!(hash(MAX_INSTANCES[0]), hash(MAX_INSTANCES[2]));
+        let large = hash(&config(MAX_INSTANCES[0], 1 << 31));
+        assert_eq!(large, hash(&config(MAX_INSTANCES[2], 1 << 20)));
+        assert_eq!(large, hash(&code_config()));
+    }
+
+    #[test]
+    fn what_idle_instances_keep_is_never_more_than_the_machines_share_for_them() {
+        for machine in [1u64, 2, 4, 24, 512].map(|gib| gib << 30) {
+            let idle = Division::of(machine, None).idle;
+            for instances in MAX_INSTANCES {
+                let (memory, table) = keep_resident(instances, idle);
+                let kept = u64::from(instances) * (memory as u64 + u64::from(TABLES) * table as u64);
+                assert!(kept <= idle, "{kept} of {idle}");
+            }
+        }
     }
 }

@@ -41,10 +41,12 @@ impl PullError {
 /// Why a pulled image could not be made ready to run.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum LoadError {
-    #[error("module {digest} cannot be compiled: {cause}")]
+    #[error("module {digest} cannot be run: {cause}")]
     InvalidModule { digest: String, cause: String },
     #[error("module {digest} imports {import}, which this node does not offer{hint}")]
     UnsupportedImport { digest: String, import: String, hint: String },
+    #[error("the node has no memory for module {digest}: {cause}")]
+    NoMemory { digest: String, cause: String },
     #[error("failed to load module {digest}: {cause}")]
     Internal { digest: String, cause: String },
 }
@@ -55,13 +57,13 @@ impl LoadError {
         match self {
             Self::InvalidModule { .. } => "InvalidImage",
             Self::UnsupportedImport { .. } => "UnsupportedImport",
-            Self::Internal { .. } => "CreateContainerError",
+            Self::NoMemory { .. } | Self::Internal { .. } => "CreateContainerError",
         }
     }
 
     /// Whether trying again with the same image is pointless.
     pub fn is_permanent(&self) -> bool {
-        !matches!(self, Self::Internal { .. })
+        !matches!(self, Self::NoMemory { .. } | Self::Internal { .. })
     }
 }
 
@@ -72,6 +74,9 @@ pub enum StartError {
         "address {address} is already in use on this node; choose another containerPort or remove the pod that holds it"
     )]
     PortInUse { address: std::net::SocketAddr },
+    /// What the pod asks for means nothing or cannot be given.
+    #[error("container {container} is not configured right: {cause}")]
+    Config { container: String, cause: String },
     #[error("failed to create container {container}: {cause}")]
     Create { container: String, cause: String, permanent: bool },
 }
@@ -81,6 +86,7 @@ impl StartError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::PortInUse { .. } => "PortInUse",
+            Self::Config { .. } => "CreateContainerConfigError",
             Self::Create { .. } => "CreateContainerError",
         }
     }
@@ -89,6 +95,7 @@ impl StartError {
     pub fn is_permanent(&self) -> bool {
         match self {
             Self::PortInUse { .. } => false,
+            Self::Config { .. } => true,
             Self::Create { permanent, .. } => *permanent,
         }
     }

@@ -15,7 +15,7 @@ MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEaxfR8uEsQkf4vOblY6RA8ncDfYEt
 -----END PUBLIC KEY-----
 ";
 
-static EXECUTOR: LazyLock<Option<Executor>> = LazyLock::new(|| Executor::new().ok());
+static EXECUTOR: LazyLock<Option<Executor>> = LazyLock::new(|| Executor::for_tests().ok());
 
 /// A manifest, or a manifest and a config with a zero byte between them.
 pub fn artifact(data: &[u8]) {

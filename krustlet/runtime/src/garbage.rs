@@ -90,7 +90,7 @@ mod tests {
         fn new() -> Self {
             let directory = tempfile::tempdir().unwrap();
             let store = Store::open(directory.path().join("images")).unwrap();
-            let executor = Executor::new().unwrap();
+            let executor = Executor::for_tests().unwrap();
             let cache = Cache::open(directory.path().join("precompiled"), &executor.engine).unwrap();
             Self { _directory: directory, executor, store, cache }
         }

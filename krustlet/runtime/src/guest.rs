@@ -1,39 +1,31 @@
 //! What a guest is given: arguments, environment, directories, limits, a log, hosts to call; and nothing else.
 
 use crate::cpu::{self, CpuShare, FIRST_SLICE};
+use crate::egress::Outbound;
 use crate::engine::Executor;
 use crate::error::StartError;
-use crate::limits::{Limiter, MemoryLimitExceeded, Usage};
+use crate::limits::{Limiter, MemoryLimitExceeded};
 use crate::logs::{LogFile, LogStream};
+use crate::memory::{Budget, Scope};
 use crate::metrics::LiveInstance;
 use crate::mounts::{self, Mount};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::Semaphore;
 use wasmtime::component::{Linker, ResourceTable};
 use wasmtime::{Engine, Store};
-use wasmtime_wasi::cli::{WasiCli, WasiCliView as _};
-use wasmtime_wasi::filesystem::{WasiFilesystem, WasiFilesystemCtx, WasiFilesystemView as _};
+use wasmtime_wasi::filesystem::WasiFilesystemCtx;
 use wasmtime_wasi::p1::WasiP1Ctx;
-use wasmtime_wasi::p2::bindings::{cli, filesystem, random};
-use wasmtime_wasi::random::WasiRandom;
+use wasmtime_wasi::p2::bindings::{LinkOptions, cli};
 use wasmtime_wasi::{I32Exit, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
-use wasmtime_wasi_http::{
-    Error as HttpError, RequestOptions, WasiBody, WasiHttpCtx, WasiHttpCtxView, WasiHttpHooks, WasiHttpView,
-};
+use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
 
 /// Handles (streams, headers, files, …) that one instance may hold at a time.
-const MAX_RESOURCES: usize = 16 * 1024;
+const MAX_RESOURCES: usize = 4 * 1024;
 /// Random bytes for one call.
 const MAX_RANDOM: u64 = 1024 * 1024;
 /// What one call may copy out of the guest into the node's memory.
 const MAX_HOSTCALL: usize = 16 * 1024 * 1024;
-/// Chunks of a body that wait for the client; with their size, what a slow client can make the node hold.
-const BODY_CHUNKS: usize = 4;
-const BODY_CHUNK_SIZE: usize = 64 * 1024;
-/// HTTP requests that the guests of one container may have open at once: each is one of the node's file descriptors.
-const MAX_OUTBOUND: usize = 256;
 /// Longer timeouts are taken for this one: the clock's own range ends somewhere, with a panic.
 const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
 
@@ -48,12 +40,16 @@ pub struct ContainerSpec {
     pub mounts: Vec<Mount>,
     /// Where the guest begins, as its `initial-cwd`.
     pub working_dir: Option<String>,
-    /// Bytes of linear memory and tables, for each instance.
+    /// Bytes that all of the container's instances may make the node hold together; a share of the node without it.
     pub memory_limit: Option<u64>,
+    /// What the containers of its pod may take together.
+    pub pod_memory: Option<PodMemory>,
     /// Cores, for all of the container's instances together.
     pub cpu_limit: Option<f64>,
-    /// `host` (any port) or `host:port` that the guest may send HTTP requests to.
+    /// `host` (any port), `host:port` or `*.domain` that the guest may send HTTP requests to.
     pub allowed_hosts: Vec<String>,
+    /// Certificate authorities in PEM that the guest's https requests trust beside those that the node trusts.
+    pub ca_bundle: Option<String>,
     /// A request that takes longer is answered with 504.
     pub request_timeout: Duration,
     /// Requests beyond this many at once are answered with 503.
@@ -74,8 +70,10 @@ impl ContainerSpec {
             mounts: Vec::new(),
             working_dir: None,
             memory_limit: None,
+            pod_memory: None,
             cpu_limit: None,
             allowed_hosts: Vec::new(),
+            ca_bundle: None,
             request_timeout: Self::DEFAULT_REQUEST_TIMEOUT,
             max_concurrent_requests: Self::DEFAULT_MAX_CONCURRENT_REQUESTS,
             log,
@@ -90,21 +88,27 @@ pub struct Stats {
     pub requests: u64,
     /// Requests being served now.
     pub in_flight: u64,
-    /// Bytes of linear memory and tables that the live instances hold.
+    /// Bytes that the live instances make the node hold.
     pub memory_bytes: u64,
     /// Time spent executing the guest.
     pub cpu_time: Duration,
 }
 
+/// A pod's memory, for all of its containers.
+#[derive(Debug, Clone)]
+pub struct PodMemory(pub(crate) Arc<Budget>);
+
 /// A specification made ready: what its instances share.
 pub struct Container {
     pub spec: ContainerSpec,
     pub cpu: Arc<CpuShare>,
-    pub usage: Arc<Usage>,
+    /// What this container holds, within `limit`.
+    pub memory: Arc<Budget>,
+    /// Its limit, which a container that takes its place shares as long as instances of both are alive.
+    limit: Arc<Budget>,
     environment: Arc<Environment>,
     filesystem: WasiFilesystemCtx,
-    allowed_hosts: Arc<[AllowedHost]>,
-    outbound: Arc<Semaphore>,
+    outbound: Outbound,
 }
 
 /// What a guest is told when it asks, shared by all instances of its container: they may be many, and it large.
@@ -115,7 +119,8 @@ struct Environment {
 }
 
 impl Container {
-    pub fn new(mut spec: ContainerSpec, executor: &Executor) -> Result<Self, StartError> {
+    /// `predecessor` is the container whose place this one takes while requests are still answered by it.
+    pub fn new(mut spec: ContainerSpec, executor: &Executor, predecessor: Option<&Self>) -> Result<Self, StartError> {
         spec.request_timeout = spec.request_timeout.min(MAX_REQUEST_TIMEOUT);
         let mounts = std::mem::take(&mut spec.mounts);
         let program = spec.name.rsplit('/').next().unwrap_or_default().to_owned();
@@ -128,15 +133,27 @@ impl Container {
         // The mounts' own descriptors go with them: from here on there is one for each, whatever the number of instances.
         let filesystem = mounts::open(&mounts).map_err(|cause| create(cause, false))?;
         drop(mounts);
-        let allowed_hosts = spec
-            .allowed_hosts
-            .iter()
-            .map(|entry| AllowedHost::parse(entry))
-            .collect::<Result<_, _>>()
-            .map_err(|cause| create(cause, true))?;
+        let bytes = spec.memory_limit.unwrap_or(executor.default_memory);
+        let limit = match predecessor {
+            Some(predecessor) => predecessor.limit.clone(),
+            None => {
+                let parent = spec.pod_memory.as_ref().map_or(&executor.memory, |PodMemory(budget)| budget);
+                Budget::within(parent, Scope::Container, bytes)
+            }
+        };
+        limit.set_limit(bytes);
+        let memory = Budget::within(&limit, Scope::Container, u64::MAX);
+        let outbound = Outbound::new(
+            &executor.egress,
+            &memory,
+            &spec.allowed_hosts,
+            spec.ca_bundle.as_deref(),
+            spec.request_timeout,
+            spec.log.clone(),
+        )
+        .map_err(|cause| StartError::Config { container: spec.name.clone(), cause })?;
         let cpu = Arc::new(executor.share(spec.cpu_limit));
-        let outbound = Arc::new(Semaphore::new(MAX_OUTBOUND));
-        Ok(Self { spec, cpu, usage: Arc::default(), environment, filesystem, allowed_hosts, outbound })
+        Ok(Self { spec, cpu, memory, limit, environment, filesystem, outbound })
     }
 
     /// All but directories and environment, which are the container's and not each instance's own.
@@ -146,12 +163,9 @@ impl Container {
             .stderr(self.spec.log.guest_stream(LogStream::Stderr))
             .max_random_size(MAX_RANDOM)
             .allow_tcp(false)
-            .allow_udp(false);
+            .allow_udp(false)
+            .allow_ip_name_lookup(false);
         wasi
-    }
-
-    fn limiter(&self) -> Limiter {
-        Limiter::new(self.spec.memory_limit, self.usage.clone())
     }
 
     /// The store of one component instance.
@@ -165,19 +179,19 @@ impl Container {
             environment: self.environment.clone(),
             http: WasiHttpCtx::new(),
             table,
-            hooks: Hooks {
-                allowed: self.allowed_hosts.clone(),
-                timeout: self.spec.request_timeout,
-                open: self.outbound.clone(),
-            },
-            limiter: self.limiter(),
+            outbound: self.outbound.clone(),
+            limiter: Limiter::new(self.memory.clone())?,
             _live: live,
         };
         let mut store = Store::new(engine, state);
         store.limiter(|state| &mut state.limiter);
         store.set_hostcall_fuel(MAX_HOSTCALL);
         store.set_epoch_deadline(FIRST_SLICE);
-        store.epoch_deadline_callback(cpu::on_deadline);
+        store.epoch_deadline_callback(|mut context| {
+            let state = context.data_mut();
+            state.limiter.count_handles(&mut state.table)?;
+            cpu::on_deadline(context)
+        });
         Ok(store)
     }
 
@@ -187,7 +201,8 @@ impl Container {
         wasi.args(&self.environment.arguments).envs(&self.environment.variables);
         let mut wasi = wasi.build_p1();
         wasi.ctx().ctx.filesystem().clone_from(&self.filesystem);
-        let state = CoreState { wasi, limiter: self.limiter(), _live: live };
+        wasi.ctx().table.set_max_capacity(MAX_RESOURCES);
+        let state = CoreState { wasi, limiter: Limiter::new(self.memory.clone())?, _live: live };
         let mut store = Store::new(engine, state);
         store.limiter(|state| &mut state.limiter);
         store.set_epoch_deadline(FIRST_SLICE);
@@ -202,7 +217,7 @@ pub struct ComponentState {
     environment: Arc<Environment>,
     http: WasiHttpCtx,
     table: ResourceTable,
-    hooks: Hooks,
+    outbound: Outbound,
     limiter: Limiter,
     _live: LiveInstance,
 }
@@ -236,7 +251,7 @@ impl WasiView for ComponentState {
 
 impl WasiHttpView for ComponentState {
     fn http(&mut self) -> WasiHttpCtxView<'_> {
-        WasiHttpCtxView { hooks: &mut self.hooks, table: &mut self.table, ctx: &mut self.http }
+        WasiHttpCtxView { hooks: &mut self.outbound, table: &mut self.table, ctx: &mut self.http }
     }
 }
 
@@ -247,23 +262,17 @@ pub struct CoreState {
     _live: LiveInstance,
 }
 
-/// What components may import: all of wasi:cli and wasi:http 0.2 but the sockets.
+/// What components may import: all of wasi:cli and wasi:http 0.2. Sockets are there too, since many toolchains import them
+/// whether they are used or not; a guest that makes one or resolves a name is told that it may not.
 pub fn component_linker(engine: &Engine) -> wasmtime::Result<Linker<ComponentState>> {
-    type State = ComponentState;
     let mut linker = Linker::new(engine);
-    let l = &mut linker;
-    wasmtime_wasi_http::p2::add_to_linker_async(l)?;
-    cli::exit::add_to_linker::<State, WasiCli>(l, State::cli)?;
-    cli::environment::add_to_linker::<State, SharedEnvironment>(l, |state| &*state.environment)?;
-    cli::terminal_input::add_to_linker::<State, WasiCli>(l, State::cli)?;
-    cli::terminal_output::add_to_linker::<State, WasiCli>(l, State::cli)?;
-    cli::terminal_stdin::add_to_linker::<State, WasiCli>(l, State::cli)?;
-    cli::terminal_stdout::add_to_linker::<State, WasiCli>(l, State::cli)?;
-    cli::terminal_stderr::add_to_linker::<State, WasiCli>(l, State::cli)?;
-    filesystem::types::add_to_linker::<State, WasiFilesystem>(l, State::filesystem)?;
-    filesystem::preopens::add_to_linker::<State, WasiFilesystem>(l, State::filesystem)?;
-    random::insecure::add_to_linker::<State, WasiRandom>(l, |state| state.wasi.random())?;
-    random::insecure_seed::add_to_linker::<State, WasiRandom>(l, |state| state.wasi.random())?;
+    let mut options = LinkOptions::default();
+    options.network_error_code(true);
+    wasmtime_wasi::p2::add_to_linker_with_options_async(&mut linker, &options)?;
+    wasmtime_wasi_http::p2::add_only_http_to_linker_async(&mut linker)?;
+    linker.allow_shadowing(true);
+    cli::environment::add_to_linker::<ComponentState, SharedEnvironment>(&mut linker, |state| &*state.environment)?;
+    linker.allow_shadowing(false);
     Ok(linker)
 }
 
@@ -279,6 +288,8 @@ pub fn core_linker(engine: &Engine) -> wasmtime::Result<wasmtime::Linker<CoreSta
 pub enum Failure {
     Exit(i32),
     OutOfMemory(String),
+    /// Others of the same container, pod or node hold the memory that it needs.
+    MemoryTaken(String),
     /// All instances that the node can hold at once are taken.
     NodeFull,
     TimedOut,
@@ -290,6 +301,7 @@ impl fmt::Display for Failure {
         match self {
             Self::Exit(code) => write!(formatter, "the guest exited with code {code}"),
             Self::OutOfMemory(message) => write!(formatter, "out of memory: {message}"),
+            Self::MemoryTaken(message) => write!(formatter, "no memory is left for it: {message}"),
             Self::NodeFull => write!(formatter, "the node holds as many instances as it can"),
             Self::TimedOut => write!(formatter, "the request took longer than its timeout"),
             Self::Trap(message) => write!(formatter, "the guest failed: {message}"),
@@ -303,7 +315,10 @@ impl Failure {
             return Self::Exit(exit.0);
         }
         if let Some(exceeded) = error.downcast_ref::<MemoryLimitExceeded>() {
-            return Self::OutOfMemory(exceeded.to_string());
+            return match exceeded.is_its_own() {
+                true => Self::OutOfMemory(exceeded.to_string()),
+                false => Self::MemoryTaken(exceeded.to_string()),
+            };
         }
         if error.is::<wasmtime::PoolConcurrencyLimitError>() {
             return Self::NodeFull;
@@ -312,156 +327,6 @@ impl Failure {
         match error.downcast_ref::<wasmtime::Trap>() {
             Some(trap) => Self::Trap(trap.to_string()),
             None => Self::Trap(error.root_cause().to_string()),
-        }
-    }
-}
-
-/// A host that a guest may call.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct AllowedHost {
-    host: String,
-    port: Option<u16>,
-}
-
-impl AllowedHost {
-    fn parse(entry: &str) -> Result<Self, String> {
-        let refused = || format!("allowed host {entry:?} is neither \"host\" nor \"host:port\"");
-        let authority: http::uri::Authority = entry.trim().parse().map_err(|_| refused())?;
-        let host = authority.host().to_ascii_lowercase();
-        // What follows the host can only be a port; what stands before it, a user.
-        let rest = authority.as_str().len() - host.len();
-        if host.is_empty() || (rest > 0 && authority.port_u16().is_none()) || entry.contains('@') {
-            return Err(refused());
-        }
-        Ok(Self { host, port: authority.port_u16() })
-    }
-
-    fn allows(&self, host: &str, port: u16) -> bool {
-        self.host.eq_ignore_ascii_case(host) && self.port.is_none_or(|allowed| allowed == port)
-    }
-}
-
-/// The guest's way out: HTTP requests, to listed hosts only.
-struct Hooks {
-    allowed: Arc<[AllowedHost]>,
-    timeout: Duration,
-    open: Arc<Semaphore>,
-}
-
-type Sent = Result<(http::Response<WasiBody>, Completion), HttpError>;
-type Completion = Box<dyn Future<Output = Result<(), HttpError>> + Send>;
-
-impl Hooks {
-    fn allows(&self, uri: &http::Uri) -> bool {
-        let Some(authority) = uri.authority() else { return false };
-        let default = if uri.scheme() == Some(&http::uri::Scheme::HTTPS) { 443 } else { 80 };
-        let port = match authority.port() {
-            Some(port) => port.as_u16(),
-            None => default,
-        };
-        // A user part would make the host's name ambiguous to a reader of the list.
-        !authority.as_str().contains('@') && self.allowed.iter().any(|allowed| allowed.allows(authority.host(), port))
-    }
-}
-
-impl WasiHttpHooks for Hooks {
-    fn send_request(
-        &mut self,
-        request: http::Request<WasiBody>,
-        options: Option<RequestOptions>,
-        _processed: Completion,
-    ) -> Box<dyn Future<Output = Sent> + Send> {
-        if !self.allows(request.uri()) {
-            tracing::debug!(uri = %request.uri(), "denied a guest's request to a host that is not allowed");
-            return Box::new(std::future::ready(Err(HttpError::HttpRequestDenied)));
-        }
-        let Ok(open) = self.open.clone().try_acquire_owned() else {
-            return Box::new(std::future::ready(Err(HttpError::ConnectionLimitReached)));
-        };
-        // No wait is longer than the request that the guest itself is answering.
-        let mut options = options.unwrap_or_default();
-        for timeout in
-            [&mut options.connect_timeout, &mut options.first_byte_timeout, &mut options.between_bytes_timeout]
-        {
-            *timeout = Some(timeout.unwrap_or(self.timeout).min(self.timeout));
-        }
-        Box::new(async move {
-            use http_body_util::BodyExt;
-            let (response, completion) = wasmtime_wasi_http::default_send_request(request, Some(options)).await?;
-            let completion: Completion = Box::new(async move {
-                let _open = open;
-                completion.await
-            });
-            Ok((response.map(BodyExt::boxed_unsync), completion))
-        })
-    }
-
-    fn p2_outgoing_body_buffer_chunks(&mut self) -> usize {
-        BODY_CHUNKS
-    }
-
-    fn p2_outgoing_body_chunk_size(&mut self) -> usize {
-        BODY_CHUNK_SIZE
-    }
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-    use std::pin::Pin;
-
-    fn allows(allowed: &[&str], uri: &str) -> bool {
-        let allowed = allowed.iter().map(|entry| AllowedHost::parse(entry).unwrap()).collect();
-        hooks(allowed, 1).allows(&uri.parse().unwrap())
-    }
-
-    fn hooks(allowed: Arc<[AllowedHost]>, open: usize) -> Hooks {
-        Hooks { allowed, timeout: Duration::from_secs(10), open: Arc::new(Semaphore::new(open)) }
-    }
-
-    #[tokio::test]
-    async fn a_guest_may_have_so_many_requests_open_and_no_more_until_one_ends() {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let mut hooks = hooks(Arc::new([AllowedHost::parse(&address.to_string()).unwrap()]), 1);
-        let mut send = || {
-            let body = http_body_util::BodyExt::boxed_unsync(http_body_util::BodyExt::map_err(
-                http_body_util::Empty::<bytes::Bytes>::new(),
-                |never| match never {},
-            ));
-            let request = http::Request::get(format!("http://{address}/")).body(body).unwrap();
-            Pin::from(hooks.send_request(request, None, Box::new(std::future::ready(Ok(())))))
-        };
-        let mut first = send();
-        assert!(futures::poll!(&mut first).is_pending());
-        assert!(matches!(send().await, Err(HttpError::ConnectionLimitReached)));
-        drop(first);
-        assert!(futures::poll!(send()).is_pending());
-    }
-
-    #[test]
-    fn only_listed_hosts_may_be_called() {
-        assert!(!allows(&[], "https://example.com/"));
-        assert!(allows(&["Example.com"], "https://example.COM/path"));
-        assert!(allows(&["example.com"], "http://example.com:8080/"));
-        assert!(!allows(&["example.com"], "https://evil.example.com/"));
-        assert!(!allows(&["example.com"], "https://example.com.evil/"));
-        assert!(!allows(&["example.com"], "https://user@example.com/"));
-    }
-
-    #[test]
-    fn a_listed_port_is_the_only_one() {
-        assert!(allows(&["example.com:443"], "https://example.com/"));
-        assert!(!allows(&["example.com:443"], "http://example.com/"));
-        assert!(allows(&["127.0.0.1:8080"], "http://127.0.0.1:8080/"));
-        assert!(!allows(&["127.0.0.1:8080"], "http://127.0.0.1:8081/"));
-    }
-
-    #[test]
-    fn entries_that_are_no_hosts_are_refused() {
-        for entry in ["", "https://example.com", "example.com/path", "user@host", "host:port", "a b"] {
-            assert!(AllowedHost::parse(entry).is_err(), "{entry}");
         }
     }
 }

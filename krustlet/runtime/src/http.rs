@@ -9,8 +9,8 @@ use crate::cpu::{CpuShare, Sliced};
 use crate::engine::Executor;
 use crate::error::StartError;
 use crate::guest::{Container, ContainerSpec, Failure, Stats};
-use crate::limits::Usage;
 use crate::logs::LogStream;
+use crate::memory::Budget;
 use crate::metrics::Metrics;
 use crate::module::{Code, Module};
 use crate::slow_client::{Patience, Traffic, Turn, WriteTimeout};
@@ -83,7 +83,7 @@ struct Serving {
 #[derive(Default)]
 struct Retired {
     cpu_time: Duration,
-    finishing: Vec<(Arc<CpuShare>, Arc<Usage>)>,
+    finishing: Vec<(Arc<CpuShare>, Arc<Budget>)>,
 }
 
 impl HttpServer {
@@ -96,7 +96,7 @@ impl HttpServer {
         patience: Patience,
     ) -> Result<Self, StartError> {
         let name = spec.name.clone();
-        let serving = Serving::new(executor, module, spec)?;
+        let serving = Serving::new(executor, module, spec, None)?;
         let mut protocol = auto::Builder::new(TokioExecutor::new());
         protocol.http1().timer(TokioTimer::new()).header_read_timeout(patience.head).max_buf_size(MAX_HEAD);
         protocol
@@ -155,12 +155,13 @@ impl HttpServer {
     /// Serves every request that begins from now on with another module or specification. Requests in flight end with
     /// the old one; no connection is closed.
     pub async fn swap(&self, module: &Module, spec: ContainerSpec) -> Result<(), StartError> {
-        let serving = Arc::new(Serving::new(&self.server.executor, module, spec)?);
+        let predecessor = self.server.current();
+        let serving = Serving::new(&self.server.executor, module, spec, Some(&predecessor.container))?;
         let old = {
             let mut current = self.server.current.write().unwrap_or_else(PoisonError::into_inner);
-            std::mem::replace(&mut *current, serving)
+            std::mem::replace(&mut *current, Arc::new(serving))
         };
-        lock(&self.server.retired).finishing.push((old.container.cpu.clone(), old.container.usage.clone()));
+        lock(&self.server.retired).finishing.push((old.container.cpu.clone(), old.container.memory.clone()));
         Ok(())
     }
 
@@ -181,11 +182,11 @@ impl HttpServer {
     pub fn stats(&self) -> Stats {
         let current = self.server.current();
         let mut retired = lock(&self.server.retired);
-        let mut memory_bytes = current.container.usage.bytes();
+        let mut memory_bytes = current.container.memory.used();
         let mut cpu_time = current.container.cpu.used();
         let Retired { cpu_time: ended, finishing } = &mut *retired;
-        finishing.retain(|(cpu, usage)| {
-            memory_bytes += usage.bytes();
+        finishing.retain(|(cpu, memory)| {
+            memory_bytes += memory.used();
             // Held by no request any more: its figures are final.
             let last = Arc::strong_count(cpu) == 1;
             *(if last { &mut *ended } else { &mut cpu_time }) += cpu.used();
@@ -214,7 +215,12 @@ impl fmt::Debug for HttpServer {
 }
 
 impl Serving {
-    fn new(executor: &Executor, module: &Module, spec: ContainerSpec) -> Result<Self, StartError> {
+    fn new(
+        executor: &Executor,
+        module: &Module,
+        spec: ContainerSpec,
+        predecessor: Option<&Container>,
+    ) -> Result<Self, StartError> {
         let Code::HttpProxy(guest) = module.code() else {
             return Err(StartError::Create {
                 container: spec.name,
@@ -222,7 +228,8 @@ impl Serving {
                 permanent: true,
             });
         };
-        Ok(Self { guest: guest.clone(), _module: module.clone(), container: Arc::new(Container::new(spec, executor)?) })
+        let container = Arc::new(Container::new(spec, executor, predecessor)?);
+        Ok(Self { guest: guest.clone(), _module: module.clone(), container })
     }
 }
 
@@ -414,6 +421,7 @@ fn failed(container: &Container, failure: &Failure) -> Response<Answer> {
     match failure {
         Failure::TimedOut => refusal(StatusCode::GATEWAY_TIMEOUT, "the guest took too long\n"),
         Failure::NodeFull => refusal(StatusCode::SERVICE_UNAVAILABLE, "the node is out of instances\n"),
+        Failure::MemoryTaken(_) => refusal(StatusCode::SERVICE_UNAVAILABLE, "no memory is left for the request\n"),
         Failure::OutOfMemory(_) => refusal(StatusCode::INTERNAL_SERVER_ERROR, "the guest ran out of memory\n"),
         Failure::Exit(_) | Failure::Trap(_) => refusal(StatusCode::INTERNAL_SERVER_ERROR, "the guest failed\n"),
     }

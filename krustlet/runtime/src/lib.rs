@@ -3,10 +3,14 @@
 //! A name becomes an [`Image`] (`pull`: digests, artifact type and signature checked), an image a [`Module`] (`load`:
 //! compiled once, cached on disk), a module an [`HttpServer`] (`serve`) or an [`Execution`] (`run`).
 
+mod allowed_hosts;
 mod answer;
 mod artifact;
 mod command;
+mod compile;
 mod cpu;
+mod egress;
+mod egress_policy;
 mod engine;
 mod error;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -14,14 +18,17 @@ pub mod fuzzing;
 mod garbage;
 mod guest;
 mod http;
+mod imports;
 mod limits;
 mod logs;
+mod memory;
 mod metrics;
 mod module;
 mod mounts;
 mod precompiled;
 mod pull;
 mod registry;
+mod sandbox;
 mod signature;
 mod slow_client;
 mod store;
@@ -30,10 +37,13 @@ mod testing;
 mod trusted;
 
 pub use command::{Execution, Exit, ExitReason};
+pub use compile::{Compiler, main as compiler_main};
+pub use egress::EgressConfig;
 pub use error::{LoadError, PullError, StartError};
 pub use garbage::Freed;
-pub use guest::{ContainerSpec, Stats};
+pub use guest::{ContainerSpec, PodMemory, Stats};
 pub use http::HttpServer;
+pub use ipnet::IpNet;
 pub use logs::{LogFile, LogLimits, LogStream};
 pub use module::{Kind, Module};
 pub use mounts::Mount;
@@ -42,24 +52,27 @@ pub use signature::{PublicKey, Verification};
 
 use anyhow::Context as _;
 use artifact::Digest;
+use egress::Egress;
 use engine::Executor;
+use memory::{Budget, Scope};
 use metrics::Metrics;
 use module::Loader;
+use parking_lot::Mutex;
 use precompiled::Cache;
 use pull::Puller;
 use registry::{ImageName, RegistryClient};
 use slow_client::Patience;
 use std::collections::HashMap;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::SystemTime;
 use store::Store;
 use tokio::sync::{OwnedMutexGuard, Semaphore};
 
 /// The wasmtime release that guests run on; part of the compile cache's key.
-pub const WASMTIME_VERSION: &str = "48.0.8";
+pub const WASMTIME_VERSION: &str = wasmtime_environ::VERSION;
 
 pub struct RuntimeConfig {
     /// Holds `images/` and `precompiled/`, readable by this user alone.
@@ -68,8 +81,13 @@ pub struct RuntimeConfig {
     pub credentials: Arc<dyn CredentialSource>,
     /// `host[:port]` of registries that speak plain http. Loopback ones always do.
     pub insecure_registries: Vec<String>,
+    /// The program that compiles modules.
+    pub compiler: Compiler,
     pub max_concurrent_compiles: usize,
     pub max_concurrent_pulls: usize,
+    pub egress: EgressConfig,
+    /// Bytes that all guests may make the node hold together; what the machine can spare without it.
+    pub guest_memory: Option<u64>,
 }
 
 /// A verified image on this node.
@@ -96,6 +114,8 @@ struct Inner {
     puller: Puller,
     loader: Arc<Loader>,
     metrics: Metrics,
+    /// Budgets of pods, by UID, for as long as a container has one.
+    pods: Mutex<HashMap<String, Weak<Budget>>>,
 }
 
 impl fmt::Debug for Runtime {
@@ -112,7 +132,9 @@ impl Runtime {
         let images = config.data_dir.join("images");
         let context = format!("failed to open the image store {}", images.display());
         let store = Arc::new(Store::open(images).context(context)?);
-        let executor = Arc::new(Executor::new().map_err(|error| anyhow::anyhow!("{error:#}"))?);
+        let egress = Arc::new(Egress::new(config.egress).map_err(|cause| anyhow::anyhow!(cause))?);
+        let executor =
+            Arc::new(Executor::new(egress, config.guest_memory).map_err(|error| anyhow::anyhow!("{error:#}"))?);
         let cache = Arc::new(Cache::open(config.data_dir.join("precompiled"), &executor.engine)?);
         let metrics = Metrics::register(registry);
         let puller = Puller {
@@ -124,9 +146,32 @@ impl Runtime {
             locks: SharedLocks::default(),
             metrics: metrics.clone(),
         };
-        let loader = Loader::new(executor.clone(), store, cache, metrics.clone(), config.max_concurrent_compiles)
-            .context("failed to start the compiler threads")?;
-        Ok(Self(Arc::new(Inner { executor, puller, loader: Arc::new(loader), metrics })))
+        let compiles = config.max_concurrent_compiles;
+        let loader = Loader::new(executor.clone(), store, cache, metrics.clone(), config.compiler, compiles);
+        Ok(Self(Arc::new(Inner { executor, puller, loader: Arc::new(loader), metrics, pods: Mutex::default() })))
+    }
+
+    /// A container's limit in bytes where its pod sets none.
+    pub fn default_memory_limit(&self) -> u64 {
+        self.0.executor.default_memory
+    }
+
+    /// What the containers of a pod may make the node hold together. The pod's containers that are alive have the same one.
+    pub fn pod_memory(&self, uid: &str, limit: u64) -> PodMemory {
+        let mut pods = self.0.pods.lock();
+        if let Some(budget) = pods.get(uid).and_then(Weak::upgrade) {
+            budget.set_limit(limit);
+            return PodMemory(budget);
+        }
+        pods.retain(|_, budget| budget.strong_count() > 0);
+        let budget = Budget::within(&self.0.executor.memory, Scope::Pod, limit);
+        pods.insert(uid.to_owned(), Arc::downgrade(&budget));
+        PodMemory(budget)
+    }
+
+    /// Keeps guests from the API server from now on, as it is named and where it is.
+    pub fn refuse_api_server(&self, name: &str, addresses: impl IntoIterator<Item = IpAddr>) {
+        self.0.executor.egress.policy.add_api_server(name, addresses);
     }
 
     /// Has the image on this node, its digests, type and signature checked. One pull a digest, however many ask.
@@ -177,7 +222,7 @@ struct SharedLocks(Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>);
 impl SharedLocks {
     async fn lock(&self, digest: &Digest) -> OwnedMutexGuard<()> {
         let lock = {
-            let mut locks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut locks = self.0.lock();
             match locks.get(digest).and_then(Weak::upgrade) {
                 Some(lock) => lock,
                 None => {

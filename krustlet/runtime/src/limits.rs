@@ -1,43 +1,61 @@
-//! The memory limit: bounds what a guest's linear memories and tables may take, and counts what a container holds.
+//! What one instance holds: its linear memories and tables, and the host's side of its handles, counted against its container.
 
+use crate::egress::{BODY_CHUNK_SIZE, BODY_CHUNKS};
 use crate::engine::TABLE_ELEMENTS;
+use crate::memory::{Budget, Exceeded, Reservation};
+use http::HeaderMap;
+use std::any::Any;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use wasmtime::ResourceLimiter;
+use wasmtime::component::ResourceTable;
+use wasmtime_wasi_http::FieldMap;
+use wasmtime_wasi_http::p2::body::HostOutgoingBody;
+use wasmtime_wasi_http::p2::types::{
+    HostIncomingRequest, HostIncomingResponse, HostOutgoingRequest, HostOutgoingResponse,
+};
 
 /// Table elements are pointers.
 const ELEMENT: usize = size_of::<usize>();
+/// An instance's own part of the node: its stack, its store, its handles to the world.
+const INSTANCE: u64 = 32 * 1024;
+/// A handle, whatever it is to.
+const HANDLE: u64 = 256;
 
 /// A guest asked for more than its limit. It is ended, as a container that its kernel finds over its limit.
-#[derive(Debug, Clone, Copy, thiserror::Error)]
-#[error("the guest asked for {wanted} bytes of memory, its limit is {limit}")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{exceeded}; this instance holds {own}")]
 pub struct MemoryLimitExceeded {
-    pub wanted: usize,
-    pub limit: usize,
+    pub exceeded: Exceeded,
+    /// Bytes that the instance itself held.
+    pub own: u64,
 }
 
-/// Bytes that all live instances of a container hold.
-#[derive(Debug, Default)]
-pub struct Usage(AtomicU64);
-
-impl Usage {
-    pub fn bytes(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+impl MemoryLimitExceeded {
+    /// Whether the instance would not have fit if it had been alone.
+    pub fn is_its_own(&self) -> bool {
+        self.own.saturating_add(self.exceeded.wanted) > self.exceeded.limit
     }
 }
 
 /// One instance's memory.
 #[derive(Debug)]
 pub struct Limiter {
-    limit: usize,
-    used: usize,
-    usage: Arc<Usage>,
+    /// What the guest itself allocated.
+    guest: Reservation,
+    /// What the host keeps for it.
+    host: Reservation,
 }
 
 impl Limiter {
-    pub fn new(limit: Option<u64>, usage: Arc<Usage>) -> Self {
-        let limit = limit.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
-        Self { limit, used: 0, usage }
+    /// Fails when the container has no memory for another instance.
+    pub fn new(budget: Arc<Budget>) -> Result<Self, MemoryLimitExceeded> {
+        let mut limiter = Self { guest: Reservation::empty(budget.clone()), host: Reservation::empty(budget) };
+        limiter.host.grow(INSTANCE).map_err(|exceeded| limiter.exceeded(exceeded))?;
+        Ok(limiter)
+    }
+
+    fn exceeded(&self, exceeded: Exceeded) -> MemoryLimitExceeded {
+        MemoryLimitExceeded { exceeded, own: self.guest.bytes() + self.host.bytes() }
     }
 
     fn grow(&mut self, current: usize, desired: usize, maximum: Option<usize>, unit: usize) -> wasmtime::Result<bool> {
@@ -45,15 +63,44 @@ impl Limiter {
         if maximum.is_some_and(|maximum| desired > maximum) {
             return Ok(false);
         }
-        let grown = desired.saturating_sub(current).saturating_mul(unit);
-        let wanted = self.used.saturating_add(grown);
-        if wanted > self.limit {
-            return Err(MemoryLimitExceeded { wanted, limit: self.limit }.into());
+        let grown = desired.saturating_sub(current).saturating_mul(unit) as u64;
+        match self.guest.grow(grown) {
+            Ok(()) => Ok(true),
+            Err(exceeded) => Err(self.exceeded(exceeded).into()),
         }
-        self.used = wanted;
-        self.usage.0.fetch_add(grown as u64, Ordering::Relaxed);
-        Ok(true)
     }
+
+    /// Counts what the host keeps for the guest's handles. What can be large is measured, the rest is taken to be small.
+    pub fn count_handles(&mut self, table: &mut ResourceTable) -> Result<(), MemoryLimitExceeded> {
+        let handles: u64 = table.iter_mut().map(|entry| HANDLE + size_of_entry(entry)).sum();
+        self.host.resize(INSTANCE + handles).map_err(|exceeded| self.exceeded(exceeded))
+    }
+}
+
+fn size_of_entry(entry: &(dyn Any + Send)) -> u64 {
+    if let Some(fields) = entry.downcast_ref::<FieldMap>() {
+        size_of_fields(fields)
+    } else if let Some(request) = entry.downcast_ref::<HostOutgoingRequest>() {
+        let texts =
+            [&request.authority, &request.path_with_query].into_iter().flatten().map(String::len).sum::<usize>();
+        size_of_fields(&request.headers) + texts as u64
+    } else if let Some(response) = entry.downcast_ref::<HostOutgoingResponse>() {
+        size_of_fields(&response.headers)
+    } else if let Some(response) = entry.downcast_ref::<HostIncomingResponse>() {
+        size_of_fields(&response.headers) + BODY_CHUNK_SIZE as u64
+    } else if entry.is::<HostIncomingRequest>() {
+        BODY_CHUNK_SIZE as u64
+    } else if entry.is::<HostOutgoingBody>() {
+        (BODY_CHUNKS * BODY_CHUNK_SIZE) as u64
+    } else {
+        0
+    }
+}
+
+fn size_of_fields(fields: &HeaderMap) -> u64 {
+    let names = fields.keys().map(|name| name.as_str().len() + size_of::<http::HeaderName>()).sum::<usize>();
+    let values = fields.values().map(|value| value.len() + size_of::<http::HeaderValue>()).sum::<usize>();
+    (names + values) as u64
 }
 
 impl ResourceLimiter for Limiter {
@@ -68,43 +115,89 @@ impl ResourceLimiter for Limiter {
     }
 }
 
-impl Drop for Limiter {
-    fn drop(&mut self) {
-        self.usage.0.fetch_sub(self.used as u64, Ordering::Relaxed);
-    }
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::memory::Scope;
 
     #[test]
     fn memory_and_tables_together_are_bounded() {
-        let usage = Arc::new(Usage::default());
-        let mut limiter = Limiter::new(Some(200_000), usage.clone());
+        let budget = Budget::node(200_000);
+        let mut limiter = Limiter::new(budget.clone()).unwrap();
         assert!(limiter.memory_growing(0, 131_072, None).unwrap());
         assert!(limiter.table_growing(0, 1000, None).unwrap());
-        assert_eq!(usage.bytes(), 131_072 + 8000);
+        assert_eq!(budget.used(), INSTANCE + 131_072 + 8000);
         let error = limiter.memory_growing(131_072, 196_608, None).unwrap_err();
         let exceeded = error.downcast_ref::<MemoryLimitExceeded>().unwrap();
-        assert_eq!((exceeded.wanted, exceeded.limit), (204_608, 200_000));
+        assert_eq!((exceeded.exceeded.wanted, exceeded.exceeded.limit), (65_536, 200_000));
+        assert!(exceeded.is_its_own());
         assert!(limiter.table_growing(1000, 100_000, None).is_err());
         drop(limiter);
-        assert_eq!(usage.bytes(), 0);
+        assert_eq!(budget.used(), 0);
+    }
+
+    #[test]
+    fn the_limit_is_that_of_all_instances_together() {
+        let budget = Budget::within(&Budget::node(u64::MAX), Scope::Container, 300_000);
+        let mut first = Limiter::new(budget.clone()).unwrap();
+        assert!(first.memory_growing(0, 150_000, None).unwrap());
+        let mut second = Limiter::new(budget.clone()).unwrap();
+        let error = second.memory_growing(0, 150_000, None).unwrap_err();
+        assert!(!error.downcast_ref::<MemoryLimitExceeded>().unwrap().is_its_own(), "alone it would have fit");
+        drop(first);
+        assert!(second.memory_growing(0, 150_000, None).unwrap());
+        let third = Limiter::new(Budget::within(&budget, Scope::Container, 10));
+        assert!(third.unwrap_err().is_its_own(), "not even an instance fits");
     }
 
     #[test]
     fn a_guest_that_grows_beyond_its_own_maximum_is_told_no() {
-        let mut limiter = Limiter::new(Some(10), Arc::default());
+        let mut limiter = Limiter::new(Budget::node(INSTANCE)).unwrap();
         assert!(!limiter.memory_growing(0, 65_536, Some(0)).unwrap());
     }
 
     #[test]
     fn growth_that_the_pool_has_no_room_for_is_not_counted() {
-        let usage = Arc::new(Usage::default());
-        let mut limiter = Limiter::new(None, usage.clone());
+        let budget = Budget::node(u64::MAX);
+        let mut limiter = Limiter::new(budget.clone()).unwrap();
         assert!(!limiter.table_growing(0, TABLE_ELEMENTS + 1, None).unwrap());
-        assert_eq!(usage.bytes(), 0);
+        assert_eq!(budget.used(), INSTANCE);
+    }
+
+    #[test]
+    fn headers_and_bodies_that_the_host_keeps_for_a_guest_count() {
+        let budget = Budget::node(1_000_000);
+        let mut limiter = Limiter::new(budget.clone()).unwrap();
+        let mut table = ResourceTable::new();
+        let fields = |table: &mut ResourceTable| {
+            let mut map = FieldMap::new_mutable(1_000_000);
+            map.append_raw(
+                http::HeaderName::from_static("x"),
+                http::HeaderValue::from_bytes(&[b'a'; 100_000]).unwrap(),
+            )
+            .unwrap();
+            table.push(map).unwrap()
+        };
+        let first = fields(&mut table);
+        limiter.count_handles(&mut table).unwrap();
+        assert!(budget.used() > INSTANCE + 100_000);
+        for _ in 0..10 {
+            fields(&mut table);
+        }
+        assert!(limiter.count_handles(&mut table).is_err());
+        table.delete(first).unwrap();
+        let (body, _stream) = HostOutgoingBody::new(
+            wasmtime_wasi_http::p2::body::StreamContext::Response,
+            None,
+            BODY_CHUNKS,
+            BODY_CHUNK_SIZE,
+        );
+        let mut other = ResourceTable::new();
+        other.push(body).unwrap();
+        limiter.count_handles(&mut other).unwrap();
+        assert!(budget.used() >= INSTANCE + (BODY_CHUNKS * BODY_CHUNK_SIZE) as u64);
+        limiter.count_handles(&mut ResourceTable::new()).unwrap();
+        assert_eq!(budget.used(), INSTANCE);
     }
 }

@@ -1,17 +1,21 @@
 //! From a module's bytes to something that can be instantiated: compile (once a digest), link, find out what it is.
 
-use crate::SharedLocks;
 use crate::artifact::{Digest, MAX_MODULE, cut, shown};
+use crate::compile::{CompileError, Compiler};
 use crate::engine::Executor;
 use crate::error::LoadError;
 use crate::guest::{ComponentState, CoreState};
+use crate::imports::{self, HANDLER, RUN, START};
+use crate::memory::Reservation;
 use crate::metrics::Metrics;
 use crate::precompiled::{Cache, VerifiedCode};
 use crate::store::Store;
 use crate::trusted;
+use futures::future::{BoxFuture, FutureExt as _, WeakShared};
+use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 use tokio::sync::Semaphore;
 use wasmtime::UnknownImportError;
@@ -19,11 +23,13 @@ use wasmtime::component::Component;
 use wasmtime_wasi::p2::bindings::CommandPre;
 use wasmtime_wasi_http::p2::bindings::ProxyPre;
 
-const HANDLER: &str = "wasi:http/incoming-handler@0.2.";
-const RUN: &str = "wasi:cli/run@0.2.";
-const START: &str = "_start";
 /// Refused modules that are remembered, so that each costs one compilation; beyond that, all are forgotten.
 const MAX_REFUSED: usize = 1000;
+
+/// While it is compiled, the agent holds a module and its code.
+const COMPILING_PER_BYTE: u64 = 8;
+/// Loaded code is there once as code and once as what memories begin with.
+const LOADED_PER_BYTE: u64 = 2;
 
 /// What a module is run as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +49,8 @@ pub struct Module(Arc<Inner>);
 pub(crate) struct Inner {
     digest: Digest,
     pub(crate) code: Code,
+    /// The code counts as the node's for as long as it is loaded.
+    _memory: Reservation,
 }
 
 pub(crate) enum Code {
@@ -82,12 +90,16 @@ pub struct Loader {
     pub store: Arc<Store>,
     pub cache: Arc<Cache>,
     pub metrics: Metrics,
-    compilers: Arc<rayon::ThreadPool>,
+    compiler: Compiler,
     permits: Semaphore,
-    locks: SharedLocks,
+    /// What is being loaded. Whoever asks for the same waits for it too; when nobody waits any more, it is given up, and with
+    /// it the compiler's process.
+    loading: Mutex<HashMap<Digest, WeakShared<Loading>>>,
     /// What was loaded before: the module while something uses it, or the reason why there is none.
     known: Mutex<HashMap<Digest, Known>>,
 }
+
+type Loading = BoxFuture<'static, Result<Module, LoadError>>;
 
 enum Known {
     Loaded(Weak<Inner>),
@@ -100,24 +112,19 @@ impl Loader {
         store: Arc<Store>,
         cache: Arc<Cache>,
         metrics: Metrics,
+        compiler: Compiler,
         max_concurrent_compiles: usize,
-    ) -> anyhow::Result<Self> {
-        let compilers = rayon::ThreadPoolBuilder::new()
-            .thread_name(|number| format!("compile-{number}"))
-            .start_handler(|_| lower_priority())
-            // A panic in the compiler costs its module, not the node.
-            .panic_handler(|_| tracing::error!("the compiler panicked"))
-            .build()?;
-        Ok(Self {
+    ) -> Self {
+        Self {
             executor,
             store,
             cache,
             metrics,
-            compilers: Arc::new(compilers),
+            compiler,
             permits: Semaphore::new(max_concurrent_compiles.max(1)),
-            locks: SharedLocks::default(),
+            loading: Mutex::default(),
             known: Mutex::default(),
-        })
+        }
     }
 
     pub async fn load(self: &Arc<Self>, layer: &str) -> Result<Module, LoadError> {
@@ -126,17 +133,23 @@ impl Loader {
         if let Some(known) = self.known(&digest) {
             return known;
         }
-        // A compilation cannot be stopped. Were it to lose its lock and its place among the others with the pod that asked
-        // for it, pods that come and go would have any number of them under way.
-        let (loader, wanted) = (self.clone(), digest.clone());
-        match tokio::spawn(async move { loader.load_once(wanted).await }).await {
-            Ok(result) => result,
-            Err(error) => Err(internal(&digest, format!("the loader failed: {error}"))),
-        }
+        let loading = {
+            let mut all = self.loading.lock();
+            match all.get(&digest).and_then(WeakShared::upgrade) {
+                Some(loading) => loading,
+                None => {
+                    all.retain(|_, loading| loading.upgrade().is_some());
+                    let (loader, wanted) = (self.clone(), digest.clone());
+                    let loading = async move { loader.load_once(wanted).await }.boxed().shared();
+                    all.extend(loading.downgrade().map(|loading| (digest, loading)));
+                    loading
+                }
+            }
+        };
+        loading.await
     }
 
     async fn load_once(&self, digest: Digest) -> Result<Module, LoadError> {
-        let _lock = self.locks.lock(&digest).await;
         if let Some(known) = self.known(&digest) {
             return known;
         }
@@ -147,7 +160,7 @@ impl Loader {
             Err(_) => None,
         };
         if let Some(known) = known {
-            let mut all = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut all = self.known.lock();
             let refused = all.values().filter(|known| matches!(known, Known::Refused(_))).count();
             all.retain(|_, known| match known {
                 Known::Loaded(module) => module.strong_count() > 0,
@@ -159,7 +172,7 @@ impl Loader {
     }
 
     fn known(&self, digest: &Digest) -> Option<Result<Module, LoadError>> {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.known.lock();
         match known.get(digest)? {
             Known::Loaded(module) => module.upgrade().map(|module| {
                 self.metrics.loaded("memory");
@@ -171,67 +184,84 @@ impl Loader {
 
     async fn load_new(&self, digest: &Digest) -> Result<Module, LoadError> {
         let (cache, executor, wanted) = (self.cache.clone(), self.executor.clone(), digest.clone());
-        let cached = tokio::task::spawn_blocking(move || {
-            let code = cache.load(&wanted)?;
-            // Code that carries our HMAC and yet does not load is compiled again.
-            trusted_module(&executor, &wanted, &code).inspect_err(|_| _ = cache.remove(&wanted)).ok()
+        let cached = blocking(digest, move || {
+            let Some(code) = cache.load(&wanted) else { return Ok(None) };
+            match trusted_module(&executor, &wanted, &code) {
+                Ok(module) => Ok(Some(module)),
+                Err(error @ LoadError::NoMemory { .. }) => Err(error),
+                Err(_) => {
+                    // Code that carries our HMAC and yet does not load is compiled again.
+                    cache.remove(&wanted);
+                    Ok(None)
+                }
+            }
         });
-        if let Ok(Some(module)) = cached.await {
+        if let Some(module) = cached.await? {
             self.metrics.loaded("disk");
             return Ok(module);
         }
+        let (store, wanted) = (self.store.clone(), digest.clone());
+        let checked = blocking(digest, move || {
+            let wasm = store.read(&wanted, MAX_MODULE).ok_or_else(|| {
+                internal(&wanted, "it is gone from the image store; it is pulled again at the next start".into())
+            })?;
+            let component = imports::check(&wanted, &wasm)?;
+            Ok((wasm, component))
+        });
         // The semaphore is never closed.
         let _permit = self.permits.acquire().await;
-        let (send, receive) = tokio::sync::oneshot::channel();
-        let (store, cache, executor) = (self.store.clone(), self.cache.clone(), self.executor.clone());
-        let (metrics, wanted) = (self.metrics.clone(), digest.clone());
-        // The pool's threads, this one and those that it shares the functions out to, have a lower priority than serving.
-        self.compilers.spawn(move || {
-            let _ = send.send(compile(&executor, &store, &cache, &metrics, &wanted));
-        });
-        receive.await.unwrap_or_else(|_| Err(internal(digest, "the compiler panicked".into())))
+        let (wasm, component) = checked.await?;
+        let compiling = self
+            .executor
+            .memory
+            .reserve((wasm.len() as u64).saturating_mul(COMPILING_PER_BYTE))
+            .map_err(|exceeded| LoadError::NoMemory { digest: digest.to_string(), cause: exceeded.to_string() })?;
+        let started = Instant::now();
+        let code = self.compiler.compile(&wasm, component).await.map_err(|error| match error {
+            CompileError::Module(cause) => invalid(digest, cause),
+            CompileError::Process(cause) => internal(digest, cause),
+        })?;
+        drop(wasm);
+        self.metrics.compiled(started.elapsed());
+        self.metrics.loaded("compiled");
+        let (cache, executor, wanted) = (self.cache.clone(), self.executor.clone(), digest.clone());
+        blocking(digest, move || {
+            drop(compiling);
+            let module = trusted_module(&executor, &wanted, &code)?;
+            if let Err(error) = cache.store(&wanted, &code) {
+                tracing::warn!(digest = %wanted, %error, "failed to store compiled code; it is compiled again after a restart");
+            }
+            Ok(module)
+        })
+        .await
     }
 }
 
-fn compile(
-    executor: &Executor,
-    store: &Store,
-    cache: &Cache,
-    metrics: &Metrics,
+/// Does what takes a while on a thread that may block.
+async fn blocking<T: Send + 'static>(
     digest: &Digest,
-) -> Result<Module, LoadError> {
-    let wasm = store.read(digest, MAX_MODULE).ok_or_else(|| {
-        internal(digest, "it is gone from the image store; it is pulled again at the next start".into())
-    })?;
-    let started = Instant::now();
-    let code = compile_bytes(executor, digest, &wasm)?;
-    metrics.compiled(started.elapsed());
-    metrics.loaded("compiled");
-    let module = trusted_module(executor, digest, &code)?;
-    if let Err(error) = cache.store(digest, &code) {
-        tracing::warn!(%digest, %error, "failed to store compiled code; it is compiled again after a restart");
-    }
-    Ok(module)
+    work: impl FnOnce() -> Result<T, LoadError> + Send + 'static,
+) -> Result<T, LoadError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|error| Err(internal(digest, format!("the loader failed: {error}"))))
 }
 
-fn compile_bytes(executor: &Executor, digest: &Digest, wasm: &[u8]) -> Result<VerifiedCode, LoadError> {
-    VerifiedCode::compile(&executor.engine, wasm, is_component(wasm))
-        .map_err(|error| invalid(digest, format!("{error:#}")))
-}
-
-/// All that happens to a module before it can be started.
+/// All that happens to a module before it can be started, in this process.
 #[cfg(any(test, feature = "fuzzing"))]
 pub fn compile_and_link(executor: &Executor, wasm: &[u8]) -> Result<Module, LoadError> {
     let digest = Digest::of(wasm);
-    trusted_module(executor, &digest, &compile_bytes(executor, &digest, wasm)?)
-}
-
-/// The layer field of the header: 0 is a core module, 1 a component.
-fn is_component(wasm: &[u8]) -> bool {
-    wasm.get(6..8) == Some(&[1, 0])
+    let component = imports::check(&digest, wasm)?;
+    let code = VerifiedCode::compile(&executor.engine, wasm, component)
+        .map_err(|error| invalid(&digest, format!("{error:#}")))?;
+    trusted_module(executor, &digest, &code)
 }
 
 fn trusted_module(executor: &Executor, digest: &Digest, code: &VerifiedCode) -> Result<Module, LoadError> {
+    let size = (code.bytes().len() as u64).saturating_mul(LOADED_PER_BYTE);
+    let memory = executor
+        .memory
+        .reserve(size)
+        .map_err(|exceeded| LoadError::NoMemory { digest: digest.to_string(), cause: exceeded.to_string() })?;
     let code = match wasmtime::Engine::detect_precompiled(code.bytes()) {
         Some(wasmtime::Precompiled::Component) => {
             let component =
@@ -245,7 +275,7 @@ fn trusted_module(executor: &Executor, digest: &Digest, code: &VerifiedCode) -> 
         }
         None => return Err(internal(digest, "the compiler gave no code".into())),
     };
-    Ok(Module(Arc::new(Inner { digest: digest.clone(), code })))
+    Ok(Module(Arc::new(Inner { digest: digest.clone(), code, _memory: memory })))
 }
 
 fn link_component(executor: &Executor, digest: &Digest, component: &Component) -> Result<Code, LoadError> {
@@ -307,11 +337,7 @@ fn unsupported_import(
     let named =
         component_type.imports(engine).map(|(name, _)| name).find(|name| message.contains(&format!("`{name}`")));
     let Some(import) = named else { return invalid(digest, message) };
-    let hint = if import.starts_with("wasi:sockets/") {
-        "; sockets are closed to guests, outbound HTTP goes through wasi:http/outgoing-handler".to_owned()
-    } else {
-        format!(" ({})", cut(&message))
-    };
+    let hint = format!(" ({})", cut(&message));
     LoadError::UnsupportedImport { digest: digest.to_string(), import: shown(import), hint }
 }
 
@@ -323,26 +349,19 @@ fn internal(digest: &Digest, cause: String) -> LoadError {
     LoadError::Internal { digest: digest.to_string(), cause: cut(&cause) }
 }
 
-/// On Linux a nice value is a thread's own. Elsewhere it is the process's, and must be left alone.
-fn lower_priority() {
-    #[cfg(target_os = "linux")]
-    if let Err(error) = rustix::process::setpriority_process(None, 10) {
-        tracing::debug!(%error, "failed to lower the priority of a compiler thread");
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_refused_module_is_compiled_once_and_only_so_many_are_remembered() {
+    async fn a_refused_module_is_looked_at_once_and_only_so_many_are_remembered() {
         let directory = tempfile::tempdir().unwrap();
-        let executor = Arc::new(Executor::new().unwrap());
+        let executor = Arc::new(Executor::for_tests().unwrap());
         let store = Arc::new(Store::open(directory.path().join("images")).unwrap());
         let cache = Arc::new(Cache::open(directory.path().join("precompiled"), &executor.engine).unwrap());
         let metrics = Metrics::register(&mut prometheus_client::registry::Registry::default());
-        let loader = Arc::new(Loader::new(executor, store.clone(), cache, metrics, 2).unwrap());
+        let compiler = Compiler { program: "/does/not/exist".into(), arguments: Vec::new() };
+        let loader = Arc::new(Loader::new(executor, store.clone(), cache, metrics, compiler, 2));
         for number in 0..=MAX_REFUSED {
             let module = format!("no module {number}");
             let digest = Digest::of(module.as_bytes());
@@ -352,7 +371,8 @@ mod tests {
             assert_eq!(loader.load(digest.as_str()).await.unwrap_err().to_string(), error.to_string());
             assert!(loader.known(&digest).is_some_and(|known| known.is_err()));
         }
-        let known = loader.known.lock().unwrap().len();
+        let known = loader.known.lock().len();
         assert!(known <= MAX_REFUSED, "{known}");
+        assert!(loader.loading.lock().len() <= 1, "what is loaded is not kept");
     }
 }

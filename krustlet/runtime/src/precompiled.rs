@@ -20,14 +20,20 @@ const TAG: usize = 32;
 /// Compiled code is a few times the size of its module.
 const MAX_CODE: u64 = 2 * 1024 * 1024 * 1024;
 
-/// Compiled code that came out of this agent's own compiler.
+/// Compiled code that came out of this agent's own compiler. What its process gives is believed: see `compile`.
 pub struct VerifiedCode {
     bytes: Vec<u8>,
     offset: usize,
 }
 
 impl VerifiedCode {
-    /// Compiles a module, be it a component or a core module.
+    /// What the compiler's process gave.
+    pub fn of_compiler(bytes: Vec<u8>) -> Self {
+        Self { bytes, offset: 0 }
+    }
+
+    /// Compiles a module in this process.
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn compile(engine: &Engine, wasm: &[u8], component: bool) -> wasmtime::Result<Self> {
         let bytes = if component { engine.precompile_component(wasm) } else { engine.precompile_module(wasm) }?;
         Ok(Self { bytes, offset: 0 })

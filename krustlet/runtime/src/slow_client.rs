@@ -220,7 +220,7 @@ mod tests {
 
     fn served(patience: Patience) -> Node {
         let directory = tempfile::tempdir().unwrap();
-        let executor = Arc::new(Executor::new().unwrap());
+        let executor = Arc::new(Executor::for_tests().unwrap());
         let guest = wat::parse_str(include_str!("../tests/guest.wat")).unwrap();
         let module = compile_and_link(&executor, &guest).unwrap();
         let log = LogFile::create(directory.path().join("0.log"), LogLimits::default()).unwrap();

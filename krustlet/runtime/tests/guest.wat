@@ -288,6 +288,10 @@
       (if (i32.eq (local.get $letter) (i32.const 110)) (then (return)))                        ;; n
       (if (i32.eq (local.get $letter) (i32.const 103))                                         ;; g
         (then (if (i32.lt_s (memory.grow (i32.const 1024)) (i32.const 0)) (then (unreachable)))))
+      (if (i32.eq (local.get $letter) (i32.const 104))                                         ;; h
+        (then
+          (if (i32.lt_s (memory.grow (i32.const 640)) (i32.const 0)) (then (unreachable)))
+          (call $sleep (i64.const 400))))
       (if (i32.eq (local.get $letter) (i32.const 101))                                         ;; e
         (then (drop (table.grow $entries (ref.null func) (i32.const 90000)))))
       (if (i32.eq (local.get $letter) (i32.const 119)) (then (call $sleep (i64.const 400))))   ;; w

@@ -62,6 +62,7 @@ impl Failure {
     pub fn start(error: &StartError) -> Self {
         let obstacle = match error {
             StartError::PortInUse { .. } => Obstacle::Port,
+            StartError::Config { .. } => Obstacle::Configuration,
             StartError::Create { .. } => Obstacle::Container,
         };
         Self { obstacle, reason: error.reason(), message: error.to_string(), event: event::FAILED }

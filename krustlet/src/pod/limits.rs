@@ -71,6 +71,22 @@ impl Limits {
     }
 }
 
+/// Bytes that the containers of a pod may take together: its own limit, or what its containers' limits come to. Those that
+/// have none share one container's default.
+pub fn pod_memory(pod: &Pod, default: u64) -> u64 {
+    let Some(spec) = &pod.spec else { return default };
+    let bytes = |resources: &Option<ResourceRequirements>| {
+        let quantity = resources.as_ref()?.limits.as_ref()?.get("memory")?;
+        u64::try_from(nanos(quantity)? / 1_000_000_000).ok().filter(|bytes| *bytes > 0)
+    };
+    if let Some(limit) = bytes(&spec.resources) {
+        return limit;
+    }
+    let limits: Vec<_> = super::containers(spec).map(|(_, container)| bytes(&container.resources)).collect();
+    let unlimited = if limits.contains(&None) { default } else { 0 };
+    limits.into_iter().flatten().fold(unlimited, u64::saturating_add)
+}
+
 /// A positive duration as Go writes it: numbers with units, such as `1m30s`, `500ms` or `1.5h`. None where it is no such, or
 /// longer than Go's longest (292 years).
 ///
@@ -132,6 +148,24 @@ mod tests {
             resources: Some(ResourceRequirements { limits: Some(limits), ..ResourceRequirements::default() }),
             ..Container::default()
         }
+    }
+
+    #[test]
+    fn a_pods_memory_is_its_own_limit_or_what_those_of_its_containers_come_to() {
+        let pod = |text: &str| -> Pod { serde_json::from_str(text).unwrap() };
+        let limited = |limits: [&str; 2]| {
+            let [one, two] = limits.map(|limit| match limit {
+                "" => r#"{"name": "c"}"#.to_owned(),
+                limit => format!(r#"{{"name": "c", "resources": {{"limits": {{"memory": "{limit}"}}}}}}"#),
+            });
+            format!(r#""initContainers": [{one}], "containers": [{two}]"#)
+        };
+        let spec = |inner: &str| pod(&format!(r#"{{"spec": {{{inner}}}}}"#));
+        assert_eq!(pod_memory(&spec(&limited(["1Mi", "2Mi"])), 7), 3 << 20);
+        assert_eq!(pod_memory(&spec(&limited(["1Mi", ""])), 7), (1 << 20) + 7);
+        assert_eq!(pod_memory(&spec(&limited(["", ""])), 7), 7);
+        let level = r#""resources": {"limits": {"memory": "5Mi"}}"#;
+        assert_eq!(pod_memory(&spec(&format!("{level}, {}", limited(["", "9Mi"]))), 7), 5 << 20);
     }
 
     #[test]

@@ -28,8 +28,11 @@ use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 
 /// Annotations that set what the pod's API has no field for.
 pub mod annotation {
-    /// `host[:port],…` that the pod's guests may send HTTP requests to. None without it.
+    /// `host[:port],…` or `*.domain` that the pod's guests may send HTTP requests to. None without it.
     pub const ALLOWED_HOSTS: &str = "krustlet.dev/allowed-hosts";
+    /// `NAME[/KEY]` of a ConfigMap with certificate authorities in PEM that the pod's outbound https trusts too; one
+    /// that the pod has as a volume, since a node may read no other.
+    pub const CA_BUNDLE: &str = "krustlet.dev/ca-bundle";
     /// How long a request may take, e.g. `30s`.
     pub const REQUEST_TIMEOUT: &str = "krustlet.dev/request-timeout";
     /// How many requests a container answers at once.

@@ -5,10 +5,10 @@ use super::environment::{self, ContainerEnvironment};
 use super::failure::Failure;
 use super::guest::{Guest, GuestKind};
 use super::lifecycle::Launched;
-use super::limits::Limits;
-use super::sources::ConfigError;
+use super::limits::{self, Limits};
+use super::sources::{ConfigError, Wanted};
 use super::volumes::{Mounts, PodVolumes};
-use super::{Role, full_name, hooks, images, ports, probes, uid};
+use super::{Role, annotation, full_name, hooks, images, namespace, ports, probes, uid};
 use crate::logs;
 use crate::ports::Holder;
 use k8s_openapi::api::core::v1::{Container, Pod};
@@ -17,6 +17,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::OnceCell;
+
+/// The key that a bundle has in the ConfigMaps of the field.
+const DEFAULT_CA_KEY: &str = "ca.crt";
 
 /// What one try to start a container goes by.
 pub struct Start {
@@ -35,6 +38,7 @@ pub struct Prepared {
     limits: Limits,
     environment: ContainerEnvironment,
     mounts: Mounts,
+    ca_bundle: Option<String>,
 }
 
 /// A guest that was started, and its log.
@@ -64,9 +68,10 @@ impl Start {
                 .map_err(|error| Failure::configuration(error.to_string()))
         };
         // None is cut short by another's failure: what was pulled stays pulled.
-        let (module, volumes, environment) = tokio::join!(self.module(), volumes, environment);
+        let (module, volumes, environment, ca_bundle) =
+            tokio::join!(self.module(), volumes, environment, self.ca_bundle(begin));
         volumes?;
-        let environment = environment?;
+        let (environment, ca_bundle) = (environment?, ca_bundle?);
         let (image, module) = module?;
         if module.kind() == Kind::HttpProxy && self.role == Role::Init {
             return Err(Failure::container(
@@ -75,7 +80,7 @@ impl Start {
             ));
         }
         let (mounts, environment) = self.mounts(environment).await.map_err(|error| Failure::volumes(&error))?;
-        Ok(Prepared { image, module, limits, environment, mounts, start: self })
+        Ok(Prepared { image, module, limits, environment, mounts, ca_bundle, start: self })
     }
 
     /// The container's directories, opened now and once: what happens to their paths later changes nothing.
@@ -87,6 +92,31 @@ impl Start {
         };
         let failed = |error| ConfigError::Missing(format!("failed to open the container's directories: {error}"));
         tokio::task::spawn_blocking(open).await.map_err(failed)?
+    }
+
+    /// The certificate authorities that the pod names.
+    async fn ca_bundle(&self, begin: Instant) -> Result<Option<String>, Failure> {
+        let annotations = self.pod.metadata.annotations.as_ref();
+        let Some(source) = annotations.and_then(|all| all.get(annotation::CA_BUNDLE)) else { return Ok(None) };
+        let (name, key) = source.trim().split_once('/').unwrap_or((source.trim(), DEFAULT_CA_KEY));
+        let mut wanted = Wanted::default();
+        wanted.config_maps.insert(name.to_owned());
+        let sources = self.node.objects.read(namespace(&self.pod), &wanted, begin).await;
+        let found = sources.and_then(|sources| sources.config_map(name, false).map(|found| found.cloned()));
+        // The API server gives a node what its pods refer to, and an annotation is no reference.
+        let bundle = found.map_err(|error| {
+            Failure::configuration(format!(
+                "annotation {}: {error}; the ConfigMap must be among the pod's volumes too",
+                annotation::CA_BUNDLE
+            ))
+        })?;
+        match bundle.and_then(|map| map.data).and_then(|mut data| data.remove(key)) {
+            Some(bundle) => Ok(Some(bundle)),
+            None => Err(Failure::configuration(format!(
+                "annotation {}: ConfigMap {name} has no key {key}",
+                annotation::CA_BUNDLE
+            ))),
+        }
     }
 
     async fn module(&self) -> Result<(Image, Module), Failure> {
@@ -171,7 +201,9 @@ impl Prepared {
     }
 
     fn spec(self, log: LogFile) -> (Module, ContainerSpec) {
-        let Self { start, module, limits, environment, mounts, .. } = self;
+        let Self { start, module, limits, environment, mounts, ca_bundle, .. } = self;
+        let runtime = &start.node.runtime;
+        let memory = limits::pod_memory(&start.pod, runtime.default_memory_limit());
         let name = format!("{}/{}", full_name(&start.pod), start.container.name);
         let spec = ContainerSpec {
             args: environment.args,
@@ -179,8 +211,10 @@ impl Prepared {
             mounts: mounts.directories,
             working_dir: mounts.working_dir,
             memory_limit: limits.memory,
+            pod_memory: Some(runtime.pod_memory(uid(&start.pod), memory)),
             cpu_limit: limits.cpu,
             allowed_hosts: limits.allowed_hosts,
+            ca_bundle,
             request_timeout: limits.request_timeout,
             max_concurrent_requests: limits.max_concurrent_requests,
             ..ContainerSpec::new(name, log)

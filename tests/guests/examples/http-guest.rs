@@ -67,7 +67,9 @@ fn answer(path: &str, query: &Query) -> (u16, Vec<u8>) {
             ok("slept\n".into())
         }
         "/alloc" => {
-            allocate(query.number("mib"));
+            let held = allocate(query.number("mib"));
+            sleep(query.number("ms"));
+            drop(held);
             ok("allocated\n".into())
         }
         "/spin" => spin(),

@@ -140,15 +140,15 @@ pub fn trap() -> ! {
     std::process::abort()
 }
 
-/// Holds so much memory and touches every page of it; traps when it gets no more.
-pub fn allocate(mib: usize) {
+/// Gives so much memory, every page of it touched; traps when it gets no more.
+pub fn allocate(mib: usize) -> Vec<Vec<u8>> {
     let mut held = Vec::new();
     for _ in 0..mib {
         let mut piece = vec![0u8; MIB];
         piece.iter_mut().step_by(PAGE).for_each(|byte| *byte = 1);
         held.push(black_box(piece));
     }
-    black_box(&held);
+    black_box(held)
 }
 
 pub fn sleep(milliseconds: u64) {

@@ -331,6 +331,8 @@ class Agent:
             f"--verification-keys={self.directory / 'cosign.pub'}",
             f"--hostpath-allow={self.host_directory}",
             f"--provider-id=gce://{PROJECT}/{ZONE}/{self.name}",
+            # Nodes of the tests are on loopback, and so are the pods that a pod calls.
+            f"--guest-egress-networks={self.address}",
             *self.flags,
         ]
 

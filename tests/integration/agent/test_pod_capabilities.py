@@ -61,7 +61,7 @@ def test_a_request_to_a_host_that_does_not_answer_is_the_guests_to_handle(space:
 @pytest.mark.parametrize("hosts", ["https://example.com", "user@example.com"])
 def test_an_allowed_host_that_is_none_is_told(space: Workspace, hosts: str) -> None:
     pod = space.serve(pod={"annotations": {"krustlet.dev/allowed-hosts": hosts}})
-    assert hosts in pod.wait_waiting("CreateContainerError")
+    assert hosts in pod.wait_waiting("CreateContainerConfigError")
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use krustlet_runtime::{
-    ContainerSpec, CredentialSource, Image, LogFile, LogLimits, Module, NoCredentials, PublicKey, PullPolicy, Runtime,
-    RuntimeConfig, Verification,
+    Compiler, ContainerSpec, CredentialSource, EgressConfig, HttpServer, Image, LogFile, LogLimits, Module,
+    NoCredentials, PublicKey, PullPolicy, Runtime, RuntimeConfig, Verification,
 };
 use p256::ecdsa::signature::Signer as _;
 use p256::pkcs8::EncodePublicKey as _;
@@ -19,6 +19,7 @@ use sha2::{Digest as _, Sha256};
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
@@ -194,6 +195,7 @@ impl Registry {
 pub struct Upstream {
     pub address: SocketAddr,
     asked: Arc<Mutex<Vec<String>>>,
+    connections: Arc<AtomicUsize>,
 }
 
 impl Upstream {
@@ -201,10 +203,12 @@ impl Upstream {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let asked = Arc::<Mutex<Vec<String>>>::default();
-        let told = asked.clone();
+        let (told, connections) = (asked.clone(), Arc::<AtomicUsize>::default());
+        let counted = connections.clone();
         tokio::spawn(async move {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
+                counted.fetch_add(1, Ordering::SeqCst);
                 let (told, location) = (told.clone(), location.clone());
                 let service = service_fn(move |request: Request<Incoming>| {
                     told.lock().unwrap().push(request.uri().to_string());
@@ -219,7 +223,12 @@ impl Upstream {
                 );
             }
         });
-        Self { address, asked }
+        Self { address, asked, connections }
+    }
+
+    /// Connections that were ever made to it.
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::SeqCst)
     }
 
     pub fn asked(&self) -> Vec<String> {
@@ -263,6 +272,13 @@ impl Node {
         Self::again(directory, Registry::start().await, verification, credentials)
     }
 
+    /// One that trusts anyone and is otherwise what `change` makes of it.
+    pub async fn configured(change: impl FnOnce(&mut RuntimeConfig)) -> Self {
+        let directory = Arc::new(tempfile::tempdir().unwrap());
+        let credentials = Arc::new(NoCredentials);
+        Self::make(directory, Registry::start().await, Verification::AllowUnsigned, credentials, change)
+    }
+
     /// A runtime on the data that another one left.
     pub fn again(
         directory: Arc<tempfile::TempDir>,
@@ -270,15 +286,30 @@ impl Node {
         verification: Verification,
         credentials: Arc<dyn CredentialSource>,
     ) -> Self {
+        Self::make(directory, registry, verification, credentials, |_| {})
+    }
+
+    fn make(
+        directory: Arc<tempfile::TempDir>,
+        registry: Registry,
+        verification: Verification,
+        credentials: Arc<dyn CredentialSource>,
+        change: impl FnOnce(&mut RuntimeConfig),
+    ) -> Self {
         let mut metrics = prometheus_client::registry::Registry::default();
-        let config = RuntimeConfig {
+        let mut config = RuntimeConfig {
             data_dir: directory.path().to_owned(),
             verification,
             credentials,
             insecure_registries: Vec::new(),
             max_concurrent_compiles: 1,
             max_concurrent_pulls: 4,
+            compiler: Compiler { program: env!("CARGO_BIN_EXE_krustlet-compile").into(), arguments: Vec::new() },
+            // The servers that guests call in these tests are here.
+            egress: EgressConfig { networks: vec!["127.0.0.1/32".parse().unwrap()], ..EgressConfig::default() },
+            guest_memory: None,
         };
+        change(&mut config);
         let runtime = Runtime::new(config, &mut metrics).unwrap();
         Self { runtime, metrics, directory, registry }
     }
@@ -309,6 +340,14 @@ impl Node {
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ').map(str::to_owned));
         line.map_or(0, |value| value.parse().unwrap())
     }
+}
+
+/// Serves the component of `guest.wat` in a container that `change` makes.
+pub async fn served(node: &Node, change: impl FnOnce(&mut ContainerSpec)) -> (HttpServer, ContainerSpec) {
+    let module = node.module(&http_guest("version")).await;
+    let mut spec = node.spec("app");
+    change(&mut spec);
+    (node.runtime.serve(&module, spec.clone(), &[any_port()]).await.unwrap(), spec)
 }
 
 /// The text of the log's lines, after their time stamps.

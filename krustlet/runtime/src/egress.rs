@@ -1,0 +1,660 @@
+//! A guest's way out: HTTP requests to the hosts that its pod lists, at addresses that the node permits.
+//!
+//! A connection is made to exactly the address that was judged, and its name is not resolved again for it. Connections are
+//! kept for the next request of the same container and of no other.
+
+use crate::allowed_hosts::{AllowedHost, Host, Target};
+use crate::egress_policy::{EgressPolicy, Refused};
+use crate::logs::{LogFile, LogStream};
+use crate::memory::{Budget, Reservation};
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use http_body_util::BodyExt as _;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use hyper_util::client::legacy::connect::{Connected, Connection};
+use hyper_util::client::legacy::{self, Client};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
+use std::error::Error as StdError;
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, Sleep};
+use tokio_rustls::TlsConnector;
+use wasmtime_wasi_http::{Error as HttpError, RequestOptions, WasiBody, WasiHttpHooks};
+
+/// Requests that the guests of one container may have open at once.
+const MAX_REQUESTS: usize = 256;
+/// Connections that one container may have, idle ones included: each is one of the node's file descriptors.
+const MAX_CONNECTIONS: usize = 256;
+/// Idle connections that are kept for one host.
+const MAX_IDLE: usize = 16;
+/// Shorter than most servers keep an idle connection, so that it is seldom closed under a request.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
+/// Names that one container may be resolving at once: each holds a thread, which nothing can call back.
+const MAX_LOOKUPS: usize = 8;
+/// What an open request makes the node hold: its head and its answer's, and what of their bodies is on the way.
+const OPEN_REQUEST: u64 = 128 * 1024;
+/// What the head of an answer may take.
+const MAX_HEAD: usize = 64 * 1024;
+/// Chunks of a body that wait for the other side; with their size, what a slow one can make the node hold.
+pub const BODY_CHUNKS: usize = 4;
+pub const BODY_CHUNK_SIZE: usize = 64 * 1024;
+
+/// What a node lets its guests reach, whatever they ask for.
+#[derive(Debug, Default)]
+pub struct EgressConfig {
+    /// Networks that are open though the node would refuse them.
+    pub networks: Vec<ipnet::IpNet>,
+    /// Addresses that lead to this node, beside those of its interfaces.
+    pub node_addresses: Vec<IpAddr>,
+    /// Certificate authorities in PEM that guests trust beside the public ones.
+    pub ca_bundle: Option<String>,
+}
+
+/// A node's part in it: what all of its containers share.
+pub struct Egress {
+    pub policy: EgressPolicy,
+    roots: RootCertStore,
+    tls: Arc<ClientConfig>,
+    resolve: Arc<Resolve>,
+}
+
+/// Gives the addresses of a host and port. May block.
+type Resolve = dyn Fn(&str, u16) -> io::Result<Vec<SocketAddr>> + Send + Sync;
+
+impl Egress {
+    /// Fails when the bundle holds no usable certificate.
+    pub fn new(config: EgressConfig) -> Result<Self, String> {
+        let mut roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
+        if let Some(bundle) = &config.ca_bundle {
+            add_bundle(&mut roots, bundle)?;
+        }
+        let tls = Arc::new(client_config(roots.clone()));
+        let policy = EgressPolicy::new(config.networks, config.node_addresses);
+        let resolve = Arc::new(|host: &str, port| (host, port).to_socket_addrs().map(Vec::from_iter));
+        Ok(Self { policy, roots, tls, resolve })
+    }
+
+    /// TLS as a container with this bundle of its own speaks it.
+    fn tls(&self, ca_bundle: Option<&str>) -> Result<Arc<ClientConfig>, String> {
+        let Some(bundle) = ca_bundle else { return Ok(self.tls.clone()) };
+        let mut roots = self.roots.clone();
+        add_bundle(&mut roots, bundle)?;
+        Ok(Arc::new(client_config(roots)))
+    }
+}
+
+fn add_bundle(roots: &mut RootCertStore, bundle: &str) -> Result<(), String> {
+    let mut found = 0;
+    for certificate in CertificateDer::pem_slice_iter(bundle.as_bytes()) {
+        let certificate = certificate.map_err(|error| format!("the CA bundle is not PEM: {error}"))?;
+        roots.add(certificate).map_err(|error| format!("the CA bundle holds an unusable certificate: {error}"))?;
+        found += 1;
+    }
+    if found == 0 {
+        return Err("the CA bundle holds no certificate".into());
+    }
+    Ok(())
+}
+
+fn client_config(roots: RootCertStore) -> ClientConfig {
+    let mut config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    config
+}
+
+/// One container's way out. Clones share its connections.
+#[derive(Clone)]
+pub struct Outbound(Arc<Inner>);
+
+struct Inner {
+    allowed: Vec<AllowedHost>,
+    /// No wait is longer than the request that the guest itself is answering.
+    timeout: Duration,
+    open: Arc<Semaphore>,
+    memory: Arc<Budget>,
+    client: Client<Connector, WasiBody>,
+    log: LogFile,
+}
+
+impl Outbound {
+    /// The error says which entry, or what of the bundle, is not usable.
+    pub fn new(
+        egress: &Arc<Egress>,
+        memory: &Arc<Budget>,
+        allowed_hosts: &[String],
+        ca_bundle: Option<&str>,
+        timeout: Duration,
+        log: LogFile,
+    ) -> Result<Self, String> {
+        let allowed = allowed_hosts.iter().map(|entry| AllowedHost::parse(entry)).collect::<Result<_, _>>()?;
+        let connector = Connector(Arc::new(Connecting {
+            tls: egress.tls(ca_bundle)?.into(),
+            egress: egress.clone(),
+            timeout,
+            connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+            lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)),
+        }));
+        let client = Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(IDLE_TIMEOUT)
+            .pool_max_idle_per_host(MAX_IDLE)
+            .http1_max_buf_size(MAX_HEAD)
+            .build(connector);
+        let (open, memory) = (Arc::new(Semaphore::new(MAX_REQUESTS)), memory.clone());
+        Ok(Self(Arc::new(Inner { allowed, timeout, open, memory, client, log })))
+    }
+
+    /// Tells a refusal where `kubectl logs` shows it.
+    fn deny(&self, what: &impl fmt::Display, why: &impl fmt::Display) {
+        self.0.log.write_line(LogStream::Stderr, &format!("krustlet: denied a request to {what}: {why}"));
+    }
+
+    fn admit(&self, uri: &http::Uri) -> Result<(Target, Open), HttpError> {
+        let target = Target::of(uri).map_err(|cause| {
+            let authority = uri.authority().map_or("no host", |authority| authority.as_str());
+            self.deny(&authority, &cause);
+            HttpError::HttpRequestDenied
+        })?;
+        if !self.0.allowed.iter().any(|allowed| allowed.allows(&target)) {
+            self.deny(&target, &"its host is not among the pod's allowed hosts");
+            return Err(HttpError::HttpRequestDenied);
+        }
+        let permit = self.0.open.clone().try_acquire_owned().map_err(|_| HttpError::ConnectionLimitReached)?;
+        let memory = self.0.memory.reserve(OPEN_REQUEST).map_err(|_| HttpError::ConnectionLimitReached)?;
+        Ok((target, Open { _permit: permit, _memory: memory }))
+    }
+
+    async fn send(self, request: http::Request<WasiBody>, options: RequestOptions, target: Target, open: Open) -> Sent {
+        let limit = |wanted: Option<Duration>| wanted.unwrap_or(self.0.timeout).min(self.0.timeout);
+        // A connection that is there already needs no time to connect, so that both waits are one.
+        let first_byte = limit(options.connect_timeout).saturating_add(limit(options.first_byte_timeout));
+        let answer = tokio::time::timeout(first_byte.min(self.0.timeout), self.0.client.request(request));
+        let response = match answer.await {
+            Err(_) => return Err(HttpError::ConnectionReadTimeout),
+            Ok(Err(error)) => {
+                let failure = failure_of(&error);
+                if let Some(refused) = refusal_in(&error) {
+                    self.deny(&target, refused);
+                }
+                return Err(failure);
+            }
+            Ok(Ok(response)) => response,
+        };
+        let between = limit(options.between_bytes_timeout);
+        let response = response.map(|body| AnswerBody { body, between, deadline: None, _open: open }.boxed_unsync());
+        Ok((response, Box::new(std::future::ready(Ok(())))))
+    }
+}
+
+/// What an open request holds of its container's.
+struct Open {
+    _permit: OwnedSemaphorePermit,
+    _memory: Reservation,
+}
+
+type Completion = Box<dyn Future<Output = Result<(), HttpError>> + Send>;
+type Sent = Result<(http::Response<WasiBody>, Completion), HttpError>;
+
+impl WasiHttpHooks for Outbound {
+    fn send_request(
+        &mut self,
+        request: http::Request<WasiBody>,
+        options: Option<RequestOptions>,
+        _processed: Completion,
+    ) -> Box<dyn Future<Output = Sent> + Send> {
+        match self.admit(request.uri()) {
+            Ok((target, open)) => Box::new(self.clone().send(request, options.unwrap_or_default(), target, open)),
+            Err(error) => Box::new(std::future::ready(Err(error))),
+        }
+    }
+
+    fn p2_outgoing_body_buffer_chunks(&mut self) -> usize {
+        BODY_CHUNKS
+    }
+
+    fn p2_outgoing_body_chunk_size(&mut self) -> usize {
+        BODY_CHUNK_SIZE
+    }
+}
+
+/// What an answer brings. It counts as an open request until it is dropped.
+struct AnswerBody {
+    body: Incoming,
+    between: Duration,
+    /// Made when the body is first waited for.
+    deadline: Option<Pin<Box<Sleep>>>,
+    _open: Open,
+}
+
+impl Body for AnswerBody {
+    type Data = Bytes;
+    type Error = HttpError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, HttpError>>> {
+        if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(context) {
+            self.deadline = None;
+            return Poll::Ready(frame.map(|frame| frame.map_err(HttpError::Hyper)));
+        }
+        let until = Instant::now() + self.between;
+        let deadline = self.deadline.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(until)));
+        deadline.as_mut().poll(context).map(|()| Some(Err(HttpError::ConnectionReadTimeout)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// Why a connection could not be made.
+#[derive(Debug, thiserror::Error)]
+enum ConnectError {
+    #[error(transparent)]
+    Refused(#[from] RefusedAddress),
+    #[error("{0}")]
+    Url(String),
+    #[error("failed to resolve the name: {0}")]
+    Lookup(io::Error),
+    #[error("failed to connect: {0}")]
+    Connect(io::Error),
+    #[error("TLS failed: {0}")]
+    Tls(io::Error),
+    #[error("it took too long to connect")]
+    Timeout,
+    #[error("the container has too many connections")]
+    Limit,
+}
+
+/// What the policy said, and of which address if it was not of a name.
+#[derive(Debug)]
+struct RefusedAddress {
+    address: Option<IpAddr>,
+    reason: Refused,
+}
+
+impl fmt::Display for RefusedAddress {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.address {
+            Some(address) => write!(formatter, "{address}")?,
+            None => write!(formatter, "it")?,
+        }
+        write!(formatter, " is {}, which this node does not open to guests", self.reason)
+    }
+}
+
+impl StdError for RefusedAddress {}
+
+/// The first error of a kind in a chain of causes.
+fn find<'a, T: StdError + 'static>(error: &'a (dyn StdError + 'static)) -> Option<&'a T> {
+    std::iter::successors(Some(error), |error| (**error).source()).find_map(|error| error.downcast_ref())
+}
+
+fn refusal_in(error: &legacy::Error) -> Option<&RefusedAddress> {
+    match find::<ConnectError>(error) {
+        Some(ConnectError::Refused(refused)) => Some(refused),
+        _ => None,
+    }
+}
+
+/// A failure in the terms that wasi:http has for it.
+fn failure_of(error: &legacy::Error) -> HttpError {
+    if let Some(error) = find::<ConnectError>(error) {
+        return match error {
+            ConnectError::Refused(_) => HttpError::DestinationIpProhibited,
+            ConnectError::Url(_) => HttpError::HttpRequestUriInvalid,
+            ConnectError::Lookup(error) => HttpError::DnsError { rcode: Some(error.to_string()), info_code: None },
+            ConnectError::Connect(error) => match error.kind() {
+                io::ErrorKind::ConnectionRefused => HttpError::ConnectionRefused,
+                io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => {
+                    HttpError::DestinationIpUnroutable
+                }
+                _ => HttpError::DestinationUnavailable,
+            },
+            ConnectError::Tls(error) => match error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>()) {
+                Some(rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented) => {
+                    HttpError::TlsCertificateError
+                }
+                _ => HttpError::TlsProtocolError,
+            },
+            ConnectError::Timeout => HttpError::ConnectionTimeout,
+            ConnectError::Limit => HttpError::ConnectionLimitReached,
+        };
+    }
+    // The guest's own body broke off.
+    if let Some(HttpError::HttpRequestBodySize(size)) = find::<HttpError>(error) {
+        return HttpError::HttpRequestBodySize(*size);
+    }
+    match find::<hyper::Error>(error) {
+        Some(error) if error.is_timeout() => HttpError::HttpResponseTimeout,
+        Some(error) if error.is_incomplete_message() => HttpError::HttpResponseIncomplete,
+        Some(error) if error.is_parse_too_large() => HttpError::HttpResponseHeaderSectionSize(None),
+        Some(error) if error.is_closed() || error.is_canceled() => HttpError::ConnectionTerminated,
+        Some(_) => HttpError::HttpProtocolError,
+        None => HttpError::InternalError(Some(error.to_string())),
+    }
+}
+
+/// Makes a container's connections.
+#[derive(Clone)]
+struct Connector(Arc<Connecting>);
+
+struct Connecting {
+    egress: Arc<Egress>,
+    tls: TlsConnector,
+    timeout: Duration,
+    connections: Arc<Semaphore>,
+    lookups: Arc<Semaphore>,
+}
+
+impl tower_service::Service<http::Uri> for Connector {
+    type Response = OpenConnection;
+    type Error = ConnectError;
+    type Future = BoxFuture<'static, Result<OpenConnection, ConnectError>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), ConnectError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, uri: http::Uri) -> Self::Future {
+        let connecting = self.0.clone();
+        Box::pin(async move {
+            match tokio::time::timeout(connecting.timeout, connecting.connect(&uri)).await {
+                Ok(result) => result,
+                Err(_) => Err(ConnectError::Timeout),
+            }
+        })
+    }
+}
+
+impl Connecting {
+    async fn connect(&self, uri: &http::Uri) -> Result<OpenConnection, ConnectError> {
+        let target = Target::of(uri).map_err(ConnectError::Url)?;
+        // Idle ones give up their place in a while, which is waited for.
+        let permit = self.connections.clone().acquire_owned().await.map_err(|_| ConnectError::Limit)?;
+        let addresses = self.addresses(&target).await?;
+        let stream = self.connect_to(&addresses).await?;
+        // A request must not wait for the acknowledgement of its own beginning.
+        let _ = stream.set_nodelay(true);
+        let stream: Box<dyn Stream> = if target.tls {
+            let name = match target.host {
+                Host::Address(address) => ServerName::from(address),
+                Host::Name(name) => ServerName::try_from(name).map_err(|error| ConnectError::Url(error.to_string()))?,
+            };
+            Box::new(self.tls.connect(name, stream).await.map_err(ConnectError::Tls)?)
+        } else {
+            Box::new(stream)
+        };
+        Ok(OpenConnection { stream: TokioIo::new(stream), _permit: permit })
+    }
+
+    /// The addresses of a host: once resolved, they are all that is connected to.
+    async fn addresses(&self, target: &Target) -> Result<Vec<SocketAddr>, ConnectError> {
+        let name = match &target.host {
+            Host::Address(address) => return Ok(vec![SocketAddr::new(*address, target.port)]),
+            Host::Name(name) => name.clone(),
+        };
+        self.egress.policy.permits_name(&name).map_err(|reason| RefusedAddress { address: None, reason })?;
+        let permit = self.lookups.clone().acquire_owned().await.map_err(|_| ConnectError::Limit)?;
+        let (resolve, port) = (self.egress.resolve.clone(), target.port);
+        let lookup = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            resolve(&name, port)
+        });
+        lookup.await.map_err(io::Error::other).flatten().map_err(ConnectError::Lookup)
+    }
+
+    /// Connects to the first address that is permitted and answers.
+    async fn connect_to(&self, addresses: &[SocketAddr]) -> Result<TcpStream, ConnectError> {
+        let mut refused = None;
+        let mut permitted = Vec::new();
+        for address in addresses {
+            match self.egress.policy.permits(address.ip()) {
+                Ok(()) => permitted.push(*address),
+                Err(reason) => refused = Some(RefusedAddress { address: Some(address.ip()), reason }),
+            }
+        }
+        if let (Some(refused), true) = (refused, permitted.is_empty()) {
+            return Err(refused.into());
+        }
+        // One that does not answer must not use up the time of those after it.
+        let share = self.timeout / u32::try_from(permitted.len().max(1)).unwrap_or(u32::MAX);
+        let mut failed = ConnectError::Lookup(io::Error::new(io::ErrorKind::NotFound, "the name has no address"));
+        for address in permitted {
+            match tokio::time::timeout(share, TcpStream::connect(address)).await {
+                Ok(Ok(stream)) => return Ok(stream),
+                Ok(Err(error)) => failed = ConnectError::Connect(error),
+                Err(_) => failed = ConnectError::Timeout,
+            }
+        }
+        Err(failed)
+    }
+}
+
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// A connection, which holds its place among the container's until it is closed.
+struct OpenConnection {
+    stream: TokioIo<Box<dyn Stream>>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Connection for OpenConnection {
+    fn connected(&self) -> Connected {
+        Connected::new()
+    }
+}
+
+impl hyper::rt::Read for OpenConnection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: hyper::rt::ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        hyper::rt::Read::poll_read(Pin::new(&mut self.stream), context, buffer)
+    }
+}
+
+impl hyper::rt::Write for OpenConnection {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        hyper::rt::Write::poll_write(Pin::new(&mut self.stream), context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        hyper::rt::Write::poll_flush(Pin::new(&mut self.stream), context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        hyper::rt::Write::poll_shutdown(Pin::new(&mut self.stream), context)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        hyper::rt::Write::is_write_vectored(&self.stream)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        hyper::rt::Write::poll_write_vectored(Pin::new(&mut self.stream), context, bytes)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::logs::LogLimits;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+
+    const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+
+    struct Fixture {
+        directory: tempfile::TempDir,
+        egress: Egress,
+    }
+
+    impl Fixture {
+        fn new(networks: &[&str]) -> Self {
+            let _ = rustls::crypto::ring::default_provider().install_default();
+            let networks = networks.iter().map(|network| network.parse().unwrap()).collect();
+            let egress = Egress::new(EgressConfig { networks, ..EgressConfig::default() }).unwrap();
+            Self { directory: tempfile::tempdir().unwrap(), egress }
+        }
+
+        fn outbound(self, allowed: &str, ca_bundle: Option<&str>) -> (Outbound, impl Fn() -> String) {
+            let path = self.directory.path().join("0.log");
+            let log = LogFile::create(path.clone(), LogLimits::default()).unwrap();
+            let egress = Arc::new(self.egress);
+            let budget = Budget::node(u64::MAX);
+            let timeout = Duration::from_secs(10);
+            let outbound = Outbound::new(&egress, &budget, &[allowed.to_owned()], ca_bundle, timeout, log).unwrap();
+            let directory = self.directory;
+            (outbound, move || std::fs::read_to_string(directory.path().join("0.log")).unwrap())
+        }
+    }
+
+    async fn send(outbound: &mut Outbound, uri: &str) -> Result<String, HttpError> {
+        let body = http_body_util::Empty::<Bytes>::new().map_err(|never| match never {}).boxed_unsync();
+        let request = http::Request::get(uri).body(body).unwrap();
+        let answer = Pin::from(outbound.send_request(request, None, Box::new(std::future::ready(Ok(()))))).await;
+        let (response, _) = answer?;
+        Ok(String::from_utf8(response.into_body().collect().await?.to_bytes().to_vec()).unwrap())
+    }
+
+    /// A server that answers one request on each connection that it accepts, and counts them.
+    async fn server() -> (SocketAddr, Arc<AtomicUsize>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let connections = Arc::<AtomicUsize>::default();
+        let counted = connections.clone();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                counted.fetch_add(1, Ordering::SeqCst);
+                let _ = stream.read(&mut [0; 4096]).await;
+                let _ = stream.write_all(ANSWER).await;
+            }
+        });
+        (address, connections)
+    }
+
+    #[tokio::test]
+    async fn a_name_that_resolves_differently_the_second_time_leads_nowhere_else() {
+        let (address, connections) = server().await;
+        let mut fixture = Fixture::new(&["127.0.0.1/32"]);
+        let asked = Arc::<AtomicUsize>::default();
+        let counted = asked.clone();
+        // At first what is open, then what is not: what was judged is what is connected to, each time.
+        fixture.egress.resolve = Arc::new(move |_, port| {
+            let first = counted.fetch_add(1, Ordering::SeqCst) == 0;
+            Ok(vec![if first { address } else { SocketAddr::from(([127, 0, 0, 2], port)) }])
+        });
+        let (mut outbound, log) = fixture.outbound("rebinding.example", None);
+        let uri = format!("http://rebinding.example:{}/", address.port());
+        assert_eq!(send(&mut outbound, &uri).await.unwrap(), "ok");
+        assert_eq!(asked.load(Ordering::SeqCst), 1, "it is resolved once for a connection");
+        // The server has closed its connection, so that another is made.
+        let answer = loop {
+            match send(&mut outbound, &uri).await {
+                Err(HttpError::DestinationIpProhibited) => break Ok(()),
+                Ok(answer) => break Err(answer),
+                Err(_) => {}
+            }
+        };
+        assert_eq!(answer, Ok(()));
+        assert!(log().contains("127.0.0.2 is a loopback address of the node"), "{}", log());
+        assert_eq!(connections.load(Ordering::SeqCst), 1);
+    }
+
+    #[tokio::test]
+    async fn of_several_addresses_only_those_that_are_permitted_are_tried() {
+        let (address, connections) = server().await;
+        let mut fixture = Fixture::new(&["127.0.0.1/32"]);
+        fixture.egress.resolve = Arc::new(move |_, port| {
+            let refused = ["127.0.0.3", "169.254.169.254", "::1", "::ffff:127.0.0.4"];
+            let refused = refused.iter().map(|refused| SocketAddr::new(refused.parse().unwrap(), port));
+            Ok(refused.chain([address]).collect())
+        });
+        let (mut outbound, _) = fixture.outbound("*.example", None);
+        assert_eq!(send(&mut outbound, &format!("http://many.example:{}/", address.port())).await.unwrap(), "ok");
+        assert_eq!(connections.load(Ordering::SeqCst), 1);
+    }
+
+    #[tokio::test]
+    async fn a_container_may_have_so_many_requests_open_and_no_more_until_one_ends() {
+        let (address, _) = server().await;
+        let (mut outbound, _) = Fixture::new(&["127.0.0.1/32"]).outbound("127.0.0.1", None);
+        let uri = format!("http://{address}/");
+        let all = outbound.0.open.clone().try_acquire_many_owned(MAX_REQUESTS as u32).unwrap();
+        assert!(matches!(send(&mut outbound, &uri).await, Err(HttpError::ConnectionLimitReached)));
+        drop(all);
+        assert_eq!(send(&mut outbound, &uri).await.unwrap(), "ok");
+        assert_eq!(outbound.0.open.available_permits(), MAX_REQUESTS);
+        assert_eq!(outbound.0.memory.used(), 0);
+    }
+
+    #[tokio::test]
+    async fn https_to_a_private_authority_needs_its_certificate_in_the_bundle() {
+        let mut authority = rcgen::CertificateParams::new(Vec::new()).unwrap();
+        authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let authority = rcgen::CertifiedIssuer::self_signed(authority, rcgen::KeyPair::generate().unwrap()).unwrap();
+        let key = rcgen::KeyPair::generate().unwrap();
+        let certificate = rcgen::CertificateParams::new(vec!["internal.example".to_owned()])
+            .unwrap()
+            .signed_by(&key, &authority)
+            .unwrap();
+        let fixture = || {
+            let mut fixture = Fixture::new(&["127.0.0.1/32"]);
+            fixture.egress.resolve = Arc::new(|_, port| Ok(vec![SocketAddr::from(([127, 0, 0, 1], port))]));
+            fixture
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let key = rustls::pki_types::PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        let config = rustls::ServerConfig::builder()
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate.der().clone()], key)
+            .unwrap();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                if let Ok(mut stream) = acceptor.accept(stream).await {
+                    let _ = stream.read(&mut [0; 4096]).await;
+                    let _ = stream.write_all(ANSWER).await;
+                    let _ = stream.shutdown().await;
+                }
+            }
+        });
+        let uri = format!("https://internal.example:{port}/");
+        let (mut without, _) = fixture().outbound("internal.example", None);
+        assert!(matches!(send(&mut without, &uri).await, Err(HttpError::TlsCertificateError)));
+        let (mut with, _) = fixture().outbound("internal.example", Some(&authority.pem()));
+        assert_eq!(send(&mut with, &uri).await.unwrap(), "ok");
+        // The bundle makes no other name trusted.
+        let (mut other, _) = fixture().outbound("other.example", Some(&authority.pem()));
+        let uri = format!("https://other.example:{port}/");
+        assert!(matches!(send(&mut other, &uri).await, Err(HttpError::TlsCertificateError)));
+    }
+}
