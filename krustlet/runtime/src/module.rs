@@ -84,7 +84,7 @@ pub struct Loader {
     pub metrics: Metrics,
     compilers: Arc<rayon::ThreadPool>,
     permits: Semaphore,
-    locks: SharedLocks,
+    locks: SharedLocks<Digest>,
     /// What was loaded before: the module while something uses it, or the reason why there is none.
     known: Mutex<HashMap<Digest, Known>>,
 }

@@ -9,8 +9,8 @@ use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use krustlet_runtime::{
-    ContainerSpec, CredentialSource, Image, LogFile, LogLimits, Module, NoCredentials, PublicKey, PullPolicy, Runtime,
-    RuntimeConfig, Verification,
+    ContainerSpec, CredentialSource, Image, LogFile, LogLimits, Module, NoCredentials, OperatorsRegistries, PublicKey,
+    PullLimits, PullPolicy, Runtime, RuntimeConfig, Verification,
 };
 use p256::ecdsa::signature::Signer as _;
 use p256::pkcs8::EncodePublicKey as _;
@@ -55,6 +55,16 @@ pub struct State {
     pub endless: bool,
     /// Lets as many requests through as it has permits.
     pub gate: Option<Arc<Semaphore>>,
+    /// Announces 4 MiB for each manifest and sends one byte of it, and another one after each such time.
+    pub trickle: Option<Duration>,
+    /// Where blobs are.
+    pub blobs_at: Option<String>,
+    /// The token service, if it is not this registry's own.
+    pub realm: Option<String>,
+    /// What each request brought: its path, and its Authorization header.
+    pub brought: Vec<(String, Option<String>)>,
+    /// The forms that were sent to the token service.
+    pub forms: Vec<String>,
 }
 
 impl Registry {
@@ -139,6 +149,9 @@ impl Registry {
         self,
         request: Request<Incoming>,
     ) -> Result<Response<http_body_util::combinators::BoxBody<Bytes, Infallible>>, Infallible> {
+        let (head, body) = request.into_parts();
+        let form = String::from_utf8_lossy(&body.collect().await.unwrap().to_bytes()).into_owned();
+        let request = Request::from_parts(head, ());
         let path = request.uri().path().to_owned();
         let authorization =
             request.headers().get(header::AUTHORIZATION).map(|value| value.to_str().unwrap().to_owned());
@@ -147,6 +160,10 @@ impl Registry {
         };
         let gate = self.state(|state| {
             *state.hits.entry(path.clone()).or_default() += 1;
+            state.brought.push((path.clone(), authorization.clone()));
+            if !form.is_empty() {
+                state.forms.push(form);
+            }
             state.gate.clone()
         });
         if let Some(gate) = gate {
@@ -159,7 +176,9 @@ impl Registry {
         if let Some((user, password)) = &state.login {
             let basic = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"));
             if path == "/token" {
-                let allowed = authorization == Some(format!("Basic {basic}"));
+                let refresh = format!("refresh_token={password}");
+                let allowed = authorization == Some(format!("Basic {basic}"))
+                    || state.forms.last().is_some_and(|form| form.split('&').any(|field| field == refresh));
                 return Ok(match allowed {
                     true => whole(StatusCode::OK, br#"{"token": "ticket"}"#.to_vec()),
                     false => whole(StatusCode::UNAUTHORIZED, Vec::new()),
@@ -167,7 +186,9 @@ impl Registry {
             }
             if authorization.as_deref() != Some("Bearer ticket") {
                 let mut response = whole(StatusCode::UNAUTHORIZED, Vec::new());
-                let challenge = format!(r#"Bearer realm="http://{}/token",service="registry""#, self.address);
+                let own = format!("http://{}/token", self.address);
+                let realm = state.realm.as_ref().unwrap_or(&own);
+                let challenge = format!(r#"Bearer realm="{realm}",service="registry""#);
                 response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge.parse().unwrap());
                 return Ok(response);
             }
@@ -176,13 +197,33 @@ impl Registry {
             let chunks = futures::stream::repeat_with(|| Ok(Frame::data(Bytes::from(vec![b' '; 64 * 1024]))));
             return Ok(Response::new(StreamBody::new(chunks).boxed()));
         }
+        if let Some(pause) = state.trickle.filter(|_| path.contains("/manifests/")) {
+            let byte = async move |first: bool| {
+                if !first {
+                    tokio::time::sleep(pause).await;
+                }
+                Some((Ok(Frame::data(Bytes::from_static(b" "))), false))
+            };
+            let mut response = Response::new(StreamBody::new(futures::stream::unfold(true, byte)).boxed());
+            response.headers_mut().insert(header::CONTENT_LENGTH, (4 << 20).into());
+            return Ok(response);
+        }
+        if let Some(location) = state.blobs_at.as_ref().filter(|_| path.contains("/blobs/")) {
+            let mut response = whole(StatusCode::TEMPORARY_REDIRECT, Vec::new());
+            response.headers_mut().insert(header::LOCATION, format!("{location}{path}").parse().unwrap());
+            return Ok(response);
+        }
         let found = match path.strip_prefix("/v2/app/").and_then(|rest| rest.split_once('/')) {
             Some(("manifests", wanted)) => state.manifests.get(wanted),
             Some(("blobs", wanted)) => state.blobs.get(wanted),
             _ => None,
         };
         Ok(match found {
-            Some(content) => whole(StatusCode::OK, content.clone()),
+            Some(content) => {
+                let mut response = whole(StatusCode::OK, content.clone());
+                response.headers_mut().insert("docker-content-digest", digest(content).parse().unwrap());
+                response
+            }
             None => {
                 whole(StatusCode::NOT_FOUND, br#"{"errors": [{"code": "NAME_UNKNOWN", "message": "no"}]}"#.to_vec())
             }
@@ -270,17 +311,29 @@ impl Node {
         verification: Verification,
         credentials: Arc<dyn CredentialSource>,
     ) -> Self {
+        Self::limited(directory, &[&registry], verification, credentials, limits())
+    }
+
+    /// A runtime whose operator named these registries, the node's own first.
+    pub fn limited(
+        directory: Arc<tempfile::TempDir>,
+        registries: &[&Registry],
+        verification: Verification,
+        credentials: Arc<dyn CredentialSource>,
+        pull_limits: PullLimits,
+    ) -> Self {
         let mut metrics = prometheus_client::registry::Registry::default();
+        let insecure = registries.iter().map(|registry| registry.address.to_string()).collect();
         let config = RuntimeConfig {
             data_dir: directory.path().to_owned(),
             verification,
             credentials,
-            insecure_registries: Vec::new(),
+            registries: OperatorsRegistries { insecure, trusted: Vec::new() },
             max_concurrent_compiles: 1,
-            max_concurrent_pulls: 4,
+            pull_limits,
         };
         let runtime = Runtime::new(config, &mut metrics).unwrap();
-        Self { runtime, metrics, directory, registry }
+        Self { runtime, metrics, directory, registry: registries[0].clone() }
     }
 
     pub async fn image(&self, module: &[u8]) -> Image {
@@ -309,6 +362,10 @@ impl Node {
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ').map(str::to_owned));
         line.map_or(0, |value| value.parse().unwrap())
     }
+}
+
+pub fn limits() -> PullLimits {
+    PullLimits { places: 4, ..PullLimits::default() }
 }
 
 /// The text of the log's lines, after their time stamps.
