@@ -122,6 +122,7 @@ write_configuration() {
     # First of all, because they name the configuration that the rest is of: metadata that change meanwhile are read
     # again.
     labels=$(metadata instance/attributes/krustlet-node-labels)
+    image=$(metadata instance/attributes/krustlet-image)
     bootstrap=$(metadata instance/attributes/krustlet-bootstrap-kubeconfig)
     key=$(metadata instance/attributes/krustlet-verification-key)
     max_pods=$(metadata instance/attributes/krustlet-max-pods)
@@ -148,6 +149,7 @@ KRUSTLET_PROVIDER_ID=gce://$project/${zone##*/}/$name
 KRUSTLET_BOOTSTRAP_FILE=$CONFIG/bootstrap.kubeconfig
 KRUSTLET_VERIFICATION_KEYS=$CONFIG/verification.pem
 KRUSTLET_REGISTRY_CREDENTIALS=gce
+KRUSTLET_TRUSTED_REGISTRIES=${image%%/*}
 NODE_LABELS=$labels
 MAX_PODS=$max_pods
 RUST_LOG=info

@@ -22,7 +22,9 @@ use crate::reasons::event;
 use crate::telemetry::metrics;
 use anyhow::{Context, bail};
 use futures::FutureExt;
-use krustlet_runtime::{Compiler, CredentialSource, NoCredentials, Runtime, RuntimeConfig};
+use krustlet_runtime::{
+    Compiler, CredentialSource, NoCredentials, OperatorsRegistries, PullLimits, Runtime, RuntimeConfig,
+};
 use prometheus_client::registry::Registry;
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
@@ -39,8 +41,6 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{error, info, warn};
 
-/// Modules fetched at once.
-const CONCURRENT_PULLS: usize = 4;
 /// How long an agent that was killed may take to be gone.
 const PREDECESSOR: Duration = Duration::from_secs(5);
 /// How often it is looked up where the API server is, so that guests are kept from it.
@@ -315,18 +315,21 @@ async fn take_data_dir(path: &Path, patience: Duration) -> anyhow::Result<File> 
 fn new_runtime(options: &Options, names: &Names, registry: &mut Registry) -> anyhow::Result<Runtime> {
     let credentials: Arc<dyn CredentialSource> = match options.registry_credentials {
         RegistryCredentials::None => Arc::new(NoCredentials),
-        RegistryCredentials::Gce => Arc::new(MetadataServer::new()),
+        RegistryCredentials::Gce => Arc::new(MetadataServer::new(options.trusted_registries.clone())),
     };
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let config = RuntimeConfig {
         data_dir: names.data_dir.clone(),
         verification: options.verification()?,
         credentials,
-        insecure_registries: options.insecure_registries.clone(),
+        registries: OperatorsRegistries {
+            insecure: options.insecure_registries.clone(),
+            trusted: options.trusted_registries.clone(),
+        },
         compiler: Compiler { program: own_program()?, arguments: vec![crate::COMPILE.into()] },
         // Compilers give way to the pods that serve. One whose module takes its whole time leaves another to the rest.
         max_concurrent_compiles: cpus.saturating_sub(1).max(2),
-        max_concurrent_pulls: CONCURRENT_PULLS,
+        pull_limits: PullLimits::default(),
         egress: options.egress()?,
         guest_memory: options.guest_memory,
     };

@@ -6,8 +6,10 @@ use crate::cli::{Names, Options};
 use crate::client::Connection;
 use anyhow::{Context, ensure};
 use jiff::Timestamp;
-use k8s_openapi::ByteString;
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::config::{
+    AuthInfo, Cluster, Context as KubeContext, KubeConfigOptions, Kubeconfig, NamedAuthInfo, NamedCluster, NamedContext,
+};
+use pem::Pem;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tracing::{info, warn};
@@ -251,54 +253,32 @@ fn same_cluster(a: &kube::Config, b: &kube::Config) -> bool {
 
 /// A kubeconfig for the node itself. Its certificate and key are a path, so that a renewal does not touch it.
 fn kubeconfig(config: &kube::Config, node_name: &str, credential: &Path) -> anyhow::Result<String> {
-    let authority: String = config.root_cert.iter().flatten().map(|der| pem("CERTIFICATE", der)).collect();
-    // A JSON string is a YAML string.
-    let quoted = |text: &str| serde_json::to_string(text);
-    let server = config.cluster_url.to_string();
-    let server_name = match &config.tls_server_name {
-        Some(name) => format!("\n    tls-server-name: {}", quoted(name)?),
-        None => String::new(),
+    use base64::Engine as _;
+    use base64::engine::general_purpose::STANDARD as BASE64;
+    let authority: Vec<Pem> =
+        config.root_cert.iter().flatten().map(|der| Pem::new("CERTIFICATE", der.clone())).collect();
+    let cluster = Cluster {
+        server: Some(config.cluster_url.to_string().trim_end_matches('/').to_owned()),
+        certificate_authority_data: Some(BASE64.encode(pem::encode_many(&authority))),
+        tls_server_name: config.tls_server_name.clone(),
+        ..Cluster::default()
     };
-    let credential = std::path::absolute(credential)?;
-    let credential = quoted(&credential.to_string_lossy())?;
-    Ok(format!(
-        "apiVersion: v1
-kind: Config
-clusters:
-- name: default
-  cluster:
-    server: {server}
-    certificate-authority-data: {authority}{server_name}
-users:
-- name: {user}
-  user:
-    client-certificate: {credential}
-    client-key: {credential}
-contexts:
-- name: default
-  context:
-    cluster: default
-    user: {user}
-current-context: default
-",
-        server = quoted(server.trim_end_matches('/'))?,
-        authority = serde_json::to_string(&ByteString(authority.into_bytes()))?,
-        user = quoted(&format!("system:node:{node_name}"))?,
-    ))
-}
-
-fn pem(label: &str, der: &[u8]) -> String {
-    let encoded = serde_json::to_value(ByteString(der.to_vec()))
-        .ok()
-        .and_then(|value| value.as_str().map(str::to_owned))
-        .unwrap_or_default();
-    let mut text = format!("-----BEGIN {label}-----\n");
-    for line in encoded.as_bytes().chunks(64) {
-        text.push_str(&String::from_utf8_lossy(line));
-        text.push('\n');
-    }
-    text.push_str(&format!("-----END {label}-----\n"));
-    text
+    let credential = std::path::absolute(credential)?.to_string_lossy().into_owned();
+    let identity =
+        AuthInfo { client_certificate: Some(credential.clone()), client_key: Some(credential), ..AuthInfo::default() };
+    let user = format!("system:node:{node_name}");
+    let context = KubeContext { cluster: "default".to_owned(), user: Some(user.clone()), ..KubeContext::default() };
+    let kubeconfig = Kubeconfig {
+        api_version: Some("v1".to_owned()),
+        kind: Some("Config".to_owned()),
+        clusters: vec![NamedCluster { name: "default".to_owned(), cluster: Some(cluster), ..NamedCluster::default() }],
+        auth_infos: vec![NamedAuthInfo { name: user, auth_info: Some(identity), ..NamedAuthInfo::default() }],
+        contexts: vec![NamedContext { name: "default".to_owned(), context: Some(context), ..NamedContext::default() }],
+        current_context: Some("default".to_owned()),
+        ..Kubeconfig::default()
+    };
+    // JSON is YAML.
+    Ok(serde_json::to_string_pretty(&kubeconfig)?)
 }
 
 #[cfg(test)]

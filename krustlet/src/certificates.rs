@@ -14,6 +14,7 @@ use k8s_openapi::api::certificates::v1::{CertificateSigningRequest, CertificateS
 use kube::api::{Api, ObjectMeta, PostParams};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
+use parking_lot::RwLock;
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, PublicKeyData, SanType};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -21,7 +22,7 @@ use rustls::sign::CertifiedKey;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 use tracing::{info, warn};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
@@ -137,7 +138,8 @@ impl Credential {
     /// Reads a certificate chain and its key from PEM; fails when they do not belong together.
     pub fn parse(pem: &str) -> anyhow::Result<Self> {
         let leaf = CertificateDer::from_pem_slice(pem.as_bytes()).context("failed to read the certificate")?;
-        let key = KeyPair::from_pem(pem_block(pem, "PRIVATE KEY")?).context("failed to read the private key")?;
+        let key = PrivateKeyDer::from_pem_slice(pem.as_bytes()).context("failed to read the private key")?;
+        let key = KeyPair::try_from(&key).context("failed to use the private key")?;
         let (_, certificate) = X509Certificate::from_der(&leaf).context("failed to parse the certificate")?;
         ensure!(
             certificate.public_key().subject_public_key.data.as_ref() == key.der_bytes(),
@@ -424,21 +426,6 @@ pub fn write_private(path: &Path, content: &[u8]) -> anyhow::Result<()> {
     write().with_context(|| format!("failed to write {}", path.display()))
 }
 
-/// The PEM block whose label ends in `label`.
-fn pem_block<'a>(pem: &'a str, label: &str) -> anyhow::Result<&'a str> {
-    let end_mark = format!("{label}-----");
-    let start = pem
-        .match_indices("-----BEGIN ")
-        .find(|(at, _)| pem[*at..].lines().next().is_some_and(|line| line.trim_end().ends_with(&end_mark)))
-        .map(|(at, _)| at)
-        .with_context(|| format!("there is no {label}"))?;
-    let length = pem[start..]
-        .find("-----END ")
-        .and_then(|end| pem[start + end..].find('\n').map(|newline| end + newline + 1))
-        .unwrap_or(pem.len() - start);
-    Ok(&pem[start..start + length])
-}
-
 fn ip_address(bytes: &[u8]) -> Option<IpAddr> {
     if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
         return Some(IpAddr::from(v4));
@@ -455,14 +442,14 @@ pub struct ServingCertificate {
 impl ServingCertificate {
     pub fn set(&self, credential: &Credential) -> anyhow::Result<()> {
         let key = Arc::new(credential.certified_key()?);
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Some(key);
+        *self.current.write() = Some(key);
         Ok(())
     }
 }
 
 impl rustls::server::ResolvesServerCert for ServingCertificate {
     fn resolve(&self, _: rustls::server::ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.current.read().clone()
     }
 }
 

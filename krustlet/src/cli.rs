@@ -79,9 +79,14 @@ pub struct Options {
     #[arg(long, env = "KUBECONFIG")]
     kubeconfig: Option<PathBuf>,
 
-    /// Registries that speak plain http, host[:port],…; loopback ones always may
+    /// Registries that speak plain http, host[:port],…; they may be at any address, also this machine's
     #[arg(long, env = "KRUSTLET_INSECURE_REGISTRIES", value_delimiter = ',')]
     pub insecure_registries: Vec<String>,
+
+    /// Registries besides Google's that may see the machine's own credentials, host[:port],…; they may be at any address,
+    /// and speak plain http on a loopback one
+    #[arg(long, env = "KRUSTLET_TRUSTED_REGISTRIES", value_delimiter = ',')]
+    pub trusted_registries: Vec<String>,
 
     /// Identity of the machine at its cloud, e.g. gce://PROJECT/ZONE/NAME
     #[arg(long, env = "KRUSTLET_PROVIDER_ID")]

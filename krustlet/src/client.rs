@@ -8,9 +8,10 @@ use hyper_util::client::legacy::Client as HttpClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use kube::client::{Body, ClientBuilder, ConfigExt};
+use parking_lot::RwLock;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tower::BoxError;
@@ -50,7 +51,7 @@ impl Connection {
     /// way end with the old connection in their own time.
     pub fn renew(&self, config: &kube::Config) -> anyhow::Result<()> {
         let transport = transport(config)?;
-        *self.transport.write().unwrap_or_else(PoisonError::into_inner) = transport;
+        *self.transport.write() = transport;
         Ok(())
     }
 }
@@ -87,7 +88,7 @@ impl tower::Service<Request<Body>> for Connection {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let transport = self.transport.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let transport = self.transport.read().clone();
         Box::pin(async move {
             match tokio::time::timeout(RESPONSE_TIMEOUT, transport.request(request)).await {
                 Ok(answer) => answer.map_err(BoxError::from),

@@ -1,7 +1,6 @@
 //! Ends pods that take more of the node's disk than they may, or than it has: what the kubelet's eviction manager does for
 //! ephemeral storage, with its thresholds, its order and its messages.
 
-use crate::api::View as _;
 use crate::disk::{Disk, Figures};
 use crate::image_gc::ImageGc;
 use crate::logs;
@@ -9,6 +8,7 @@ use crate::pod::fields::nanos;
 use crate::pod::roster::Roster;
 use crate::pod::{Role, containers, full_name, is_finished, uid};
 use crate::trees::{self, Usage};
+use crate::view::View as _;
 use anyhow::{Context as _, bail, ensure};
 use k8s_openapi::api::core::v1::{Container, Pod};
 use std::cmp::Reverse;

@@ -4,8 +4,7 @@ use crate::http_client;
 use anyhow::{Context, anyhow, ensure};
 use futures::future::BoxFuture;
 use http::{HeaderMap, HeaderValue};
-use krustlet_runtime::{CredentialSource, RegistrySecret};
-use std::net::IpAddr;
+use krustlet_runtime::{CredentialSource, Login, RegistrySecret};
 use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 use tracing::warn;
@@ -27,6 +26,8 @@ const MARGIN: Duration = Duration::from_secs(60);
 /// The access token of the VM's service account, kept until shortly before it ends.
 pub struct MetadataServer {
     host: String,
+    /// Registries that may see the token besides Google's.
+    trusted: Vec<String>,
     token: Mutex<Option<Token>>,
 }
 
@@ -42,16 +43,16 @@ struct Answer {
 }
 
 impl MetadataServer {
-    pub fn new() -> Self {
+    pub fn new(trusted: Vec<String>) -> Self {
         let host = std::env::var("GCE_METADATA_HOST")
             .ok()
             .filter(|host| !host.is_empty())
             .unwrap_or_else(|| METADATA_HOST.to_owned());
-        Self::at(host)
+        Self::at(host, trusted)
     }
 
-    fn at(host: String) -> Self {
-        Self { host, token: Mutex::new(None) }
+    fn at(host: String, trusted: Vec<String>) -> Self {
+        Self { host, trusted, token: Mutex::new(None) }
     }
 
     async fn token(&self) -> anyhow::Result<String> {
@@ -87,12 +88,13 @@ impl CredentialSource for MetadataServer {
     fn credentials<'a>(&'a self, registry: &'a str) -> BoxFuture<'a, Option<RegistrySecret>> {
         Box::pin(async move {
             // A pod names its registry; the node's token must not go to whatever it names.
-            if !is_trusted(registry) {
+            if !is_googles(registry) && !self.trusted.iter().any(|trusted| trusted.eq_ignore_ascii_case(registry)) {
                 return None;
             }
             match self.token().await {
                 Ok(token) => {
-                    Some(RegistrySecret { registry: registry.to_owned(), username: USER.to_owned(), password: token })
+                    let login = Login::Password { username: USER.to_owned(), password: token };
+                    Some(RegistrySecret { registry: registry.to_owned(), login, source: None })
                 }
                 Err(error) => {
                     warn!(registry, "failed to get a token from the metadata server, pulling anonymously: {error:#}");
@@ -103,18 +105,9 @@ impl CredentialSource for MetadataServer {
     }
 }
 
-/// Google's own registries, and one on this machine.
-fn is_trusted(registry: &str) -> bool {
-    let host = match registry.rsplit_once(':') {
-        Some((host, port)) if port.bytes().all(|c| c.is_ascii_digit()) => host,
-        _ => registry,
-    };
-    let host = host.trim_start_matches('[').trim_end_matches(']');
-    host == "gcr.io"
-        || host.ends_with(".gcr.io")
-        || host.ends_with("-docker.pkg.dev")
-        || host == "localhost"
-        || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+/// Whether the host is one of Google's own, over https: the ports are Google's too.
+fn is_googles(registry: &str) -> bool {
+    registry == "gcr.io" || registry.ends_with(".gcr.io") || registry.ends_with("-docker.pkg.dev")
 }
 
 #[cfg(test)]
@@ -123,16 +116,24 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     #[test]
-    fn the_token_goes_to_google_and_to_this_machine_only() {
-        for registry in
-            ["europe-west1-docker.pkg.dev", "gcr.io", "eu.gcr.io", "127.0.0.1:5000", "[::1]:5000", "localhost:5000"]
-        {
-            assert!(is_trusted(registry), "{registry}");
+    fn only_googles_own_hosts_are_googles() {
+        for registry in ["europe-west1-docker.pkg.dev", "gcr.io", "eu.gcr.io"] {
+            assert!(is_googles(registry), "{registry}");
         }
-        for registry in
-            ["registry.example.com", "gcr.io.example.com", "notgcr.io", "pkg.dev.example.com:443", "10.0.0.1:5000"]
-        {
-            assert!(!is_trusted(registry), "{registry}");
+        for registry in [
+            "registry.example.com",
+            "gcr.io.example.com",
+            "notgcr.io",
+            "docker.pkg.dev",
+            "pkg.dev.example.com:443",
+            "gcr.io:8443",
+            "10.0.0.1:5000",
+            "127.0.0.1:5000",
+            "[::1]:5000",
+            "localhost:5000",
+            "localhost",
+        ] {
+            assert!(!is_googles(registry), "{registry}");
         }
     }
 
@@ -149,12 +150,15 @@ mod tests {
             stream.write_all(answer.as_bytes()).await.unwrap();
             String::from_utf8_lossy(&request[..length]).to_lowercase()
         });
-        let source = MetadataServer::at(host);
-        for _ in 0..3 {
-            let secret = source.credentials("gcr.io").await.unwrap();
-            assert_eq!((secret.username.as_str(), secret.password.as_str()), (USER, "secret"));
+        let source = MetadataServer::at(host, vec!["localhost:5000".to_owned()]);
+        for registry in ["gcr.io", "eu.gcr.io", "localhost:5000"] {
+            let secret = source.credentials(registry).await.unwrap();
+            assert_eq!(secret.login, Login::Password { username: USER.into(), password: "secret".into() });
+            assert_eq!(secret.source, None);
         }
-        assert!(source.credentials("registry.example.com").await.is_none());
+        for registry in ["registry.example.com", "localhost:5001", "127.0.0.1:5000", "localhost"] {
+            assert!(source.credentials(registry).await.is_none(), "{registry}");
+        }
         assert!(server.await.unwrap().contains("metadata-flavor: google"));
     }
 }

@@ -1,11 +1,11 @@
 //! Keeps images from filling the disk, with the kubelet's thresholds: above the high one, images that no pod uses are removed
 //! until the disk is filled no more than up to the low one.
 
-use crate::api::View;
 use crate::disk::{Disk, Figures};
 use crate::events::{Recorder, Severity};
 use crate::pod::{containers, is_finished};
 use crate::reasons::event;
+use crate::view::View;
 use k8s_openapi::api::core::v1::{ObjectReference, Pod};
 use krustlet_runtime::{Freed, Runtime};
 use std::path::PathBuf;

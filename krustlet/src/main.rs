@@ -22,6 +22,7 @@ mod ports;
 mod reasons;
 mod telemetry;
 mod trees;
+mod view;
 
 use clap::Parser;
 use std::process::ExitCode;

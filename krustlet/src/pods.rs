@@ -266,7 +266,7 @@ mod tests {
     use crate::pod::sources::Objects;
     use crate::pod::volumes::HostPaths;
     use crate::ports::Ports;
-    use krustlet_runtime::{NoCredentials, Runtime, RuntimeConfig, Verification};
+    use krustlet_runtime::{NoCredentials, OperatorsRegistries, PullLimits, Runtime, RuntimeConfig, Verification};
     use parking_lot::Mutex;
     use tokio_util::sync::CancellationToken;
 
@@ -275,9 +275,9 @@ mod tests {
             data_dir: directory.to_owned(),
             verification: Verification::AllowUnsigned,
             credentials: Arc::new(NoCredentials),
-            insecure_registries: Vec::new(),
+            registries: OperatorsRegistries::default(),
             max_concurrent_compiles: 1,
-            max_concurrent_pulls: 1,
+            pull_limits: PullLimits::default(),
             compiler: krustlet_runtime::Compiler { program: "/bin/false".into(), arguments: Vec::new() },
             egress: krustlet_runtime::EgressConfig::default(),
             guest_memory: None,

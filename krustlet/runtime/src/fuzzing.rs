@@ -2,10 +2,13 @@
 //! what it should not.
 
 use crate::artifact::{Artifact, Digest};
+use crate::challenge::Challenge;
+use crate::credentials::{DockerConfig, RegistrySecret};
 use crate::engine::Executor;
+use crate::image_name::ImageName;
 use crate::module::compile_and_link;
-use crate::registry::{ImageName, RegistrySecret};
 use crate::signature::{self, PublicKey, SignedPayload};
+use http::HeaderValue;
 use std::sync::LazyLock;
 
 /// A key whose private half nobody has.
@@ -25,10 +28,25 @@ pub fn artifact(data: &[u8]) {
         let _ = artifact.check_config(parts.next().unwrap_or_default());
     }
     if let Ok(text) = std::str::from_utf8(data) {
-        let _ = ImageName::parse(text);
         let _ = Digest::parse(text);
     }
-    let _ = RegistrySecret::from_docker_config(data);
+    credentials(data);
+}
+
+/// A Docker config document of either form, and an image that it may fit, or a challenge, with a zero byte between them.
+pub fn credentials(data: &[u8]) {
+    let mut parts = data.splitn(2, |byte| *byte == 0);
+    let document = parts.next().unwrap_or_default();
+    let rest = parts.next().unwrap_or_default();
+    let name = ImageName::parse(&String::from_utf8_lossy(rest));
+    for read in [DockerConfig::from_config_json, DockerConfig::from_dockercfg] {
+        if let (Ok(config), Ok(name)) = (read(document), &name) {
+            let _ = RegistrySecret::fitting(&config.secrets, name);
+        }
+    }
+    if let Ok(value) = HeaderValue::from_bytes(rest) {
+        let _ = Challenge::choose(&[(http::header::WWW_AUTHENTICATE, value)].into_iter().collect());
+    }
 }
 
 /// A signature manifest, or a payload and its signature with a zero byte between them.
@@ -62,6 +80,16 @@ mod tests {
         let whole = [manifest.as_slice(), &config].join(&0);
         let mut random = Random::new(1);
         cases(20_000, || super::artifact(&random.mutate(&whole)));
+    }
+
+    #[test]
+    fn credentials_of_any_bytes_are_read_without_a_panic() {
+        let document = br#"{"auths": {"*.gcr.io": {"auth": "dXNlcjp3b3Jk"}, "ghcr.io": {}}, "credsStore": "desktop"}"#;
+        let mut random = Random::new(4);
+        for rest in [b"eu.gcr.io/p/app:v1".as_slice(), br#"Bearer realm="https://a.example/token",service="s""#] {
+            let whole = [document.as_slice(), rest].join(&0);
+            cases(10_000, || super::credentials(&random.mutate(&whole)));
+        }
     }
 
     #[test]

@@ -75,8 +75,8 @@ pub fn free(store: &Store, cache: &Cache, in_use: &HashSet<Digest>, wanted: u64,
 mod tests {
     use super::*;
     use crate::engine::Executor;
+    use crate::image_name::ImageName;
     use crate::precompiled::VerifiedCode;
-    use crate::registry::ImageName;
     use crate::signature::SignedPayload;
 
     struct Node {

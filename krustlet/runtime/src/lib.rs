@@ -6,9 +6,11 @@
 mod allowed_hosts;
 mod answer;
 mod artifact;
+mod challenge;
 mod command;
 mod compile;
 mod cpu;
+mod credentials;
 mod egress;
 mod egress_policy;
 mod engine;
@@ -18,6 +20,7 @@ pub mod fuzzing;
 mod garbage;
 mod guest;
 mod http;
+mod image_name;
 mod imports;
 mod limits;
 mod logs;
@@ -26,7 +29,10 @@ mod metrics;
 mod module;
 mod mounts;
 mod precompiled;
+mod private_addresses;
 mod pull;
+mod pull_places;
+mod pull_records;
 mod registry;
 mod sandbox;
 mod signature;
@@ -38,6 +44,7 @@ mod trusted;
 
 pub use command::{Execution, Exit, ExitReason};
 pub use compile::{Compiler, main as compiler_main};
+pub use credentials::{CredentialSource, DockerConfig, Login, NoCredentials, RegistrySecret};
 pub use egress::EgressConfig;
 pub use error::{LoadError, PullError, StartError};
 pub use garbage::Freed;
@@ -47,29 +54,34 @@ pub use ipnet::IpNet;
 pub use logs::{LogFile, LogLimits, LogStream};
 pub use module::{Kind, Module};
 pub use mounts::Mount;
-pub use registry::{CredentialSource, NoCredentials, PullPolicy, RegistrySecret};
+pub use private_addresses::is_private_to_node;
+pub use pull_places::PullLimits;
+pub use registry::{OperatorsRegistries, PullPolicy};
 pub use signature::{PublicKey, Verification};
 
 use anyhow::Context as _;
-use artifact::Digest;
 use egress::Egress;
 use engine::Executor;
+use image_name::ImageName;
 use memory::{Budget, Scope};
 use metrics::Metrics;
 use module::Loader;
 use parking_lot::Mutex;
 use precompiled::Cache;
 use pull::Puller;
-use registry::{ImageName, RegistryClient};
+use pull_places::Places;
+use pull_records::PullRecords;
+use registry::RegistryClient;
 use slow_client::Patience;
 use std::collections::HashMap;
 use std::fmt;
+use std::hash::Hash;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::SystemTime;
 use store::Store;
-use tokio::sync::{OwnedMutexGuard, Semaphore};
+use tokio::sync::OwnedMutexGuard;
 
 /// The wasmtime release that guests run on; part of the compile cache's key.
 pub const WASMTIME_VERSION: &str = wasmtime_environ::VERSION;
@@ -79,12 +91,11 @@ pub struct RuntimeConfig {
     pub data_dir: PathBuf,
     pub verification: Verification,
     pub credentials: Arc<dyn CredentialSource>,
-    /// `host[:port]` of registries that speak plain http. Loopback ones always do.
-    pub insecure_registries: Vec<String>,
+    pub registries: OperatorsRegistries,
     /// The program that compiles modules.
     pub compiler: Compiler,
     pub max_concurrent_compiles: usize,
-    pub max_concurrent_pulls: usize,
+    pub pull_limits: PullLimits,
     pub egress: EgressConfig,
     /// Bytes that all guests may make the node hold together; what the machine can spare without it.
     pub guest_memory: Option<u64>,
@@ -138,11 +149,12 @@ impl Runtime {
         let cache = Arc::new(Cache::open(config.data_dir.join("precompiled"), &executor.engine)?);
         let metrics = Metrics::register(registry);
         let puller = Puller {
-            client: RegistryClient::new(config.insecure_registries).context("failed to make the registry client")?,
+            client: RegistryClient::new(config.registries).context("failed to make the registry client")?,
+            records: PullRecords::new(store.clone()),
             store: store.clone(),
             verification: config.verification,
             credentials: config.credentials,
-            permits: Semaphore::new(config.max_concurrent_pulls.max(1)),
+            places: Places::new(config.pull_limits),
             locks: SharedLocks::default(),
             metrics: metrics.clone(),
         };
@@ -215,20 +227,25 @@ impl Runtime {
     }
 }
 
-/// One lock a digest, so that what many ask for at once is done once.
-#[derive(Default)]
-struct SharedLocks(Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>);
+/// One lock a key, so that what many ask for at once is done once.
+struct SharedLocks<K>(Mutex<HashMap<K, Weak<tokio::sync::Mutex<()>>>>);
 
-impl SharedLocks {
-    async fn lock(&self, digest: &Digest) -> OwnedMutexGuard<()> {
+impl<K> Default for SharedLocks<K> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<K: Clone + Eq + Hash> SharedLocks<K> {
+    async fn lock(&self, key: &K) -> OwnedMutexGuard<()> {
         let lock = {
             let mut locks = self.0.lock();
-            match locks.get(digest).and_then(Weak::upgrade) {
+            match locks.get(key).and_then(Weak::upgrade) {
                 Some(lock) => lock,
                 None => {
                     locks.retain(|_, lock| lock.strong_count() > 0);
                     let lock = Arc::default();
-                    locks.insert(digest.clone(), Arc::downgrade(&lock));
+                    locks.insert(key.clone(), Arc::downgrade(&lock));
                     lock
                 }
             }

@@ -1,25 +1,39 @@
 //! From an image name to verified content on this node: resolve, check type, signature and digests, store.
 
-use crate::artifact::{Artifact, Digest, MAX_CONFIG, MAX_MANIFEST, MAX_MODULE};
+use crate::artifact::{Artifact, Descriptor, Digest, MAX_CONFIG, MAX_MANIFEST, MAX_MODULE, Refused};
+use crate::credentials::{CredentialSource, RegistrySecret};
 use crate::error::PullError;
+use crate::image_name::ImageName;
 use crate::metrics::Metrics;
-use crate::registry::{CredentialSource, FetchError, ImageName, PullPolicy, RegistryClient, RegistrySecret, Session};
+use crate::pull_places::{Lost, Place, Places};
+use crate::pull_records::{PullRecords, PulledWith};
+use crate::registry::{FetchError, PullPolicy, RegistryClient, Session};
 use crate::signature::{self, SignedPayload, Verification};
 use crate::store::Store;
 use crate::{Image, SharedLocks};
+use bytes::Bytes;
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
-use tokio::sync::Semaphore;
+use std::time::{Duration, Instant};
 use tokio::task::spawn_blocking;
+
+/// A manifest up to this size is read before its signature is asked for: it tells at once what is no wasm artifact. One of a
+/// wasm artifact has some hundreds of bytes.
+const SMALL_MANIFEST: u64 = 64 * 1024;
+/// Of a container image's config, to tell its platform.
+const MAX_FOREIGN_CONFIG: u64 = 64 * 1024;
+/// Credentials that are tried for one pull.
+const MAX_LOGINS: usize = 16;
 
 pub struct Puller {
     pub client: RegistryClient,
     pub store: Arc<Store>,
+    pub records: PullRecords,
     pub verification: Verification,
     pub credentials: Arc<dyn CredentialSource>,
-    pub permits: Semaphore,
-    pub locks: SharedLocks,
+    pub places: Places,
+    /// By repository and digest. Not by digest alone: whoever names another's image at a slow registry would hold it up.
+    pub locks: SharedLocks<(String, Digest)>,
     pub metrics: Metrics,
 }
 
@@ -35,7 +49,7 @@ enum Cached {
 enum Failure {
     Fetch(FetchError),
     Signature(String),
-    Artifact(String),
+    Artifact(Refused),
     Store(io::Error),
 }
 
@@ -43,6 +57,13 @@ impl From<FetchError> for Failure {
     fn from(error: FetchError) -> Self {
         Self::Fetch(error)
     }
+}
+
+/// What a name stands for.
+struct Resolved {
+    digest: Digest,
+    /// Where it is small.
+    manifest: Option<(Bytes, Artifact)>,
 }
 
 impl Puller {
@@ -59,8 +80,9 @@ impl Puller {
     async fn pull_any(&self, image: &str, policy: PullPolicy, secrets: &[RegistrySecret]) -> Result<Image, PullError> {
         let name = ImageName::parse(image)
             .map_err(|cause| PullError::InvalidName { image: crate::artifact::shown(image), cause })?;
+        let secrets = RegistrySecret::fitting(secrets, &name);
         if policy != PullPolicy::Always {
-            if let Some(cached) = self.find_on_node(&name, policy).await? {
+            if let Some(cached) = self.find_on_node(&name, policy, &secrets).await? {
                 return Ok(cached);
             }
             if policy == PullPolicy::Never {
@@ -69,25 +91,39 @@ impl Puller {
         }
         // A name with a digest is locked before the registry is asked, so that a thousand pods with one image ask once.
         let _lock = match name.digest() {
-            Some(digest) => Some(self.locks.lock(digest).await),
+            Some(digest) => Some(self.lock(&name, digest).await),
             None => None,
         };
         if policy != PullPolicy::Always
             && name.digest().is_some()
-            && let Some(cached) = self.find_on_node(&name, policy).await?
+            && let Some(cached) = self.find_on_node(&name, policy, &secrets).await?
         {
             return Ok(cached);
         }
-        self.fetch_from_registry(&name, secrets).await
+        self.fetch_from_registry(&name, &secrets).await
     }
 
-    async fn find_on_node(&self, name: &ImageName, policy: PullPolicy) -> Result<Option<Image>, PullError> {
+    async fn lock(&self, name: &ImageName, digest: &Digest) -> tokio::sync::OwnedMutexGuard<()> {
+        self.locks.lock(&(name.whole_repository(), digest.clone())).await
+    }
+
+    /// The node's own copy, if a pod with these secrets may use it.
+    async fn find_on_node(
+        &self,
+        name: &ImageName,
+        policy: PullPolicy,
+        secrets: &[&RegistrySecret],
+    ) -> Result<Option<Image>, PullError> {
         let (store, wanted) = (self.store.clone(), name.clone());
         let digest = match name.digest() {
             Some(digest) => Some(digest.clone()),
             None => blocking(move || store.tagged(&wanted)).await,
         };
         let Some(digest) = digest else { return Ok(None) };
+        // Whether it is here at all, is also no business of others.
+        if !self.records.allows(&digest, name, secrets) {
+            return Ok(None);
+        }
         match self.cached(name, &digest).await {
             Cached::Usable(image) => Ok(Some(image)),
             // The signature of a newly trusted key may be in the registry by now.
@@ -119,14 +155,13 @@ impl Puller {
         .await
     }
 
-    async fn fetch_from_registry(&self, name: &ImageName, secrets: &[RegistrySecret]) -> Result<Image, PullError> {
-        let given = RegistrySecret::fitting(secrets, name);
+    async fn fetch_from_registry(&self, name: &ImageName, secrets: &[&RegistrySecret]) -> Result<Image, PullError> {
         let node = self.credentials.credentials(name.registry()).await;
-        let attempts = given.into_iter().map(Some).chain(node.as_ref().map(Some)).chain([None]);
+        let given = secrets.iter().take(MAX_LOGINS).copied();
+        let attempts = given.map(Some).chain(node.as_ref().map(Some)).chain([None]);
         let mut refusal = None;
         for credentials in attempts {
-            let mut session = self.client.session(name, credentials);
-            match self.attempt(name, &mut session).await {
+            match self.attempt(name, credentials).await {
                 Ok(image) => return Ok(image),
                 // The first refusal is the telling one: later attempts bring less.
                 Err(Failure::Fetch(FetchError::Denied(cause))) => {
@@ -142,88 +177,194 @@ impl Puller {
         Err(Failure::Fetch(refusal).of(name))
     }
 
-    async fn attempt(&self, name: &ImageName, session: &mut Session<'_>) -> Result<Image, Failure> {
-        // A lock comes before a permit, always: those who wait for a lock with a permit in hand could wait for one who waits
-        // for a permit. The semaphore is never closed.
-        let permit = self.permits.acquire().await;
-        let (manifest, digest) = session.manifest(name.wanted()).await?;
-        drop(permit);
-        let artifact = Artifact::parse(&manifest).map_err(Failure::Artifact)?;
+    async fn attempt(&self, name: &ImageName, credentials: Option<&RegistrySecret>) -> Result<Image, Failure> {
+        let mut session = self.client.session(name, credentials);
+        let limits = self.places.limits;
+        // A lock comes before a place, always: those who wait for a lock with a place in hand could wait for one who waits
+        // for a place.
+        let began = Instant::now();
+        let place = self.place(name, &mut session).await;
+        let resolved = within(&place, limits.deadline, self.resolve(name, &mut session)).await?;
+        drop(place);
         // Names by tag meet here once they are known to be the same manifest.
         let _lock = match name.digest() {
             Some(_) => None,
-            None => Some(self.locks.lock(&digest).await),
+            None => Some(self.lock(name, &resolved.digest).await),
         };
-        let _permit = self.permits.acquire().await;
-        self.verify(session, &digest).await?;
-        let config = self.content(session, &artifact.config.digest, artifact.config.size).await?;
-        artifact.check_config(&config).map_err(Failure::Artifact)?;
-        self.module(session, &artifact).await?;
-        let (store, name) = (self.store.clone(), name.clone());
-        blocking(move || {
-            store.write(&manifest).map_err(Failure::Store)?;
-            if name.digest().is_none() {
-                store.write_tag(&name, &digest).map_err(Failure::Store)?;
+        let place = self.place(name, &mut session).await;
+        let digest = resolved.digest.clone();
+        // Content that is here because another repository had it has to be shown by this one as well: to know a digest is no
+        // right to what it stands for.
+        let mine = self.records.knows(&digest, name);
+        let left = limits.deadline.saturating_sub(began.elapsed());
+        let (manifest, artifact) = within(&place, left, self.documents(&mut session, resolved, mine)).await?;
+        let time = limits.deadline_for(artifact.module.size);
+        let fetched = within(&place, time, self.module(&mut session, &artifact, mine)).await?;
+        let (store, tag) = (self.store.clone(), name.clone());
+        let tagged = digest.clone();
+        let known = blocking(move || {
+            let known = store.read(&tagged, MAX_MANIFEST).is_some();
+            store.write(&manifest)?;
+            if tag.digest().is_none() {
+                store.write_tag(&tag, &tagged)?;
             }
-            Ok(image(&name, &digest, &artifact, false))
+            Ok::<_, io::Error>(known)
         })
         .await
+        .map_err(Failure::Store)?;
+        let with = match credentials {
+            Some(secret) if secret.source.is_some() && session.was_authorized() => PulledWith::Secret(secret),
+            _ => PulledWith::NodeAccess,
+        };
+        self.records.add(&digest, name, with).map_err(Failure::Store)?;
+        Ok(image(name, &digest, &artifact, known && !fetched))
+    }
+
+    /// A place to read from the name's registry, which the session's speed is measured for.
+    async fn place(&self, name: &ImageName, session: &mut Session<'_>) -> Place<'_> {
+        match self.places.take(name.registry()).await {
+            Some(place) => {
+                session.measure(place.progress.clone(), self.places.limits);
+                place
+            }
+            // The runtime is shutting down: nothing will look at the result.
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Asks what the name stands for, and looks at it when it is small.
+    async fn resolve(&self, name: &ImageName, session: &mut Session<'_>) -> Result<Resolved, Failure> {
+        match session.manifest(name.wanted(), SMALL_MANIFEST).await {
+            Ok((manifest, digest)) => match Artifact::parse(&manifest) {
+                Ok(artifact) => Ok(Resolved { digest, manifest: Some((manifest, artifact)) }),
+                Err(refused) => Err(Failure::Artifact(self.with_platform(session, refused).await)),
+            },
+            Err(FetchError::TooLarge { cause, claimed }) => match name.digest().cloned().or(claimed) {
+                Some(digest) => Ok(Resolved { digest, manifest: None }),
+                None => Err(FetchError::Invalid(format!("{cause}, and the registry does not tell its digest")).into()),
+            },
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The signature first, and what it is for after it.
+    async fn documents(
+        &self,
+        session: &mut Session<'_>,
+        resolved: Resolved,
+        mine: bool,
+    ) -> Result<(Bytes, Artifact), Failure> {
+        self.verify(session, &resolved.digest).await?;
+        let (manifest, artifact) = match resolved.manifest {
+            Some(small) => small,
+            None => {
+                let (manifest, _) = session.manifest(resolved.digest.as_str(), MAX_MANIFEST).await?;
+                let artifact = Artifact::parse(&manifest).map_err(Failure::Artifact)?;
+                (manifest, artifact)
+            }
+        };
+        let config = self.config(session, &artifact.config, mine).await?;
+        artifact.check_config(&config).map_err(Failure::Artifact)?;
+        Ok((manifest, artifact))
+    }
+
+    /// Adds a container image's platform to the words that refuse it.
+    async fn with_platform(&self, session: &mut Session<'_>, refused: Refused) -> Refused {
+        let Some(config) = refused.container_config().filter(|config| config.size <= MAX_FOREIGN_CONFIG).cloned()
+        else {
+            return refused;
+        };
+        match fetch(session, &config.digest, config.size).await {
+            Ok(config) => refused.with_container_config(&config),
+            Err(_) => refused,
+        }
     }
 
     /// Checks the signature: those on the node first, then those in the registry.
     async fn verify(&self, session: &mut Session<'_>, digest: &Digest) -> Result<(), Failure> {
-        if matches!(self.verification, Verification::AllowUnsigned) {
-            return Ok(());
-        }
+        let Verification::Keys(keys) = &self.verification else { return Ok(()) };
         let (store, manifest) = (self.store.clone(), digest.clone());
         let known = blocking(move || store.signatures(&manifest)).await;
-        if check(&self.verification, digest, &known).is_ok() {
+        if signature::verify(digest, &known, keys).is_ok() {
             return Ok(());
         }
-        let fetched = match session.manifest(&signature::tag(digest)).await {
-            Ok((manifest, _)) => self.payloads(session, &manifest).await?,
+        let layers = match session.manifest(&signature::tag(digest), signature::MAX_SIGNATURE_MANIFEST).await {
+            Ok((manifest, _)) => signature::layers(&manifest).map_err(Failure::Signature)?,
             Err(FetchError::NotFound(_)) => Vec::new(),
             Err(error) => return Err(error.into()),
         };
-        check(&self.verification, digest, &fetched).map_err(Failure::Signature)?;
-        let (store, manifest) = (self.store.clone(), digest.clone());
-        blocking(move || store.write_signatures(&manifest, &fetched)).await.map_err(Failure::Store)
-    }
-
-    async fn payloads(&self, session: &mut Session<'_>, manifest: &[u8]) -> Result<Vec<SignedPayload>, Failure> {
-        let layers = signature::layers(manifest).map_err(Failure::Signature)?;
-        let mut signatures = Vec::with_capacity(layers.len());
+        let mut fetched = Vec::new();
+        let mut unreadable = None;
+        // The first good one counts, whatever stands beside it.
         for layer in layers {
-            let payload = fetch(session, &layer.payload.digest, layer.payload.size).await?;
-            signatures.push(SignedPayload::new(&payload, layer.signature));
+            match fetch(session, &layer.payload.digest, layer.payload.size).await {
+                Ok(payload) => fetched.push(SignedPayload::new(&payload, layer.signature)),
+                Err(error) => {
+                    unreadable.get_or_insert(error);
+                    continue;
+                }
+            }
+            if fetched.last().is_some_and(|last| signature::verify(digest, std::slice::from_ref(last), keys).is_ok()) {
+                let (store, manifest) = (self.store.clone(), digest.clone());
+                return blocking(move || store.write_signatures(&manifest, &fetched)).await.map_err(Failure::Store);
+            }
         }
-        Ok(signatures)
+        match unreadable {
+            // The good one may be among those that could not be had.
+            Some(error @ (FetchError::Unavailable(_) | FetchError::Denied(_))) => Err(error.into()),
+            Some(error) if fetched.is_empty() => {
+                Err(Failure::Signature(format!("its signature cannot be read: {error}")))
+            }
+            _ => check(&self.verification, digest, &fetched).map_err(Failure::Signature),
+        }
     }
 
-    /// A small blob, from the node or the registry.
-    async fn content(&self, session: &mut Session<'_>, digest: &Digest, size: u64) -> Result<Vec<u8>, Failure> {
-        let (store, wanted) = (self.store.clone(), digest.clone());
-        if let Some(content) = blocking(move || store.read(&wanted, size)).await {
-            return Ok(content);
+    /// The config document, from the node or the registry.
+    async fn config(&self, session: &mut Session<'_>, config: &Descriptor, mine: bool) -> Result<Vec<u8>, Failure> {
+        if mine {
+            let (store, wanted) = (self.store.clone(), config.clone());
+            if let Some(content) = blocking(move || store.read(&wanted.digest, wanted.size)).await {
+                return Ok(content);
+            }
         }
-        let content = fetch(session, digest, size).await?;
+        let content = fetch(session, &config.digest, config.size).await?;
         let store = self.store.clone();
         blocking(move || store.write(&content).map(|()| content)).await.map_err(Failure::Store)
     }
 
-    /// The module, streamed to disk.
-    async fn module(&self, session: &mut Session<'_>, artifact: &Artifact) -> Result<(), Failure> {
-        let (store, module) = (self.store.clone(), artifact.module.clone());
-        if blocking(move || store.holds(&module.digest, module.size)).await {
-            return Ok(());
-        }
+    /// The module, streamed to disk; whether it had to be fetched.
+    async fn module(&self, session: &mut Session<'_>, artifact: &Artifact, mine: bool) -> Result<bool, Failure> {
         let module = &artifact.module;
+        if mine {
+            let (store, module) = (self.store.clone(), module.clone());
+            if blocking(move || store.holds(&module.digest, module.size)).await {
+                return Ok(false);
+            }
+        }
         let mut writer = self.store.writer().map_err(Failure::Store)?;
         session.blob(&module.digest, module.size.min(MAX_MODULE), |chunk| writer.write(chunk)).await?;
         writer.keep(&module.digest).map_err(|error| match error.kind() {
             io::ErrorKind::InvalidData => Failure::Fetch(FetchError::Invalid(error.to_string())),
             _ => Failure::Store(error),
-        })
+        })?;
+        Ok(true)
+    }
+}
+
+/// Does what needs a place for as long as the pull has it.
+async fn within<T>(
+    place: &Place<'_>,
+    time: Duration,
+    work: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
+    let lost = |cause: String| Err(Failure::Fetch(FetchError::Unavailable(cause)));
+    tokio::select! {
+        result = work => result,
+        lost_as = place.lost() => lost(match lost_as {
+            Lost::Evicted => "the registry is slow, and other pulls waited for its place; it is tried again".into(),
+            Lost::TooSlow => "the registry is slower than this node waits for".into(),
+        }),
+        () = tokio::time::sleep(time) => lost(format!("the registry took longer than {} s", time.as_secs())),
     }
 }
 
@@ -265,7 +406,10 @@ impl Failure {
         let image = name.to_string();
         match self {
             Self::Signature(cause) => PullError::Signature { image, cause: cut(&cause) },
-            Self::Artifact(cause) => PullError::InvalidImage { image, cause: cut(&cause) },
+            Self::Artifact(refused) => {
+                let remedy = refused.remedy(&name.whole_repository(), name.tag());
+                PullError::InvalidImage { image, cause: format!("{}; {remedy}", cut(&refused)) }
+            }
             Self::Store(error) => {
                 PullError::Pull { image, cause: format!("failed to store it: {error}"), permanent: false }
             }

@@ -1,170 +1,42 @@
-//! The registry client: image names, credentials, and reads of manifests and blobs over OCI distribution.
+//! The registry client: reads of manifests and blobs over OCI distribution.
 //!
 //! Every answer is read up to a limit, tokens live as long as one pull and are never shared between credentials, and
-//! credentials never travel over plain http to a registry that is reached over https.
+//! credentials never travel over plain http to a registry that is reached over https, nor to another host than the one that
+//! they are for. Which registry is asked, a pod's author decides: see `private_addresses`.
 
-use crate::artifact::{Digest, MANIFEST_TYPE, MAX_MANIFEST, shown};
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD as BASE64;
+use crate::artifact::{Digest, MANIFEST_TYPE, cut, shown};
+use crate::challenge::Challenge;
+use crate::credentials::{Login, RegistrySecret};
+use crate::image_name::ImageName;
+use crate::private_addresses::is_private_to_node;
+use crate::pull_places::{Progress, PullLimits};
 use bytes::Bytes;
-use futures::future::BoxFuture;
-use http::StatusCode;
-use oci_spec::distribution::Reference;
+use http::{HeaderMap, StatusCode, header};
+use reqwest::Url;
+use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use serde::Deserialize;
-use std::collections::BTreeMap;
-use std::fmt;
-use std::time::{Duration, Instant};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between two reads of an answer.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
-/// Bytes a second that an answer must come in at, on average; a registry that trickles would keep others from being asked.
-const SLOWEST: u64 = 1024;
 const MAX_REDIRECTS: usize = 5;
 const MAX_TOKEN: u64 = 256 * 1024;
 const MAX_ERROR_BODY: u64 = 16 * 1024;
+/// Who asks, where a token service wants to know.
+const CLIENT_ID: &str = "krustlet";
 
 /// When an image is fetched from its registry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PullPolicy {
     /// Ask the registry each time which manifest the name stands for.
     Always,
-    /// Ask only when the node has no copy.
+    /// Ask only when the node has no copy that the pod may use.
     IfNotPresent,
     /// Use the copy on the node or fail.
     Never,
-}
-
-/// A user name and password for one registry.
-#[derive(Clone, PartialEq, Eq)]
-pub struct RegistrySecret {
-    /// Who may see this secret: `host[:port][/path]`, as in the keys of a Docker config file.
-    pub registry: String,
-    pub username: String,
-    pub password: String,
-}
-
-impl fmt::Debug for RegistrySecret {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "RegistrySecret({} as {})", self.registry, self.username)
-    }
-}
-
-/// Where credentials come from when a pull brings none that fits.
-pub trait CredentialSource: Send + Sync + 'static {
-    /// Credentials for `registry` (`host[:port]`), or none for an anonymous pull.
-    fn credentials<'a>(&'a self, registry: &'a str) -> BoxFuture<'a, Option<RegistrySecret>>;
-}
-
-/// A source that has none: every pull without a secret is anonymous.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct NoCredentials;
-
-impl CredentialSource for NoCredentials {
-    fn credentials<'a>(&'a self, _registry: &'a str) -> BoxFuture<'a, Option<RegistrySecret>> {
-        Box::pin(std::future::ready(None))
-    }
-}
-
-impl RegistrySecret {
-    /// The secrets in a `.dockerconfigjson` (`{"auths": {…}}`) or an old-style `.dockercfg` document.
-    pub fn from_docker_config(document: &[u8]) -> Result<Vec<Self>, String> {
-        #[derive(Deserialize)]
-        struct Entry {
-            auth: Option<String>,
-            username: Option<String>,
-            password: Option<String>,
-        }
-        #[derive(Deserialize)]
-        struct Config {
-            auths: BTreeMap<String, Entry>,
-        }
-        let entries = serde_json::from_slice::<Config>(document)
-            .map(|config| config.auths)
-            .or_else(|_| serde_json::from_slice::<BTreeMap<String, Entry>>(document))
-            .map_err(|_| "no Docker config: expected {\"auths\": {\"host\": {\"auth\": …}}}".to_owned())?;
-        entries
-            .into_iter()
-            .map(|(registry, entry)| {
-                let decoded = entry.auth.filter(|auth| !auth.is_empty()).and_then(|auth| {
-                    let text = String::from_utf8(BASE64.decode(auth.trim()).ok()?).ok()?;
-                    text.split_once(':').map(|(username, password)| (username.to_owned(), password.to_owned()))
-                });
-                let (username, password) = decoded
-                    .or_else(|| entry.username.zip(entry.password))
-                    .ok_or_else(|| format!("the entry for {:?} holds no user name and password", shown(&registry)))?;
-                Ok(Self { registry, username, password })
-            })
-            .collect()
-    }
-
-    /// How well this secret fits, as the length of its matching path; none if it is for another registry.
-    fn matches(&self, image: &ImageName) -> Option<usize> {
-        let key = self.registry.trim_start_matches("https://").trim_start_matches("http://").trim_end_matches('/');
-        let (host, path) = key.split_once('/').unwrap_or((key, ""));
-        let host = if matches!(host, "index.docker.io" | "registry-1.docker.io") { "docker.io" } else { host };
-        let path = if matches!(path, "v1" | "v2") { "" } else { path };
-        let repository = image.repository();
-        let inside = path.is_empty()
-            || repository == path
-            || repository.strip_prefix(path).is_some_and(|rest| rest.starts_with('/'));
-        (host == image.registry() && inside).then_some(path.len())
-    }
-
-    /// The secrets that fit, the most specific first.
-    pub(crate) fn fitting<'a>(secrets: &'a [Self], image: &ImageName) -> Vec<&'a Self> {
-        let mut fitting: Vec<_> =
-            secrets.iter().filter_map(|secret| secret.matches(image).map(|length| (length, secret))).collect();
-        fitting.sort_by_key(|(length, _)| std::cmp::Reverse(*length));
-        fitting.into_iter().map(|(_, secret)| secret).collect()
-    }
-}
-
-/// An image name, taken apart.
-#[derive(Debug, Clone)]
-pub struct ImageName {
-    reference: Reference,
-    digest: Option<Digest>,
-}
-
-impl ImageName {
-    pub fn parse(image: &str) -> Result<Self, String> {
-        if image.len() > 1024 {
-            return Err("it is longer than 1024 characters".into());
-        }
-        let reference: Reference = image.parse().map_err(|error| format!("{error}"))?;
-        let digest = reference.digest().map(Digest::parse).transpose()?;
-        Ok(Self { reference, digest })
-    }
-
-    pub fn registry(&self) -> &str {
-        self.reference.registry()
-    }
-
-    pub fn repository(&self) -> &str {
-        self.reference.repository()
-    }
-
-    /// The digest in the name. It wins over a tag.
-    pub fn digest(&self) -> Option<&Digest> {
-        self.digest.as_ref()
-    }
-
-    /// `registry/repository@digest`.
-    pub fn pinned(&self, digest: &Digest) -> String {
-        format!("{}/{}@{digest}", self.registry(), self.repository())
-    }
-
-    /// What to ask the registry for.
-    pub fn wanted(&self) -> &str {
-        self.digest.as_ref().map(Digest::as_str).or_else(|| self.reference.tag()).unwrap_or("latest")
-    }
-}
-
-impl fmt::Display for ImageName {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{}", self.reference)
-    }
 }
 
 /// Why a registry did not give what was asked for.
@@ -178,76 +50,172 @@ pub enum FetchError {
     /// The answer is not what it claims to be.
     #[error("{0}")]
     Invalid(String),
+    /// The answer has more bytes than were asked for; the digest that the registry claims it has.
+    #[error("{cause}")]
+    TooLarge { cause: String, claimed: Option<Digest> },
     #[error("{0}")]
     Unavailable(String),
 }
 
+/// The registries that the node's operator named, `host[:port]` each. They may be at any address.
+#[derive(Debug, Clone, Default)]
+pub struct OperatorsRegistries {
+    /// Reached over plain http.
+    pub insecure: Vec<String>,
+    /// May see the node's own credentials; on this machine's loopback interface they are reached over plain http.
+    pub trusted: Vec<String>,
+}
+
+impl OperatorsRegistries {
+    fn lists(&self, registry: &str) -> bool {
+        self.trusts(registry) || contains(&self.insecure, registry)
+    }
+
+    pub fn trusts(&self, registry: &str) -> bool {
+        contains(&self.trusted, registry)
+    }
+
+    fn is_plain(&self, registry: &str) -> bool {
+        contains(&self.insecure, registry) || (self.trusts(registry) && is_loopback(registry))
+    }
+}
+
+fn contains(list: &[String], registry: &str) -> bool {
+    list.iter().any(|listed| listed.eq_ignore_ascii_case(registry))
+}
+
+fn is_loopback(registry: &str) -> bool {
+    let host = registry.rsplit_once(':').map_or(registry, |(host, _)| host);
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
 /// Talks to registries.
 pub struct RegistryClient {
-    https: reqwest::Client,
-    /// Used for loopback and listed registries only, and never through a proxy.
+    /// For registries that any pod may name: https, and no address that only this node reaches.
+    guarded: reqwest::Client,
+    /// For registries that the operator named.
+    open: reqwest::Client,
+    /// For those of them that speak plain http; never through a proxy.
     plain: reqwest::Client,
-    insecure: Vec<String>,
+    operators: OperatorsRegistries,
 }
 
 impl RegistryClient {
-    pub fn new(insecure: Vec<String>) -> anyhow::Result<Self> {
+    pub fn new(operators: OperatorsRegistries) -> anyhow::Result<Self> {
         let builder = || {
             reqwest::Client::builder()
                 .connect_timeout(CONNECT_TIMEOUT)
                 .read_timeout(READ_TIMEOUT)
                 .user_agent(concat!("krustlet/", env!("CARGO_PKG_VERSION")))
-                .redirect(reqwest::redirect::Policy::custom(|attempt| {
-                    let from_https = attempt.previous().last().is_some_and(|url| url.scheme() == "https");
-                    if from_https && attempt.url().scheme() != "https" {
-                        attempt.error("redirected from https to http")
-                    } else if attempt.previous().len() > MAX_REDIRECTS {
-                        attempt.error("redirected too often")
-                    } else {
-                        attempt.follow()
-                    }
-                }))
+                // They are followed here, where it is known what may go along.
+                .redirect(reqwest::redirect::Policy::none())
         };
-        Ok(Self { https: builder().build()?, plain: builder().no_proxy().build()?, insecure })
+        let resolver = GuardedResolver { proxies: proxies() };
+        Ok(Self {
+            guarded: builder().https_only(true).dns_resolver(Arc::new(resolver)).build()?,
+            open: builder().https_only(true).build()?,
+            plain: builder().no_proxy().build()?,
+            operators,
+        })
     }
 
     /// Begins to read from one repository.
     pub fn session<'a>(&'a self, image: &'a ImageName, credentials: Option<&'a RegistrySecret>) -> Session<'a> {
         let registry = image.registry();
-        let plain = is_loopback(registry) || self.insecure.iter().any(|listed| listed == registry);
+        let reach = if self.operators.is_plain(registry) {
+            Reach::Plain
+        } else if self.operators.lists(registry) {
+            Reach::Open
+        } else {
+            Reach::Guarded
+        };
         let host = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
         Session {
-            client: if plain { &self.plain } else { &self.https },
-            base: format!("{}://{host}/v2/{}", if plain { "http" } else { "https" }, image.repository()),
+            registry: self,
+            reach,
+            base: format!(
+                "{}://{host}/v2/{}",
+                if reach == Reach::Plain { "http" } else { "https" },
+                image.repository()
+            ),
             image,
-            plain,
             credentials,
             authorization: None,
+            progress: None,
         }
     }
 }
 
-fn is_loopback(registry: &str) -> bool {
-    let host = registry.rsplit_once(':').map_or(registry, |(host, _)| host);
-    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+/// Resolves names, and fails for one that is an address of this node's only. A proxy is the operator's, wherever it is.
+struct GuardedResolver {
+    proxies: Vec<String>,
+}
+
+impl Resolve for GuardedResolver {
+    fn resolve(&self, name: Name) -> Resolving {
+        let is_proxy = self.proxies.iter().any(|proxy| proxy.eq_ignore_ascii_case(name.as_str()));
+        Box::pin(async move {
+            let addresses: Vec<SocketAddr> = tokio::net::lookup_host((name.as_str(), 0)).await?.collect();
+            // One bad address among good ones is refused too: which of them is taken, the client would decide.
+            match addresses.iter().find(|address| is_private_to_node(address.ip())) {
+                Some(address) if !is_proxy => Err(private(name.as_str(), address.ip()).into()),
+                _ => Ok(Box::new(addresses.into_iter()) as Addrs),
+            }
+        })
+    }
+}
+
+fn private(host: &str, address: IpAddr) -> String {
+    format!(
+        "{host} is {address}, an address of this node's own, where no registry is looked for unless the node's \
+         --trusted-registries or --insecure-registries name it"
+    )
+}
+
+/// The hosts of the proxies that the environment names.
+fn proxies() -> Vec<String> {
+    ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"]
+        .iter()
+        .filter_map(|name| std::env::var(name).ok())
+        .filter_map(|proxy| Url::parse(&proxy).or_else(|_| Url::parse(&format!("http://{proxy}"))).ok())
+        .filter_map(|proxy| proxy.host_str().map(str::to_owned))
+        .collect()
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reach {
+    Guarded,
+    Open,
+    Plain,
 }
 
 /// Reads from one repository with one set of credentials.
 pub struct Session<'a> {
-    client: &'a reqwest::Client,
+    registry: &'a RegistryClient,
+    reach: Reach,
     base: String,
     image: &'a ImageName,
-    plain: bool,
     credentials: Option<&'a RegistrySecret>,
     authorization: Option<String>,
+    progress: Option<(Arc<Progress>, PullLimits)>,
 }
 
 impl Session<'_> {
+    /// Tells how fast the answers come from now on.
+    pub fn measure(&mut self, progress: Arc<Progress>, limits: PullLimits) {
+        self.progress = Some((progress, limits));
+    }
+
+    /// Whether the registry gave its answers because of the credentials.
+    pub fn was_authorized(&self) -> bool {
+        self.credentials.is_some() && self.authorization.is_some()
+    }
+
     /// The manifest with this tag or digest, and its digest computed from the bytes received.
-    pub async fn manifest(&mut self, wanted: &str) -> Result<(Bytes, Digest), FetchError> {
+    pub async fn manifest(&mut self, wanted: &str, limit: u64) -> Result<(Bytes, Digest), FetchError> {
         let url = format!("{}/manifests/{wanted}", self.base);
         let mut content = Vec::new();
-        self.get(&url, MAX_MANIFEST, |chunk| {
+        self.get(&url, limit, |chunk| {
             content.extend_from_slice(chunk);
             Ok(())
         })
@@ -286,85 +254,143 @@ impl Session<'_> {
     ) -> Result<u64, FetchError> {
         let mut response = self.send(url).await?;
         if response.status() == StatusCode::UNAUTHORIZED {
-            self.authorize(&response).await?;
+            self.authorize(response.headers()).await?;
             response = self.send(url).await?;
         }
         if !response.status().is_success() {
             return Err(self.refusal(url, response).await);
         }
-        read(response, url, limit, &mut sink).await
+        self.read(response, url, limit, &mut sink).await
     }
 
+    /// Asks, and follows redirects: over https only when it began so, and with the authorization only to where it is for.
     async fn send(&self, url: &str) -> Result<reqwest::Response, FetchError> {
-        let mut request = self.client.get(url).header(http::header::ACCEPT, format!("{MANIFEST_TYPE}, */*"));
-        if let Some(authorization) = &self.authorization {
-            request = request.header(http::header::AUTHORIZATION, authorization);
+        let mut target = self.target(url)?;
+        let origin = target.origin();
+        for _ in 0..=MAX_REDIRECTS {
+            let mut request = self.client().get(target.clone()).header(header::ACCEPT, format!("{MANIFEST_TYPE}, */*"));
+            if let Some(authorization) = self.authorization.as_ref().filter(|_| target.origin() == origin) {
+                request = request.header(header::AUTHORIZATION, authorization);
+            }
+            let response = request.send().await.map_err(|error| unavailable(target.as_str(), &error))?;
+            if !response.status().is_redirection() {
+                return Ok(response);
+            }
+            let location = response.headers().get(header::LOCATION).and_then(|location| location.to_str().ok());
+            let next = location.and_then(|location| target.join(location).ok());
+            let Some(next) = next else {
+                return Err(FetchError::Invalid(format!("{url} redirects to no URL")));
+            };
+            if target.scheme() == "https" && next.scheme() != "https" {
+                return Err(FetchError::Denied(format!("{url} redirects from https to {}", next.scheme())));
+            }
+            target = self.target(next.as_str())?;
         }
-        request.send().await.map_err(|error| unavailable(url, &error))
+        Err(FetchError::Invalid(format!("{url} redirects more than {MAX_REDIRECTS} times")))
+    }
+
+    fn client(&self) -> &reqwest::Client {
+        match self.reach {
+            Reach::Guarded => &self.registry.guarded,
+            Reach::Open => &self.registry.open,
+            Reach::Plain => &self.registry.plain,
+        }
+    }
+
+    /// The URL, if it may be asked. Names are checked once they are resolved; literal addresses are never resolved.
+    fn target(&self, url: &str) -> Result<Url, FetchError> {
+        let mut target =
+            Url::parse(url).map_err(|error| FetchError::Invalid(format!("{:?} is no URL: {error}", shown(url))))?;
+        // What it says before an @ would be sent as a user name.
+        let _ = target.set_username("");
+        let _ = target.set_password(None);
+        if self.reach == Reach::Guarded {
+            // As a URL has it, in whatever way it is written: 0x7f.1 is 127.0.0.1.
+            let literal = target
+                .host_str()
+                .and_then(|host| host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().ok());
+            if let Some(address) = literal.filter(|address| is_private_to_node(*address)) {
+                let host = if url.starts_with(&self.base) { self.image.registry() } else { url };
+                return Err(FetchError::Unavailable(private(&shown(host), address)));
+            }
+        }
+        Ok(target)
     }
 
     /// Answers the challenge of a 401.
-    async fn authorize(&mut self, response: &reqwest::Response) -> Result<(), FetchError> {
+    async fn authorize(&mut self, headers: &HeaderMap) -> Result<(), FetchError> {
         let registry = self.image.registry();
         let denied = |cause: String| FetchError::Denied(format!("registry {registry} refused access: {cause}"));
         if self.authorization.is_some() {
             return Err(denied(format!("{} is not allowed to pull", self.identity())));
         }
-        let headers = response.headers().get_all(http::header::WWW_AUTHENTICATE);
-        let challenges: Vec<(String, BTreeMap<String, String>)> = headers
-            .iter()
-            .filter_map(|value| value.to_str().ok())
-            .flat_map(|value| http_auth::ChallengeParser::new(value).filter_map(Result::ok).collect::<Vec<_>>())
-            .map(|challenge| {
-                let parameters = challenge
-                    .params
-                    .iter()
-                    .map(|(name, value)| (name.to_ascii_lowercase(), value.to_unescaped()))
-                    .collect();
-                (challenge.scheme.to_ascii_lowercase(), parameters)
-            })
-            .collect();
-        if let Some((_, parameters)) = challenges.iter().find(|(scheme, _)| scheme == "bearer") {
-            let realm = parameters.get("realm").ok_or_else(|| denied("its challenge names no realm".into()))?;
-            let token = self.token(realm, parameters.get("service")).await?;
-            self.authorization = Some(format!("Bearer {token}"));
-            return Ok(());
-        }
-        match (challenges.iter().any(|(scheme, _)| scheme == "basic"), self.credentials) {
-            (true, Some(secret)) => {
-                let pair = BASE64.encode(format!("{}:{}", secret.username, secret.password));
-                self.authorization = Some(format!("Basic {pair}"));
-                Ok(())
+        let login = self.credentials.map(|secret| &secret.login);
+        let authorization = match (Challenge::choose(headers).map_err(denied)?, login) {
+            (Challenge::Bearer { .. }, Some(Login::RegistryToken(token))) => format!("Bearer {token}"),
+            (Challenge::Bearer { realm, service }, _) => {
+                format!("Bearer {}", self.token(&realm, service.as_deref()).await?)
             }
-            (true, None) => Err(denied("it asks for a user name; add an imagePullSecret".into())),
-            (false, _) => Err(denied("it names no way of authentication that this node knows".into())),
-        }
+            (Challenge::Basic, Some(Login::Password { username, password })) => {
+                use base64::Engine as _;
+                let pair = format!("{username}:{password}");
+                format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(pair))
+            }
+            (Challenge::Basic, Some(_)) => {
+                return Err(denied("it asks for a user name, and there is a token only".into()));
+            }
+            (Challenge::Basic, None) => return Err(denied("it asks for a user name; add an imagePullSecret".into())),
+        };
+        self.authorization = Some(authorization);
+        Ok(())
     }
 
-    async fn token(&self, realm: &str, service: Option<&String>) -> Result<String, FetchError> {
+    async fn token(&self, realm: &str, service: Option<&str>) -> Result<String, FetchError> {
         #[derive(Deserialize)]
         struct Token {
             token: Option<String>,
             access_token: Option<String>,
         }
-        if !self.plain && !realm.starts_with("https://") {
+        let mut target = self.target(realm)?;
+        if self.reach != Reach::Plain && target.scheme() != "https" {
             return Err(FetchError::Denied(format!(
                 "the registry's token service {:?} is not reached over https",
                 shown(realm)
             )));
         }
-        let mut query = vec![("scope", format!("repository:{}:pull", self.image.repository()))];
-        query.extend(service.map(|service| ("service", service.clone())));
-        let mut request = self.client.get(realm).query(&query);
-        if let Some(secret) = self.credentials {
-            request = request.basic_auth(&secret.username, Some(&secret.password));
+        let own = self.credentials.is_some_and(|secret| secret.source.is_none());
+        if own && self.reach == Reach::Guarded && target.host_str() != self.host().as_deref() {
+            return Err(FetchError::Denied(format!(
+                "the registry sends the node's credentials to another host, {:?}",
+                shown(realm)
+            )));
         }
+        let mut query = vec![("scope", format!("repository:{}:pull", self.image.repository()))];
+        query.extend(service.map(|service| ("service", service.to_owned())));
+        let request = match self.credentials.map(|secret| &secret.login) {
+            // As docker does it: OAuth 2, RFC 6749 section 6.
+            Some(Login::IdentityToken(token)) => {
+                query.extend([
+                    ("grant_type", "refresh_token".to_owned()),
+                    ("client_id", CLIENT_ID.to_owned()),
+                    ("refresh_token", token.clone()),
+                ]);
+                self.client().post(target).form(&query)
+            }
+            login => {
+                target.query_pairs_mut().extend_pairs(&query);
+                let request = self.client().get(target);
+                match login {
+                    Some(Login::Password { username, password }) => request.basic_auth(username, Some(password)),
+                    _ => request,
+                }
+            }
+        };
         let response = request.send().await.map_err(|error| unavailable(realm, &error))?;
         if !response.status().is_success() {
             return Err(self.refusal(realm, response).await);
         }
         let mut body = Vec::new();
-        read(response, realm, MAX_TOKEN, &mut |chunk: &[u8]| {
+        self.read(response, realm, MAX_TOKEN, &mut |chunk: &[u8]| {
             body.extend_from_slice(chunk);
             Ok(())
         })
@@ -373,11 +399,15 @@ impl Session<'_> {
         token
             .and_then(|token| token.token.or(token.access_token))
             .filter(|token| token.bytes().all(|byte| byte.is_ascii_graphic()))
-            .ok_or_else(|| FetchError::Invalid(format!("the token service {realm} answered with no token")))
+            .ok_or_else(|| FetchError::Invalid(format!("the token service {:?} answered with no token", shown(realm))))
+    }
+
+    fn host(&self) -> Option<String> {
+        Url::parse(&self.base).ok()?.host_str().map(str::to_owned)
     }
 
     fn identity(&self) -> String {
-        self.credentials.map_or_else(|| "an anonymous user".to_owned(), |secret| format!("user {:?}", secret.username))
+        self.credentials.map_or_else(|| "an anonymous user".to_owned(), |secret| secret.login.to_string())
     }
 
     /// The registry's own words on why it did not answer.
@@ -395,11 +425,12 @@ impl Session<'_> {
         }
         let status = response.status();
         let mut body = Vec::new();
-        let _ = read(response, url, MAX_ERROR_BODY, &mut |chunk: &[u8]| {
-            body.extend_from_slice(chunk);
-            Ok(())
-        })
-        .await;
+        let _ = self
+            .read(response, url, MAX_ERROR_BODY, &mut |chunk: &[u8]| {
+                body.extend_from_slice(chunk);
+                Ok(())
+            })
+            .await;
         let detail = serde_json::from_slice::<Errors>(&body)
             .ok()
             .and_then(|errors| errors.errors.into_iter().next())
@@ -412,37 +443,43 @@ impl Session<'_> {
                 self.image.registry(),
                 self.identity()
             )),
-            _ => FetchError::Unavailable(format!("{url} answered {status}{detail}")),
+            _ => FetchError::Unavailable(format!("{} answered {status}{detail}", cut(&url))),
         }
+    }
+
+    async fn read(
+        &self,
+        mut response: reqwest::Response,
+        url: &str,
+        limit: u64,
+        sink: &mut impl FnMut(&[u8]) -> std::io::Result<()>,
+    ) -> Result<u64, FetchError> {
+        let claimed = response.headers().get("docker-content-digest").and_then(|value| value.to_str().ok());
+        let claimed = claimed.and_then(|claimed| Digest::parse(claimed).ok());
+        let too_large = || FetchError::TooLarge {
+            cause: format!("{} answered with more than the {limit} bytes expected", cut(&url)),
+            claimed: claimed.clone(),
+        };
+        if response.content_length().is_some_and(|length| length > limit) {
+            return Err(too_large());
+        }
+        let mut received = 0;
+        while let Some(chunk) = response.chunk().await.map_err(|error| unavailable(url, &error))? {
+            let length = chunk.len() as u64;
+            received += length;
+            if received > limit {
+                return Err(too_large());
+            }
+            if let Some((progress, limits)) = &self.progress {
+                progress.received(length, limits);
+            }
+            sink(&chunk).map_err(|error| FetchError::Unavailable(format!("failed to store {url}: {error}")))?;
+        }
+        Ok(received)
     }
 }
 
-async fn read(
-    mut response: reqwest::Response,
-    url: &str,
-    limit: u64,
-    sink: &mut impl FnMut(&[u8]) -> std::io::Result<()>,
-) -> Result<u64, FetchError> {
-    let mut received = 0;
-    let began = Instant::now();
-    while let Some(chunk) = response.chunk().await.map_err(|error| unavailable(url, &error))? {
-        received += chunk.len() as u64;
-        if received > limit {
-            return Err(FetchError::Invalid(format!("{url} answered with more than the {limit} bytes expected")));
-        }
-        if is_too_slow(received, began.elapsed()) {
-            return Err(FetchError::Unavailable(format!("{url} gave {received} bytes in {:?}", began.elapsed())));
-        }
-        sink(&chunk).map_err(|error| FetchError::Unavailable(format!("failed to store {url}: {error}")))?;
-    }
-    Ok(received)
-}
-
-fn is_too_slow(received: u64, elapsed: Duration) -> bool {
-    elapsed > READ_TIMEOUT + Duration::from_secs(received / SLOWEST)
-}
-
-/// The whole chain of causes: reqwest's own message stops at "error sending request".
+/// The innermost cause: reqwest's own message stops at "error sending request".
 fn unavailable(url: &str, error: &reqwest::Error) -> FetchError {
     let mut cause: Option<&dyn std::error::Error> = std::error::Error::source(error);
     let mut text = String::new();
@@ -454,7 +491,7 @@ fn unavailable(url: &str, error: &reqwest::Error) -> FetchError {
         text = error.to_string();
     }
     let url = url.split('?').next().unwrap_or(url);
-    FetchError::Unavailable(format!("{url} cannot be reached: {text}"))
+    FetchError::Unavailable(format!("{} cannot be reached: {text}", cut(&url)))
 }
 
 #[cfg(test)]
@@ -462,82 +499,93 @@ fn unavailable(url: &str, error: &reqwest::Error) -> FetchError {
 mod tests {
     use super::*;
 
-    fn secret(registry: &str) -> RegistrySecret {
-        RegistrySecret { registry: registry.into(), username: "user".into(), password: "word".into() }
+    fn client() -> RegistryClient {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let operators = OperatorsRegistries {
+            insecure: vec!["plain.example:5000".into(), "127.0.0.1:1".into()],
+            trusted: vec!["localhost:5000".into(), "registry.example".into()],
+        };
+        RegistryClient::new(operators).unwrap()
+    }
+
+    fn base(image: &str) -> String {
+        let image = ImageName::parse(image).unwrap();
+        client().session(&image, None).base
     }
 
     #[test]
-    fn names_with_tag_digest_and_neither_are_taken_apart() {
-        let digest = Digest::of(b"x");
-        let name = ImageName::parse(&format!("127.0.0.1:5000/a/b:v1@{digest}")).unwrap();
-        assert_eq!((name.registry(), name.repository(), name.wanted()), ("127.0.0.1:5000", "a/b", digest.as_str()));
-        assert_eq!(name.pinned(&digest), format!("127.0.0.1:5000/a/b@{digest}"));
-        assert_eq!(ImageName::parse("host/app").unwrap().wanted(), "latest");
-        assert_eq!(ImageName::parse("host.io/app:v2").unwrap().wanted(), "v2");
-    }
-
-    #[test]
-    fn names_that_are_none_are_refused() {
-        for name in ["", "UPPER/Case", "a b", "host/app@sha256:12", "host/app@sha512:00", &"x".repeat(2000)] {
-            assert!(ImageName::parse(name).is_err(), "{name}");
-        }
-        assert!(ImageName::parse(&format!("host/app@sha256:{}", "A".repeat(64))).is_err());
-    }
-
-    #[test]
-    fn a_secret_is_shown_to_its_own_registry_only_and_the_most_specific_one_first() {
-        let name = ImageName::parse("registry.example:5000/team/app:v1").unwrap();
-        let secrets = [
-            secret("other.example"),
-            secret("registry.example"),
-            secret("https://registry.example:5000/"),
-            secret("registry.example:5000/team"),
-            secret("registry.example:5000/te"),
-        ];
-        let fitting: Vec<_> =
-            RegistrySecret::fitting(&secrets, &name).iter().map(|secret| secret.registry.as_str()).collect();
-        assert_eq!(fitting, ["registry.example:5000/team", "https://registry.example:5000/"]);
-        let hub = ImageName::parse("library/app").unwrap();
-        assert_eq!(RegistrySecret::fitting(&[secret("https://index.docker.io/v1/")], &hub).len(), 1);
-    }
-
-    #[test]
-    fn docker_config_documents_of_both_kinds_are_read() {
-        let auth = BASE64.encode("user:pass:word");
-        let new = format!(r#"{{"auths": {{"host:1": {{"auth": "{auth}"}}}}}}"#);
-        let old = r#"{"host:1": {"username": "user", "password": "pass:word"}}"#;
-        for document in [new.as_str(), old] {
-            let secrets = RegistrySecret::from_docker_config(document.as_bytes()).unwrap();
-            let expected =
-                RegistrySecret { registry: "host:1".into(), username: "user".into(), password: "pass:word".into() };
-            assert_eq!(secrets, [expected]);
-        }
-        for garbage in ["", "[]", r#"{"auths": {"host": {}}}"#] {
-            assert!(RegistrySecret::from_docker_config(garbage.as_bytes()).is_err());
+    fn plain_http_is_for_what_the_operator_named() {
+        for (image, expected) in [
+            ("localhost:5000/app", "http://localhost:5000/v2/app"),
+            ("LOCALHOST:5000/app", "http://localhost:5000/v2/app"),
+            ("plain.example:5000/app", "http://plain.example:5000/v2/app"),
+            ("127.0.0.1:1/app", "http://127.0.0.1:1/v2/app"),
+            ("registry.example/app", "https://registry.example/v2/app"),
+            ("localhost:5001/app", "https://localhost:5001/v2/app"),
+            ("127.0.0.1:5000/app", "https://127.0.0.1:5000/v2/app"),
+            ("app", "https://registry-1.docker.io/v2/library/app"),
+        ] {
+            assert_eq!(base(image), expected);
         }
     }
 
-    #[test]
-    fn a_password_is_not_printed() {
-        assert!(!format!("{:?}", secret("host")).contains("word"));
+    async fn asked(image: &str) -> String {
+        let image = ImageName::parse(image).unwrap();
+        client().session(&image, None).manifest("latest", 1000).await.unwrap_err().to_string()
+    }
+
+    #[tokio::test]
+    async fn no_pod_makes_the_node_ask_itself() {
+        for image in [
+            "127.0.0.1:5000/app",
+            "127.9.9.9/app",
+            "169.254.169.254/computemetadata/v1/instance",
+            "0.0.0.0:10250/app",
+            // As URLs have it.
+            "127.1:80/app",
+            "0x7f.1/app",
+            "2130706433:80/app",
+            "0177.0.0.1/app",
+            // By name.
+            "localhost:5001/app",
+        ] {
+            let error = asked(image).await;
+            assert!(error.contains("of this node's own"), "{image}: {error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_nodes_own_credentials_go_to_no_other_host() {
+        let client = client();
+        let image = ImageName::parse("eu.gcr.io/project/app").unwrap();
+        let login = Login::Password { username: "oauth2accesstoken".into(), password: "word".into() };
+        let node = RegistrySecret { registry: "eu.gcr.io".into(), login, source: None };
+        let session = client.session(&image, Some(&node));
+        for realm in
+            ["https://token.example/token", "https://eu.gcr.io.example/token", "https://eu.gcr.io@host.example/"]
+        {
+            let error = session.token(realm, None).await.unwrap_err();
+            assert!(matches!(&error, FetchError::Denied(cause) if cause.contains("another host")), "{error}");
+        }
+        let error = session.token("http://eu.gcr.io/token", None).await.unwrap_err();
+        assert!(error.to_string().contains("not reached over https"), "{error}");
     }
 
     #[test]
-    fn a_registry_that_trickles_is_given_up() {
-        let seconds = Duration::from_secs;
-        assert!(!is_too_slow(0, seconds(29)));
-        assert!(is_too_slow(60, seconds(60)));
-        assert!(!is_too_slow(64 * 1024, seconds(60)));
-        assert!(is_too_slow(1024 * 1024, seconds(2000)));
-    }
-
-    #[test]
-    fn plain_http_is_for_loopback() {
-        for host in ["localhost", "localhost:5000", "127.0.0.1:1", "127.8.9.1"] {
-            assert!(is_loopback(host), "{host}");
+    fn a_literal_address_is_refused_wherever_a_registry_sends_the_node() {
+        let client = client();
+        let image = ImageName::parse("registry.example.com/app").unwrap();
+        let session = client.session(&image, None);
+        for url in [
+            "https://[::1]/token",
+            "https://[::ffff:169.254.169.254]/x",
+            "https://u:p@127.0.0.1/x",
+            "https://[fe80::1]/",
+        ] {
+            assert!(session.target(url).is_err(), "{url}");
         }
-        for host in ["example.com", "localhost.example.com", "10.0.0.1:5000", "127.0.0.1.example.com"] {
-            assert!(!is_loopback(host), "{host}");
-        }
+        assert_eq!(session.target("https://u:p@host.example/x").unwrap().as_str(), "https://host.example/x");
+        let named = ImageName::parse("localhost:5000/app").unwrap();
+        assert!(client.session(&named, None).target("http://127.0.0.1/token").is_ok());
     }
 }

@@ -3,7 +3,7 @@
 //! A signature is an ECDSA P-256 signature (DER, base64, in a layer's annotation) over a simple-signing payload (that
 //! layer's content) which names the manifest's digest. See the signature specification in sigstore/cosign.
 
-use crate::artifact::{Descriptor, Digest, RawManifest, cut, shown};
+use crate::artifact::{Descriptor, Digest, RawDescriptor, cut, shown};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use p256::ecdsa::signature::Verifier as _;
@@ -18,6 +18,8 @@ const PAYLOAD_TYPE: &str = "cosign container image signature";
 pub const MAX_PAYLOAD: u64 = 64 * 1024;
 /// Signatures beyond this many are not looked at.
 pub const MAX_SIGNATURES: usize = 32;
+/// Of each of them, some kilobytes of certificate and log entry stand in the manifest.
+pub const MAX_SIGNATURE_MANIFEST: u64 = 512 * 1024;
 /// A DER signature of P-256 has at most 72 bytes; base64 makes that 96.
 const MAX_ENCODED: usize = 256;
 
@@ -71,21 +73,32 @@ pub fn tag(manifest: &Digest) -> String {
     format!("sha256-{}.sig", manifest.hex())
 }
 
-/// Reads a signature manifest. Layers of other types are passed over, as cosign does.
+/// Reads a signature manifest. Layers of other types are passed over, as cosign does, and so are those that cannot be
+/// signatures: what somebody adds takes nothing from what is there.
 pub fn layers(manifest: &[u8]) -> Result<Vec<SignatureLayer>, String> {
-    let raw = RawManifest::parse(manifest)?;
-    raw.layers
-        .iter()
-        .filter(|layer| layer.media_type == SIMPLE_SIGNING)
-        .filter_map(|layer| layer.annotations.get(ANNOTATION).map(|signature| (layer, signature)))
-        .take(MAX_SIGNATURES)
-        .map(|(layer, signature)| {
-            Ok(SignatureLayer {
-                payload: layer.checked("signature payload", MAX_PAYLOAD)?,
-                signature: signature.clone(),
-            })
-        })
-        .collect()
+    #[derive(Deserialize)]
+    struct Manifest {
+        layers: Vec<serde_json::Value>,
+    }
+    if manifest.len() as u64 > MAX_SIGNATURE_MANIFEST {
+        return Err(format!("its signature manifest has more than {MAX_SIGNATURE_MANIFEST} bytes"));
+    }
+    let manifest: Manifest = serde_json::from_slice(manifest)
+        .map_err(|error| format!("its signature manifest is no OCI manifest: {}", cut(&error)))?;
+    Ok(manifest.layers.into_iter().filter_map(signature_layer).take(MAX_SIGNATURES).collect())
+}
+
+fn signature_layer(layer: serde_json::Value) -> Option<SignatureLayer> {
+    let layer: RawDescriptor = serde_json::from_value(layer).ok()?;
+    if layer.media_type != SIMPLE_SIGNING {
+        return None;
+    }
+    let signature = layer.annotations.get(ANNOTATION)?;
+    der(signature).ok()?;
+    Some(SignatureLayer {
+        payload: layer.checked("signature payload", MAX_PAYLOAD).ok()?,
+        signature: signature.clone(),
+    })
 }
 
 /// Checks that one of `keys` signed `manifest`. The error says why the best candidate was refused.
@@ -107,16 +120,20 @@ pub fn verify(manifest: &Digest, signatures: &[SignedPayload], keys: &[PublicKey
 
 /// The manifest digest that the payload vouches for, if one of the keys signed the payload.
 fn signed_manifest(signed: &SignedPayload, keys: &[PublicKey]) -> Result<Option<Digest>, String> {
-    if signed.signature.len() > MAX_ENCODED {
-        return Err(format!("{} characters of base64 are no ECDSA signature", signed.signature.len()));
-    }
-    let der = BASE64.decode(signed.signature.trim()).map_err(|error| format!("no base64: {error}"))?;
-    let signature = Signature::from_der(&der).map_err(|_| "no DER ECDSA P-256 signature".to_owned())?;
+    let signature = der(&signed.signature)?;
     let payload = BASE64.decode(&signed.payload).map_err(|error| format!("payload is no base64: {error}"))?;
     if !keys.iter().any(|key| key.0.verify(&payload, &signature).is_ok()) {
         return Ok(None);
     }
     payload_manifest(&payload).map(Some)
+}
+
+fn der(signature: &str) -> Result<Signature, String> {
+    if signature.len() > MAX_ENCODED {
+        return Err(format!("{} characters of base64 are no ECDSA signature", signature.len()));
+    }
+    let der = BASE64.decode(signature.trim()).map_err(|error| format!("no base64: {error}"))?;
+    Signature::from_der(&der).map_err(|_| "no DER ECDSA P-256 signature".to_owned())
 }
 
 /// The digest inside a simple-signing payload.
@@ -243,18 +260,74 @@ mod tests {
         }
     }
 
+    /// A signature manifest with these layers.
+    fn document(layers: &[serde_json::Value]) -> Vec<u8> {
+        json!({"schemaVersion": 2, "layers": layers}).to_string().into_bytes()
+    }
+
+    fn good_layer() -> serde_json::Value {
+        let signer = Signer::new(1);
+        let payload = signer.payload(&manifest());
+        json!({"mediaType": SIMPLE_SIGNING, "digest": Digest::of(&payload).as_str(), "size": payload.len(),
+            "annotations": {ANNOTATION: signer.sign(&manifest()).signature}})
+    }
+
     #[test]
     fn a_signature_manifest_gives_its_simple_signing_layers_and_no_others() {
-        let payload = Signer::new(1).payload(&manifest());
-        let layer = json!({"mediaType": SIMPLE_SIGNING, "digest": Digest::of(&payload).as_str(), "size": payload.len(),
-            "annotations": {ANNOTATION: "c2ln"}});
+        let good = good_layer();
         let other = json!({"mediaType": "text/plain", "digest": "x", "size": 1});
-        let document = json!({"schemaVersion": 2, "layers": [other, layer]}).to_string();
-        let found = layers(document.as_bytes()).unwrap();
+        let found = layers(&document(&[other, good.clone()])).unwrap();
         assert_eq!(found.len(), 1);
-        assert_eq!(found.first().unwrap().signature, "c2ln");
-        let many = json!({"schemaVersion": 2, "layers": vec![layer; 1000]}).to_string();
-        assert_eq!(layers(many.as_bytes()).unwrap().len(), MAX_SIGNATURES);
+        assert_eq!(found.first().unwrap().signature, good["annotations"][ANNOTATION]);
+        assert_eq!(layers(&document(&vec![good; 1000])).unwrap().len(), MAX_SIGNATURES);
+    }
+
+    #[test]
+    fn a_malformed_layer_takes_nothing_from_the_good_one_beside_it() {
+        let good = good_layer();
+        let changed = |pointer: &str, value: serde_json::Value| {
+            let mut layer = good.clone();
+            *layer.pointer_mut(pointer).unwrap() = value;
+            layer
+        };
+        let without = |key: &str| {
+            let mut layer = good.clone();
+            layer.as_object_mut().unwrap().remove(key);
+            layer
+        };
+        let signature = "/annotations/dev.cosignproject.cosign~1signature";
+        let malformed = [
+            json!(null),
+            json!(7),
+            json!("layer"),
+            json!([]),
+            json!({}),
+            without("mediaType"),
+            without("digest"),
+            without("size"),
+            without("annotations"),
+            changed("/digest", json!("sha512:00")),
+            changed("/digest", json!(7)),
+            changed("/size", json!(-1)),
+            changed("/size", json!(MAX_PAYLOAD + 1)),
+            changed("/size", json!("12")),
+            changed("/annotations", json!([])),
+            changed(signature, json!(7)),
+            changed(signature, json!("no base64!")),
+            changed(signature, json!("c2ln")),
+            changed(signature, json!("A".repeat(MAX_ENCODED + 1))),
+        ];
+        // Also when there are more of them than signatures are looked at.
+        let many: Vec<_> = malformed.iter().cycle().take(10 * MAX_SIGNATURES).cloned().collect();
+        for bad in malformed.iter().map(std::slice::from_ref).chain([many.as_slice()]) {
+            for document in [
+                document(&[bad, std::slice::from_ref(&good)].concat()),
+                document(&[std::slice::from_ref(&good), bad].concat()),
+            ] {
+                let found = layers(&document).unwrap();
+                assert_eq!(found.len(), 1, "{}", String::from_utf8_lossy(&document));
+            }
+        }
     }
 
     #[test]

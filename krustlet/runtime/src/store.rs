@@ -4,7 +4,7 @@
 //! that a crash or a bad disk means a pull, never a wrong module.
 
 use crate::artifact::Digest;
-use crate::registry::ImageName;
+use crate::image_name::ImageName;
 use crate::signature::{MAX_SIGNATURES, SignedPayload};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -17,6 +17,9 @@ use std::time::SystemTime;
 
 /// Signatures are kept as JSON; each payload is at most 64 KiB, base64 adds a third.
 const MAX_SIGNATURES_FILE: u64 = MAX_SIGNATURES as u64 * 128 * 1024;
+
+/// Who may use an image; see `pull_records`.
+const MAX_PULL_RECORD: u64 = 4 * 1024 * 1024;
 
 #[derive(Debug)]
 pub struct Store {
@@ -42,7 +45,7 @@ impl Store {
     /// Opens the store in `root`, readable by this user alone, without what an earlier run left half-written.
     pub fn open(root: PathBuf) -> io::Result<Self> {
         let _ = fs::remove_dir_all(root.join("tmp"));
-        for name in ["blobs", "signatures", "tags", "tmp"] {
+        for name in ["blobs", "pulls", "signatures", "tags", "tmp"] {
             private_dir(&root.join(name))?;
         }
         private_dir(&root)?;
@@ -103,6 +106,14 @@ impl Store {
         self.replace(&self.root.join("signatures").join(manifest.hex()), &serde_json::to_vec(signatures)?)
     }
 
+    pub fn pull_record(&self, manifest: &Digest) -> Option<Vec<u8>> {
+        read_bounded(&self.root.join("pulls").join(manifest.hex()), MAX_PULL_RECORD)
+    }
+
+    pub fn write_pull_record(&self, manifest: &Digest, record: &[u8]) -> io::Result<()> {
+        self.replace(&self.root.join("pulls").join(manifest.hex()), record)
+    }
+
     /// The manifest that this name stood for when it was last pulled.
     pub fn tagged(&self, image: &ImageName) -> Option<Digest> {
         let name = image.to_string();
@@ -132,9 +143,11 @@ impl Store {
         let _ = File::options().append(true).open(self.blob_path(digest)).and_then(|file| file.set_modified(time));
     }
 
-    /// Removes a blob, and the signatures over it if it is a manifest. Gives the bytes that are free now.
+    /// Removes a blob, and what belongs to it if it is a manifest. Gives the bytes that are free now.
     pub fn remove(&self, digest: &Digest, size: u64) -> u64 {
-        let _ = fs::remove_file(self.root.join("signatures").join(digest.hex()));
+        for kind in ["pulls", "signatures"] {
+            let _ = fs::remove_file(self.root.join(kind).join(digest.hex()));
+        }
         match fs::remove_file(self.blob_path(digest)) {
             Ok(()) => size,
             Err(error) => {

@@ -3,9 +3,11 @@
 
 mod common;
 
-use common::{Node, Registry, Signer, digest, until};
+use common::{Node, Registry, Signer, digest, limits, until};
 use futures::future::{BoxFuture, join_all};
-use krustlet_runtime::{CredentialSource, NoCredentials, PullError, PullPolicy, RegistrySecret, Verification};
+use krustlet_runtime::{
+    CredentialSource, Login, NoCredentials, PullError, PullLimits, PullPolicy, RegistrySecret, Verification,
+};
 use serde_json::json;
 use std::pin::pin;
 use std::sync::Arc;
@@ -233,7 +235,8 @@ impl CredentialSource for OneSecret {
 }
 
 fn secret(registry: &Registry, password: &str) -> RegistrySecret {
-    RegistrySecret { registry: registry.address.to_string(), username: "user".into(), password: password.into() }
+    let login = Login::Password { username: "user".into(), password: password.into() };
+    RegistrySecret { registry: registry.address.to_string(), login, source: None }
 }
 
 #[tokio::test]
@@ -254,4 +257,352 @@ async fn secrets_of_the_pod_are_tried_before_the_nodes_and_no_token_is_left_for_
     let source = Arc::new(OneSecret(secret(&node.registry, "right")));
     let next = Node::again(node.directory.clone(), node.registry.clone(), Verification::AllowUnsigned, source);
     next.runtime.pull(&name, PullPolicy::Always, &wrong).await.unwrap();
+}
+
+/// The same, as a pod brings it.
+fn pods_secret(registry: &Registry, password: &str, source: &str) -> RegistrySecret {
+    RegistrySecret { source: Some(source.to_owned()), ..secret(registry, password) }
+}
+
+/// A node, a registry that wants a login, and an image there that was pulled with it.
+async fn private() -> (Node, RegistrySecret, String) {
+    let node = Node::trusting_anyone().await;
+    let manifest = node.registry.push("v1", MODULE);
+    node.registry.state(|state| state.login = Some(("user".into(), "right".into())));
+    let owner = pods_secret(&node.registry, "right", "shop/pull/1");
+    let name = node.registry.image(&manifest);
+    node.runtime.pull(&name, PullPolicy::IfNotPresent, std::slice::from_ref(&owner)).await.unwrap();
+    (node, owner, name)
+}
+
+#[tokio::test]
+async fn a_private_image_on_the_node_is_for_who_may_pull_it_and_nobody_else() {
+    let (node, owner, name) = private().await;
+    let wrong = pods_secret(&node.registry, "wrong", "other/pull/2");
+    let elsewhere = RegistrySecret { registry: "other.example".into(), ..owner.clone() };
+    for secrets in [vec![], vec![wrong.clone()], vec![elsewhere]] {
+        for (policy, reason) in [(PullPolicy::IfNotPresent, "ErrImagePull"), (PullPolicy::Never, "ErrImageNeverPull")] {
+            let error = node.runtime.pull(&name, policy, &secrets).await.unwrap_err();
+            assert_eq!(error.reason(), reason, "{secrets:?}");
+        }
+    }
+    // Whoever has the same login, or the Secret whose login it was, is not asked for again.
+    let asked = node.registry.hits("/v2/");
+    for known in [
+        owner.clone(),
+        pods_secret(&node.registry, "right", "other/pull/2"),
+        pods_secret(&node.registry, "new", "shop/pull/1"),
+    ] {
+        for policy in [PullPolicy::IfNotPresent, PullPolicy::Never] {
+            assert!(node.runtime.pull(&name, policy, &[wrong.clone(), known.clone()]).await.unwrap().cached);
+        }
+    }
+    assert_eq!(node.registry.hits("/v2/"), asked);
+}
+
+#[tokio::test]
+async fn who_may_use_an_image_is_known_after_a_restart_and_while_the_registry_is_away() {
+    let (node, owner, name) = private().await;
+    let again = Node::again(
+        node.directory.clone(),
+        node.registry.clone(),
+        Verification::AllowUnsigned,
+        Arc::new(NoCredentials),
+    );
+    again.registry.state(|state| state.down = true);
+    assert!(again.runtime.pull(&name, PullPolicy::IfNotPresent, std::slice::from_ref(&owner)).await.unwrap().cached);
+    assert_eq!(refused(&again, &name, PullPolicy::IfNotPresent).await.reason(), "ErrImagePull");
+    again.registry.state(|state| state.down = false);
+    assert_eq!(refused(&again, &name, PullPolicy::IfNotPresent).await.reason(), "ErrImagePull");
+    // The registry opens the image to everybody: it is asked once, and the module is not fetched for that.
+    again.registry.state(|state| state.login = None);
+    let fetched = again.registry.hits(&digest(MODULE));
+    assert!(again.runtime.pull(&name, PullPolicy::IfNotPresent, &[]).await.unwrap().cached);
+    again.registry.state(|state| state.down = true);
+    assert!(again.runtime.pull(&name, PullPolicy::Never, &[]).await.unwrap().cached);
+    assert_eq!(again.registry.hits(&digest(MODULE)), fetched);
+}
+
+#[tokio::test]
+async fn what_the_nodes_own_credentials_pulled_is_for_every_pod() {
+    let (node, _, name) = private().await;
+    let source = Arc::new(OneSecret(secret(&node.registry, "right")));
+    let next = Node::again(node.directory.clone(), node.registry.clone(), Verification::AllowUnsigned, source);
+    next.runtime.pull(&name, PullPolicy::IfNotPresent, &[]).await.unwrap();
+    assert!(next.runtime.pull(&name, PullPolicy::Never, &[]).await.unwrap().cached);
+}
+
+/// To know a digest, or the manifest behind it, is no right to the module.
+#[tokio::test]
+async fn a_registry_that_names_anothers_private_image_has_to_bring_all_of_it() {
+    let (node, _, name) = private().await;
+    let other = Registry::start().await;
+    let manifest = name.rsplit_once('@').unwrap().1;
+    let next = Node::limited(
+        node.directory.clone(),
+        &[&node.registry, &other],
+        Verification::AllowUnsigned,
+        Arc::new(NoCredentials),
+        limits(),
+    );
+    other.state(|state| {
+        let content = node.registry.state(|state| state.manifests[manifest].clone());
+        state.manifests.insert(manifest.to_owned(), content);
+        let blobs = node.registry.state(|state| state.blobs.clone());
+        state.blobs.extend(blobs.into_iter().filter(|(_, content)| content != MODULE));
+    });
+    for policy in [PullPolicy::IfNotPresent, PullPolicy::Always, PullPolicy::Never] {
+        refused(&next, &other.image(manifest), policy).await;
+    }
+    other.push("v1", MODULE);
+    next.runtime.pull(&other.image(manifest), PullPolicy::IfNotPresent, &[]).await.unwrap();
+    refused(&next, &name, PullPolicy::IfNotPresent).await;
+}
+
+/// So many registries that trickle, and a pull from each under way.
+async fn trickling(count: usize) -> Vec<Registry> {
+    let mut registries = Vec::new();
+    for _ in 0..count {
+        let registry = Registry::start().await;
+        registry.state(|state| state.trickle = Some(Duration::from_millis(20)));
+        registries.push(registry);
+    }
+    registries
+}
+
+#[tokio::test]
+async fn slow_registries_make_room_for_others_and_end() {
+    let slow = trickling(8).await;
+    let good = Registry::start().await;
+    let manifest = good.push("v1", MODULE);
+    let registries: Vec<_> = std::iter::once(&good).chain(&slow).collect();
+    let limits =
+        PullLimits { yields_after: Duration::from_millis(100), fails_after: Duration::from_secs(1), ..limits() };
+    let directory = Arc::new(tempfile::tempdir().unwrap());
+    let node = Node::limited(directory, &registries, Verification::AllowUnsigned, Arc::new(NoCredentials), limits);
+    let held: Vec<_> = slow
+        .iter()
+        .map(|registry| {
+            let (runtime, name) = (node.runtime.clone(), registry.image("v1"));
+            tokio::spawn(async move { runtime.pull(&name, PullPolicy::Always, &[]).await })
+        })
+        .collect();
+    until("all places are taken", || slow.iter().map(|registry| registry.hits("/manifests/")).sum::<usize>() >= 4)
+        .await;
+    let pulled = node.runtime.pull(&good.image(&manifest), PullPolicy::Always, &[]);
+    tokio::time::timeout(Duration::from_secs(10), pulled).await.expect("it waits for the slow ones").unwrap();
+    for pull in held {
+        let error = pull.await.unwrap().unwrap_err();
+        assert!(error.reason() == "ErrImagePull" && error.to_string().contains("slow"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn one_registry_cannot_take_every_place() {
+    let slow = trickling(1).await;
+    let good = Registry::start().await;
+    let manifest = good.push("v1", MODULE);
+    let registries = [&good, &slow[0]];
+    let limits = PullLimits { places_per_registry: 3, yields_after: Duration::from_secs(600), ..limits() };
+    let directory = Arc::new(tempfile::tempdir().unwrap());
+    let node = Node::limited(directory, &registries, Verification::AllowUnsigned, Arc::new(NoCredentials), limits);
+    for number in 0..20 {
+        let (runtime, name) = (node.runtime.clone(), slow[0].image(&format!("v{number}")));
+        tokio::spawn(async move { runtime.pull(&name, PullPolicy::Always, &[]).await });
+    }
+    until("it has its places", || slow[0].hits("/manifests/") == 3).await;
+    node.runtime.pull(&good.image(&manifest), PullPolicy::Always, &[]).await.unwrap();
+    assert_eq!(slow[0].hits("/manifests/"), 3);
+}
+
+#[tokio::test]
+async fn a_slow_registry_that_names_anothers_digest_holds_nobody_up() {
+    let slow = trickling(1).await;
+    let good = Registry::start().await;
+    let manifest = good.push("v1", MODULE);
+    let directory = Arc::new(tempfile::tempdir().unwrap());
+    let node =
+        Node::limited(directory, &[&good, &slow[0]], Verification::AllowUnsigned, Arc::new(NoCredentials), limits());
+    let (runtime, name) = (node.runtime.clone(), slow[0].image(&manifest));
+    tokio::spawn(async move { runtime.pull(&name, PullPolicy::Always, &[]).await });
+    until("it is under way", || slow[0].hits("/manifests/") == 1).await;
+    let pulled = node.runtime.pull(&good.image(&manifest), PullPolicy::IfNotPresent, &[]);
+    tokio::time::timeout(Duration::from_secs(5), pulled).await.expect("it waits for the slow one").unwrap();
+}
+
+/// Pushes an image whose manifest has some 200 KiB.
+fn push_large(node: &Node, tag: &str) -> String {
+    let manifest = node.registry.push(tag, MODULE);
+    let mut document: serde_json::Value =
+        node.registry.state(|state| serde_json::from_slice(&state.manifests[&manifest]).unwrap());
+    document["annotations"] = json!({"padding": "x".repeat(200_000)});
+    node.registry.push_manifest(tag, &document)
+}
+
+#[tokio::test]
+async fn a_signature_is_asked_for_before_anything_large_is_read() {
+    let (node, signer, _) = signed().await;
+    let manifest = push_large(&node, "large");
+    for wanted in ["large", manifest.as_str()] {
+        let error = refused(&node, &node.registry.image(wanted), PullPolicy::Always).await;
+        assert_eq!(error.reason(), "SignatureValidationFailed", "{error}");
+    }
+    assert_eq!(node.registry.hits("/blobs/"), 0);
+    node.registry.sign(&manifest, &signer, &manifest);
+    for wanted in ["large", manifest.as_str()] {
+        assert_eq!(
+            node.runtime.pull(&node.registry.image(wanted), PullPolicy::Always, &[]).await.unwrap().digest,
+            manifest
+        );
+    }
+}
+
+#[tokio::test]
+async fn bad_signatures_take_nothing_from_the_good_one_beside_them() {
+    let (node, signer, _) = signed().await;
+    let manifest = node.registry.push("beside", b"\0asm beside");
+    let tag = format!("{}.sig", manifest.replace(':', "-"));
+    node.registry.sign(&manifest, &signer, &manifest);
+    let good: serde_json::Value = node.registry.state(|state| serde_json::from_slice(&state.manifests[&tag]).unwrap());
+    let good = good["layers"][0].clone();
+    let with = |key: &str, value: serde_json::Value| {
+        let mut layer = good.clone();
+        layer[key] = value;
+        layer
+    };
+    // Nothing, what is not there, another size than it has, and what no signature is.
+    let bad =
+        [json!({}), with("digest", json!(digest(b"nowhere"))), with("size", json!(3)), with("annotations", json!({}))];
+    for bad in bad {
+        for layers in [json!([bad, good]), json!([good, bad])] {
+            let directory = Arc::new(tempfile::tempdir().unwrap());
+            let next = Node::again(directory, node.registry.clone(), trusting(&[&signer]), Arc::new(NoCredentials));
+            next.registry.push_manifest(&tag, &json!({"schemaVersion": 2, "layers": layers}));
+            next.runtime.pull(&next.registry.image(&manifest), PullPolicy::IfNotPresent, &[]).await.unwrap();
+        }
+        node.registry.push_manifest(&tag, &json!({"schemaVersion": 2, "layers": [bad]}));
+        let error = refused(&node, &node.registry.image(&manifest), PullPolicy::IfNotPresent).await;
+        assert_eq!(error.reason(), "SignatureValidationFailed", "{error}");
+    }
+}
+
+#[tokio::test]
+async fn credentials_do_not_follow_a_redirect_to_another_host() {
+    let (node, owner, _) = private().await;
+    let store = Registry::start().await;
+    let module = b"\0asm elsewhere";
+    let manifest = node.registry.push("v2", module);
+    store.push("v2", module);
+    node.registry.state(|state| state.blobs_at = Some(format!("http://{}", store.address)));
+    let name = node.registry.image(&manifest);
+    node.runtime.pull(&name, PullPolicy::IfNotPresent, &[owner]).await.unwrap();
+    assert_eq!(store.hits(&digest(module)), 1);
+    store.state(|state| assert!(state.brought.iter().all(|(_, authorization)| authorization.is_none())));
+    let asked = node.registry.state(|state| state.brought.clone());
+    assert!(
+        asked.iter().any(|(path, brought)| path.contains("/blobs/") && brought.as_deref() == Some("Bearer ticket"))
+    );
+    // A circle ends.
+    node.registry.state(|state| state.blobs_at = Some(format!("http://{}", node.registry.address)));
+    let again = node.registry.push("v3", b"\0asm in a circle");
+    let owner = pods_secret(&node.registry, "right", "shop/pull/1");
+    let error = node.runtime.pull(&node.registry.image(&again), PullPolicy::Always, &[owner]).await.unwrap_err();
+    assert!(error.to_string().contains("redirects more than"), "{error}");
+}
+
+#[tokio::test]
+async fn tokens_in_place_of_a_password_are_used() {
+    let node = Node::trusting_anyone().await;
+    let manifest = node.registry.push("v1", MODULE);
+    node.registry.state(|state| state.login = Some(("user".into(), "refresh".into())));
+    for login in [Login::IdentityToken("refresh".into()), Login::RegistryToken("ticket".into())] {
+        let secret = RegistrySecret { login, ..pods_secret(&node.registry, "", "shop/pull/1") };
+        node.runtime.pull(&node.registry.image(&manifest), PullPolicy::Always, &[secret]).await.unwrap();
+    }
+    node.registry.state(|state| {
+        assert!(
+            state.forms[0].contains("grant_type=refresh_token")
+                && state.forms[0].contains("scope=repository%3Aapp%3Apull")
+        );
+        assert_eq!(state.forms.len(), 1, "a registry token needs no token service");
+    });
+}
+
+#[tokio::test]
+async fn a_secret_of_many_logins_is_tried_a_bounded_number_of_times() {
+    let node = Node::trusting_anyone().await;
+    node.registry.push("v1", MODULE);
+    node.registry.state(|state| state.login = Some(("user".into(), "right".into())));
+    let secrets: Vec<_> = (0..500).map(|number| secret(&node.registry, &format!("wrong-{number}"))).collect();
+    node.runtime.pull(&node.registry.image("v1"), PullPolicy::Always, &secrets).await.unwrap_err();
+    assert!(node.registry.hits("/token") <= 20, "{}", node.registry.hits("/token"));
+}
+
+#[tokio::test]
+async fn a_container_image_is_refused_with_its_platform_and_the_command_that_helps() {
+    let (node, _, _) = signed().await;
+    let config = json!({"os": "linux", "architecture": "arm64", "rootfs": {}}).to_string();
+    node.registry.state(|state| state.blobs.insert(digest(config.as_bytes()), config.clone().into_bytes()));
+    node.registry.push_manifest(
+        "container",
+        &json!({"schemaVersion": 2, "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
+            "config": {"mediaType": "application/vnd.docker.container.image.v1+json", "digest": digest(config.as_bytes()),
+                "size": config.len()},
+            "layers": []}),
+    );
+    let error = refused(&node, &node.registry.image("container"), PullPolicy::IfNotPresent).await;
+    assert_eq!(error.reason(), "InvalidImage");
+    let command = format!("`wkg oci push {} app.wasm`", node.registry.image("container"));
+    for part in ["container image", "linux/arm64", command.as_str()] {
+        assert!(error.to_string().contains(part), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn blobs_shorter_than_announced_are_refused_and_leave_nothing() {
+    let (node, _, manifest) = signed().await;
+    node.registry.state(|state| state.blobs.get_mut(&digest(MODULE)).unwrap().truncate(5));
+    let error = refused(&node, &node.registry.image(&manifest), PullPolicy::IfNotPresent).await;
+    assert!(error.to_string().contains("ended after 5 bytes"), "{error}");
+    assert_eq!(std::fs::read_dir(node.directory.path().join("images/tmp")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn a_disk_that_takes_nothing_is_told_and_tried_again() {
+    let (node, _, manifest) = signed().await;
+    let name = node.registry.image(&manifest);
+    let temporary = node.directory.path().join("images/tmp");
+    std::fs::remove_dir(&temporary).unwrap();
+    let error = refused(&node, &name, PullPolicy::IfNotPresent).await;
+    assert!(error.reason() == "ErrImagePull" && !error.is_permanent(), "{error}");
+    assert!(error.to_string().contains("failed to store it"), "{error}");
+    std::fs::create_dir(&temporary).unwrap();
+    node.runtime.pull(&name, PullPolicy::IfNotPresent, &[]).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_that_share_a_module_are_pulled_at_once() {
+    let node = Node::trusting_anyone().await;
+    let first = node.registry.push("one", MODULE);
+    let mut document: serde_json::Value =
+        node.registry.state(|state| serde_json::from_slice(&state.manifests[&first]).unwrap());
+    let mut names = vec![node.registry.image(&first)];
+    for number in 0..8 {
+        document["annotations"] = json!({"number": number.to_string()});
+        names.push(node.registry.image(&node.registry.push_manifest("more", &document)));
+    }
+    let pulls = names.iter().map(|name| node.runtime.pull(name, PullPolicy::IfNotPresent, &[]));
+    assert!(join_all(pulls).await.into_iter().all(|image| image.is_ok_and(|image| image.layer == digest(MODULE))));
+}
+
+#[tokio::test]
+async fn a_registry_on_this_machine_is_asked_only_when_the_operator_named_it() {
+    let node = Node::trusting_anyone().await;
+    let other = Registry::start().await;
+    other.push("v1", MODULE);
+    for host in [other.address.to_string(), format!("localhost:{}", other.address.port())] {
+        let error = refused(&node, &format!("{host}/app:v1"), PullPolicy::Always).await;
+        assert!(error.to_string().contains("--trusted-registries"), "{error}");
+    }
+    assert_eq!(other.hits("/"), 0);
 }

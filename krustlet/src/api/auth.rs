@@ -9,10 +9,13 @@ use http::{HeaderMap, Method, StatusCode, header};
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec};
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SubjectAccessReview, SubjectAccessReviewSpec};
 use kube::api::{Api, PostParams};
+use parking_lot::Mutex;
+use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::sync::Semaphore;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 /// How long an answer is good for. The kubelet's defaults.
@@ -23,6 +26,9 @@ const DENIED_TTL: Duration = Duration::from_secs(30);
 const BAD_TOKEN_TTL: Duration = Duration::from_secs(10);
 /// Answers kept of each sort.
 const CACHE_SIZE: usize = 1024;
+/// Tokens that the API server is asked about at once. Anybody may bring one, and the connection that they are asked over is the
+/// one that the node's own lease is renewed over.
+const MAX_TOKEN_REVIEWS: usize = 16;
 /// A review that takes longer has failed.
 const REVIEW_TIMEOUT: Duration = Duration::from_secs(10);
 /// No token of a cluster comes near this.
@@ -113,13 +119,23 @@ impl Reviewer for ClusterReviewer {
 /// Decides about each request; remembers the reviewer's answers for a while.
 pub struct Gate {
     reviewer: Arc<dyn Reviewer>,
-    tokens: Cache<String, Option<User>>,
+    /// By the token's SHA-256: what is remembered is no token, and small.
+    tokens: Cache<[u8; 32], User>,
+    /// Apart from the others: any number of them can be made up, and takes no place of one that is good.
+    bad_tokens: Cache<[u8; 32], ()>,
     decisions: Cache<(User, Access), bool>,
+    token_reviews: Semaphore,
 }
 
 impl Gate {
     pub fn new(reviewer: Arc<dyn Reviewer>) -> Self {
-        Self { reviewer, tokens: Cache::default(), decisions: Cache::default() }
+        Self {
+            reviewer,
+            tokens: Cache::default(),
+            bad_tokens: Cache::default(),
+            decisions: Cache::default(),
+            token_reviews: Semaphore::new(MAX_TOKEN_REVIEWS),
+        }
     }
 
     /// Lets the request pass, or gives the answer that refuses it.
@@ -161,14 +177,25 @@ impl Gate {
     async fn user_of_token(&self, headers: &HeaderMap) -> Result<User, Response> {
         let unauthorized = || (StatusCode::UNAUTHORIZED, "Unauthorized").into_response();
         let token = bearer_token(headers).ok_or_else(unauthorized)?;
-        if let Some(known) = self.tokens.get(token) {
-            return known.ok_or_else(unauthorized);
+        let key: [u8; 32] = Sha256::digest(token).into();
+        if let Some(user) = self.tokens.get(&key) {
+            return Ok(user);
         }
-        match within_time(self.reviewer.authenticate(token)).await {
-            Ok(user) => {
-                let ttl = if user.is_some() { TOKEN_TTL } else { BAD_TOKEN_TTL };
-                self.tokens.put(token.to_owned(), user.clone(), ttl);
-                user.ok_or_else(unauthorized)
+        if self.bad_tokens.get(&key).is_some() {
+            return Err(unauthorized());
+        }
+        let review = within_time(async {
+            let _turn = self.token_reviews.acquire().await?;
+            self.reviewer.authenticate(token).await
+        });
+        match review.await {
+            Ok(Some(user)) => {
+                self.tokens.put(key, user.clone(), TOKEN_TTL);
+                Ok(user)
+            }
+            Ok(None) => {
+                self.bad_tokens.put(key, (), BAD_TOKEN_TTL);
+                Err(unauthorized())
             }
             Err(error) => {
                 tracing::warn!(%error, "token review failed");
@@ -189,7 +216,7 @@ impl Gate {
     }
 }
 
-async fn within_time<T>(review: BoxFuture<'_, anyhow::Result<T>>) -> anyhow::Result<T> {
+async fn within_time<T>(review: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     tokio::time::timeout(REVIEW_TIMEOUT, review).await?
 }
 
@@ -244,18 +271,13 @@ impl<K, V> Default for Cache<K, V> {
 }
 
 impl<K: Eq + Hash, V: Clone> Cache<K, V> {
-    fn get<Q>(&self, key: &Q) -> Option<V>
-    where
-        K: std::borrow::Borrow<Q>,
-        Q: Eq + Hash + ?Sized,
-    {
-        let entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        entries.get(key).filter(|(_, until)| *until > Instant::now()).map(|(value, _)| value.clone())
+    fn get(&self, key: &K) -> Option<V> {
+        self.0.lock().get(key).filter(|(_, until)| *until > Instant::now()).map(|(value, _)| value.clone())
     }
 
     fn put(&self, key: K, value: V, ttl: Duration) {
         let now = Instant::now();
-        let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut entries = self.0.lock();
         if entries.len() >= CACHE_SIZE {
             entries.retain(|_, (_, until)| *until > now);
         }
@@ -413,15 +435,62 @@ pub mod tests {
         assert_eq!(User::of_certificate(b"no certificate"), None);
     }
 
+    #[tokio::test]
+    async fn forged_tokens_push_out_nobody_who_is_known() {
+        let (reviewer, gate) = gate();
+        for _ in 0..3 {
+            assert_eq!(refusal(&gate, "/metrics", &token("metrics")).await, None);
+        }
+        for number in 0..4 * CACHE_SIZE {
+            assert_eq!(refusal(&gate, "/metrics", &token(&format!("forged-{number}"))).await.unwrap().0, 401);
+        }
+        assert!(gate.bad_tokens.0.lock().len() <= CACHE_SIZE);
+        reviewer.away.store(true, Ordering::SeqCst);
+        assert_eq!(refusal(&gate, "/metrics", &token("metrics")).await, None);
+    }
+
     #[test]
     fn the_cache_is_bounded_and_forgets() {
         let cache: Cache<usize, usize> = Cache::default();
         for number in 0..3 * CACHE_SIZE {
             cache.put(number, number, Duration::from_secs(60));
         }
-        assert!(cache.0.lock().unwrap().len() <= CACHE_SIZE);
+        assert!(cache.0.lock().len() <= CACHE_SIZE);
         assert_eq!(cache.get(&(3 * CACHE_SIZE - 1)), Some(3 * CACHE_SIZE - 1));
         cache.put(0, 0, Duration::ZERO);
         assert_eq!(cache.get(&0), None);
+    }
+
+    /// Answers nothing, and counts who waits.
+    #[derive(Default)]
+    struct Silent {
+        asked: AtomicUsize,
+    }
+
+    impl Reviewer for Silent {
+        fn authenticate<'a>(&'a self, _: &'a str) -> BoxFuture<'a, anyhow::Result<Option<User>>> {
+            self.asked.fetch_add(1, Ordering::SeqCst);
+            Box::pin(std::future::pending())
+        }
+
+        fn authorize<'a>(&'a self, _: &'a User, _: Access) -> BoxFuture<'a, anyhow::Result<bool>> {
+            Box::pin(async { Ok(true) })
+        }
+    }
+
+    #[tokio::test]
+    async fn a_flood_of_tokens_asks_the_api_server_little_and_holds_up_no_certificate() {
+        let reviewer = Arc::new(Silent::default());
+        let gate = Gate::new(reviewer.clone());
+        let tokens: Vec<HeaderMap> =
+            (0..10 * MAX_TOKEN_REVIEWS).map(|number| token(&format!("forged-{number}"))).collect();
+        let mut flood: Vec<_> =
+            tokens.iter().map(|headers| Box::pin(gate.check(None, &Method::GET, "/pods", headers))).collect();
+        for request in &mut flood {
+            assert!(futures::poll!(request).is_pending());
+        }
+        assert_eq!(reviewer.asked.load(Ordering::SeqCst), MAX_TOKEN_REVIEWS);
+        let api_server = User { name: "kube-apiserver".into(), ..User::default() };
+        assert!(gate.check(Some(&api_server), &Method::GET, "/pods", &HeaderMap::new()).await.is_ok());
     }
 }

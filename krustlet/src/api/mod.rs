@@ -3,12 +3,13 @@
 //! Every request, whatever its path, passes [`auth`] first.
 
 mod auth;
+mod connections;
 mod stats;
-mod strangers;
 
 use crate::disk::Disk;
 use crate::logs;
 use crate::telemetry::{ApiLabels, metrics};
+use crate::view::View;
 use auth::{ClusterReviewer, Gate, Reviewer, User};
 use axum::body::Body;
 use axum::extract::{Path, Query, Request, State};
@@ -16,6 +17,7 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get};
 use axum::{Json, Router};
+use connections::{Connection, Connections};
 use http::{StatusCode, header};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -31,17 +33,15 @@ use rustls::server::{ResolvesServerCert, ServerConfig, WebPkiClientVerifier};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::pin::pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
-use strangers::{Stranger, Strangers};
+use std::sync::Arc;
+use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-/// Connections at once. Where one more comes, the oldest goes that has not shown who it is. An API server keeps a handful.
+/// Connections at once. Where one more comes, one is closed on which nobody has authenticated, or that is idle. An API server keeps a handful.
 const MAX_CONNECTIONS: usize = 256;
 /// Requests at once on one connection.
 const MAX_STREAMS: u32 = 128;
@@ -57,21 +57,6 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
 /// What is left of the requests at a shutdown is cut after this.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
-
-/// What the API shows of the agent.
-pub trait View: Send + Sync + 'static {
-    /// The node's pods, each with the status that the agent last found.
-    fn pods(&self) -> Vec<Arc<Pod>>;
-    /// What the containers that run now have used.
-    fn usage(&self) -> Vec<ContainerUsage>;
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ContainerUsage {
-    pub pod_uid: String,
-    pub container: String,
-    pub stats: krustlet_runtime::Stats,
-}
 
 pub struct Context {
     pub client: kube::Client,
@@ -119,20 +104,20 @@ async fn serve_reviewed(
 ) {
     let app = TowerToHyperService::new(router(context, reviewer, shutdown.clone()));
     let acceptor = TlsAcceptor::from(tls);
-    let strangers = Strangers::default();
-    let mut connections = JoinSet::new();
+    let connections = Connections::default();
+    let mut tasks = JoinSet::new();
     loop {
         // One place is kept free for who comes next.
-        let full = connections.len() >= MAX_CONNECTIONS && !strangers.turn_out_oldest();
+        let full = tasks.len() >= MAX_CONNECTIONS && !connections.close_one();
         let accepted = tokio::select! {
             () = shutdown.cancelled() => break,
-            Some(_) = connections.join_next(), if !connections.is_empty() => continue,
+            Some(_) = tasks.join_next(), if !tasks.is_empty() => continue,
             accepted = listener.accept(), if !full => accepted,
         };
         match accepted {
             Ok((stream, _)) => {
-                let stranger = strangers.enter();
-                connections.spawn(connection(app.clone(), acceptor.clone(), stream, stranger, shutdown.clone()));
+                let state = connections.add();
+                tasks.spawn(connection(app.clone(), acceptor.clone(), stream, state, shutdown.clone()));
             }
             Err(error) => {
                 // Such as too many open files: it passes, and asking again at once would only burn CPU.
@@ -141,7 +126,7 @@ async fn serve_reviewed(
             }
         }
     }
-    let all = async { while connections.join_next().await.is_some() {} };
+    let all = async { while tasks.join_next().await.is_some() {} };
     // What is still there afterwards is aborted when the set is dropped.
     let _ = tokio::time::timeout(SHUTDOWN_GRACE, all).await;
 }
@@ -152,38 +137,34 @@ async fn connection(
     app: App,
     acceptor: TlsAcceptor,
     stream: TcpStream,
-    stranger: Stranger,
+    state: Connection,
     shutdown: CancellationToken,
 ) {
     let handshake = tokio::select! {
         handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)) => handshake,
-        () = stranger.turned_out() => return,
+        () = state.closed() => return,
     };
     let stream = match handshake {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => return tracing::debug!(%error, "TLS handshake failed"),
         Err(_) => return tracing::debug!("TLS handshake took too long"),
     };
-    let stranger = Arc::new(stranger);
+    let state = Arc::new(state);
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
     let caller = Caller(certificate.and_then(|certificate| User::of_certificate(certificate)));
-    if caller.0.is_some() {
-        stranger.introduce();
-    }
-    let activity = Arc::new(Activity::default());
     let service = {
-        let (activity, stranger) = (activity.clone(), stranger.clone());
+        let state = state.clone();
         hyper::service::service_fn(move |mut request: hyper::Request<Incoming>| {
-            let busy = Busy::new(activity.clone());
+            let under_way = state.request();
             request.extensions_mut().insert(caller.clone());
-            request.extensions_mut().insert(stranger.clone());
+            request.extensions_mut().insert(state.clone());
             let answer = app.call(request);
             async move {
                 let answer: Response = answer.await?;
                 // A request is not over before the last byte of its answer, which for a log may be long.
                 let answer = answer.map(|body| {
                     Body::new(body.map_frame(move |frame| {
-                        let _ = &busy;
+                        let _ = &under_way;
                         frame
                     }))
                 });
@@ -209,13 +190,13 @@ async fn connection(
                 }
                 return;
             }
-            () = stranger.turned_out() => return tracing::debug!("connection closed: there are too many, and it is nobody's"),
+            () = state.closed() => return tracing::debug!("connection closed: there are too many"),
             () = shutdown.cancelled(), if !ending => {
                 ending = true;
                 connection.as_mut().graceful_shutdown();
             }
             () = tokio::time::sleep(KEEP_ALIVE), if !ending => {
-                if activity.idle(IDLE_TIMEOUT) {
+                if state.is_idle(IDLE_TIMEOUT) {
                     ending = true;
                     connection.as_mut().graceful_shutdown();
                 }
@@ -227,42 +208,6 @@ async fn connection(
 /// The user of the connection's client certificate, if it showed one.
 #[derive(Debug, Clone, Default)]
 struct Caller(Option<User>);
-
-/// What happens on a connection.
-struct Activity {
-    requests: AtomicUsize,
-    last: Mutex<Instant>,
-}
-
-impl Default for Activity {
-    fn default() -> Self {
-        Self { requests: AtomicUsize::new(0), last: Mutex::new(Instant::now()) }
-    }
-}
-
-impl Activity {
-    fn idle(&self, since: Duration) -> bool {
-        let last = *self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        self.requests.load(Ordering::SeqCst) == 0 && last.elapsed() >= since
-    }
-}
-
-/// Counts one request of a connection for as long as it lives.
-struct Busy(Arc<Activity>);
-
-impl Busy {
-    fn new(activity: Arc<Activity>) -> Self {
-        activity.requests.fetch_add(1, Ordering::SeqCst);
-        Self(activity)
-    }
-}
-
-impl Drop for Busy {
-    fn drop(&mut self) {
-        *self.0.last.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
-        self.0.requests.fetch_sub(1, Ordering::SeqCst);
-    }
-}
 
 struct Api {
     view: Arc<dyn View>,
@@ -319,8 +264,9 @@ async fn admit(State(api): State<Arc<Api>>, request: Request, next: Next) -> Res
     let (method, path, headers) = (request.method(), request.uri().path(), request.headers());
     let answer = match api.gate.check(caller.0.as_ref(), method, path, headers).await {
         Ok(()) => {
-            if let Some(stranger) = request.extensions().get::<Arc<Stranger>>() {
-                stranger.introduce();
+            // Not before: a certificate of the cluster is no right to this node.
+            if let Some(connection) = request.extensions().get::<Arc<Connection>>() {
+                connection.authenticated();
             }
             next.run(request).await
         }
@@ -485,6 +431,7 @@ impl Drop for Follower {
 #[allow(clippy::unwrap_used, clippy::panic)]
 mod tests {
     use super::*;
+    use crate::view::ContainerUsage;
     use auth::tests::FakeReviewer;
     use http::Method;
     use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair};
@@ -492,6 +439,7 @@ mod tests {
     use rustls::server::ClientHello;
     use rustls::sign::CertifiedKey;
     use std::sync::RwLock;
+    use std::sync::atomic::Ordering;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     /// A node with one pod, `shop/web`, whose container `app` has restarted once.
@@ -673,6 +621,38 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn no_query_and_no_path_is_too_much() {
+        let client = Client::new();
+        let long = "9".repeat(40);
+        let largest = i64::MAX.to_string();
+        let mut paths = vec![
+            format!("shop/web/app?container={}", "x".repeat(30_000)),
+            format!("shop/web/app?{}", "a=b&".repeat(10_000)),
+            format!("{}/web/app", "n".repeat(30_000)),
+            "shop/web/app?tailLines=1&tailLines=2&%00=%ff".to_owned(),
+            "shop/web/app?sinceTime=9999-12-31T23:59:60Z".to_owned(),
+            "shop/web/app?sinceTime=-9999-01-01T00:00:00Z".to_owned(),
+            "shop/web/..%2f..%2f..%2fpki".to_owned(),
+            "shop/web/%2e%2e".to_owned(),
+            "shop/web/app%00".to_owned(),
+            "..%2f..%2f/web/app".to_owned(),
+            "shop/web/app/..%2f..%2f1.log".to_owned(),
+        ];
+        for option in ["tailLines", "limitBytes", "sinceSeconds"] {
+            for value in ["0", "-0", "1e9", "0x10", "", "%2b1", largest.as_str(), long.as_str(), "-9223372036854775808"]
+            {
+                paths.push(format!("shop/web/app?{option}={value}"));
+            }
+        }
+        for path in paths {
+            let (status, text) = client.get(&format!("/containerLogs/{path}")).await;
+            let path: String = path.chars().take(80).collect();
+            assert!(matches!(status, 200 | 400 | 404 | 422), "{path}: {status} {text}");
+            assert!(!text.contains("PRIVATE") && !text.contains("crashed"), "{path}: {text}");
+        }
+    }
+
+    #[tokio::test]
     async fn a_followed_log_ends_with_the_container() {
         let client = Client::new();
         let response = client.request(Method::GET, "/containerLogs/shop/web/app?follow=true").await;
@@ -832,6 +812,52 @@ mod tests {
         assert_eq!(served.get("/exec/shop/web/app", Some("admin"), None).await, 501);
     }
 
+    /// Routes and rights are decided on the same path: no spelling of one that is allowed leads to one that is not.
+    #[tokio::test]
+    async fn a_right_to_metrics_opens_no_log_however_its_path_is_spelled() {
+        let served = Served::new().await;
+        let log = "containerLogs/shop/web/app";
+        for path in [
+            format!("/metrics/../{log}"),
+            format!("/metrics/%2e%2e/{log}"),
+            format!("/metrics/..%2f{log}"),
+            format!("/metrics//{log}"),
+            format!("//{log}"),
+            format!("/metrics;/../{log}"),
+            format!("/metrics?x=/../{log}"),
+            format!("/metrics%3f/../{log}"),
+            format!("/./{log}"),
+            format!("http://node/metrics/../{log}"),
+            format!("/%63ontainerLogs/shop/web/app"),
+            "/metrics/../pods".to_owned(),
+        ] {
+            let token = "Authorization: Bearer metrics\r\n";
+            let request = format!("GET {path} HTTP/1.1\r\nHost: node\r\n{token}Connection: close\r\n\r\n");
+            let answer = served.raw(&request, None).await.unwrap();
+            assert!(!answer.contains("two\n") && !answer.contains("PodList"), "{path}: {answer}");
+        }
+    }
+
+    #[tokio::test]
+    async fn nothing_is_upgraded_and_a_body_is_not_waited_for() {
+        let served = Served::new().await;
+        let upgrade =
+            "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
+        for head in [
+            format!("GET /exec/shop/web/app HTTP/1.1\r\n{upgrade}Connection: Upgrade\r\n"),
+            "POST /exec/shop/web/app HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\n".to_owned(),
+            "POST /run/shop/web/app HTTP/1.1\r\nConnection: close\r\nContent-Length: 999999999\r\n".to_owned(),
+            "POST /run/shop/web/app HTTP/1.1\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n".to_owned(),
+        ] {
+            let request = format!("{head}Host: node\r\nAuthorization: Bearer admin\r\n\r\n");
+            let mut stream = served.connect(None).await.unwrap();
+            stream.write_all(request.as_bytes()).await.unwrap();
+            let mut answer = [0; 12];
+            stream.read_exact(&mut answer).await.unwrap();
+            assert_eq!(&answer, b"HTTP/1.1 501", "{head}");
+        }
+    }
+
     #[tokio::test]
     async fn a_certificate_of_another_issuer_is_no_certificate() {
         let served = Served::new().await;
@@ -859,7 +885,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn connections_held_open_by_strangers_keep_nobody_out() {
+    async fn connections_held_open_by_the_unauthenticated_keep_nobody_out() {
         let served = Served::new().await;
         let follow =
             "GET /containerLogs/shop/web/app?follow=true HTTP/1.1\r\nHost: node\r\nAuthorization: Bearer admin\r\n\r\n";
@@ -867,10 +893,13 @@ mod tests {
         known.write_all(follow.as_bytes()).await.unwrap();
         known.read_exact(&mut [0; 1]).await.unwrap();
         let mut held = Vec::new();
+        // A certificate of the cluster is no right to this node.
+        let identity =
+            |number: usize| (number % 16 == 0).then(|| served.ca.issue("nobody", ExtendedKeyUsagePurpose::ClientAuth));
         for number in 0..MAX_CONNECTIONS + 50 {
             // Some have not even begun their handshake.
             held.push(if number % 8 == 0 {
-                Ok(served.connect(None).await.unwrap())
+                Ok(served.connect(identity(number)).await.unwrap())
             } else {
                 Err(TcpStream::connect(served.address).await.unwrap())
             });
@@ -904,16 +933,6 @@ mod tests {
         stream.read_to_string(&mut answer).await.unwrap();
         assert!(answer.ends_with("0\r\n\r\n"), "the last chunk was sent: {answer}");
         served.task.await.unwrap();
-    }
-
-    #[test]
-    fn a_connection_is_idle_when_its_last_request_is_over_for_long_enough() {
-        let activity = Arc::new(Activity::default());
-        let busy = Busy::new(activity.clone());
-        assert!(!activity.idle(Duration::ZERO));
-        drop(busy);
-        assert!(activity.idle(Duration::ZERO));
-        assert!(!activity.idle(Duration::from_secs(60)));
     }
 
     #[test]

@@ -1,15 +1,16 @@
 //! What the node and its containers use: `/stats/summary` as JSON, `/metrics/resource` for the metrics server.
 
-use super::ContainerUsage;
 use crate::disk::Disk;
 use crate::logs;
+use crate::view::ContainerUsage;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod};
+use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use sysinfo::{Pid, ProcessRefreshKind, ProcessesToUpdate, System};
 
@@ -79,7 +80,7 @@ impl Stats {
             node["runtime"] = json!({"imageFs": disk});
             node["fs"] = disk;
         }
-        self.rates.lock().unwrap_or_else(PoisonError::into_inner).retain(|key, _| seen.contains(key));
+        self.rates.lock().retain(|key, _| seen.contains(key));
         json!({"node": node, "pods": pods})
     }
 
@@ -123,7 +124,7 @@ impl Stats {
         let mut report = Map::new();
         report.insert("time".into(), json!(now));
         report.insert("usageCoreNanoSeconds".into(), json!(nanos(cpu)));
-        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rates = self.rates.lock();
         let sample = next_sample(rates.get(&key).copied(), now, cpu);
         if let Some(rate) = sample.rate {
             report.insert("usageNanoCores".into(), json!(rate));

@@ -5,7 +5,7 @@ use crate::client::{describe, status_code};
 use crate::events::{Recorder, Severity};
 use crate::reasons::event;
 use k8s_openapi::api::core::v1::{Container, Pod, Secret};
-use krustlet_runtime::{Image, PullError, PullPolicy, RegistrySecret, Runtime};
+use krustlet_runtime::{DockerConfig, Image, PullError, PullPolicy, RegistrySecret, Runtime};
 use kube::api::Api;
 use std::time::Instant;
 
@@ -24,7 +24,7 @@ pub fn policy(container: &Container) -> PullPolicy {
     }
 }
 
-/// Has the container's image on the node.
+/// Has the container's image on the node, and the pod's right to it shown.
 pub async fn get(
     client: &kube::Client,
     runtime: &Runtime,
@@ -35,20 +35,28 @@ pub async fn get(
     let name = container.image.as_deref().unwrap_or_default();
     let tell = |severity, reason, message: String| events.pod(pod, Some(&container.name), severity, reason, message);
     let policy = policy(container);
+    let present = |image| {
+        tell(Severity::Normal, event::PULLED, format!("Image {name:?} is already on this node"));
+        Ok(image)
+    };
     if policy != PullPolicy::Always {
-        // The usual case costs no call to anybody: what is on the node was checked when it came.
+        // The usual case costs no call to anybody: what is on the node for every pod was checked when it came.
         match runtime.pull(name, PullPolicy::Never, &[]).await {
-            Ok(image) => {
-                tell(Severity::Normal, event::PULLED, format!("Image {name:?} is already on this node"));
-                return Ok(image);
-            }
-            // Not here, or here without a signature that counts: the registry may have one by now.
+            Ok(image) => return present(image),
+            // Not here, or not for every pod, or without a signature that counts: the registry may have one by now.
+            Err(PullError::NeverPull { .. } | PullError::Signature { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let secrets = secrets(client, events, pod).await;
+    if policy != PullPolicy::Always {
+        match runtime.pull(name, PullPolicy::Never, &secrets).await {
+            Ok(image) => return present(image),
             Err(PullError::NeverPull { .. } | PullError::Signature { .. }) if policy == PullPolicy::IfNotPresent => {}
             Err(error) => return Err(error),
         }
     }
     tell(Severity::Normal, event::PULLING, format!("Pulling image {name:?}"));
-    let secrets = secrets(client, events, pod).await;
     let begun = Instant::now();
     let image = runtime.pull(name, policy, &secrets).await?;
     let took = begun.elapsed();
@@ -61,38 +69,63 @@ pub async fn get(
     Ok(image)
 }
 
-/// The registry secrets that the pod names. One that is missing or unreadable is told and left out, as the kubelet does:
-/// the registry decides whether it was needed.
+/// The registry secrets that the pod names. What is missing or unusable is told and left out, as the kubelet does: the
+/// registry decides whether it was needed.
 async fn secrets(client: &kube::Client, events: &Recorder, pod: &Pod) -> Vec<RegistrySecret> {
     let api: Api<Secret> = Api::namespaced(client.clone(), namespace(pod));
     let mut found = Vec::new();
-    for reference in pod.spec.iter().flat_map(|spec| spec.image_pull_secrets.iter().flatten()) {
+    let references = pod.spec.iter().flat_map(|spec| spec.image_pull_secrets.iter().flatten());
+    for reference in references.filter(|reference| !reference.name.is_empty()) {
         let result = match api.get(&reference.name).await {
             Ok(secret) => credentials(&secret),
             Err(error) if status_code(&error) == Some(404) => Err("there is no such Secret".to_owned()),
             Err(error) => Err(describe(&error)),
         };
-        match result {
-            Ok(secrets) => found.extend(secrets),
-            Err(cause) => events.pod(
+        let unusable = match result {
+            Ok(config) => {
+                found.extend(config.secrets);
+                config.unusable
+            }
+            Err(cause) => vec![cause],
+        };
+        if !unusable.is_empty() {
+            events.pod(
                 pod,
                 None,
                 Severity::Warning,
                 event::FAILED_PULL_SECRET,
-                format!("imagePullSecret {:?} cannot be used: {cause}", reference.name),
-            ),
+                format!("imagePullSecret {:?}: {}", reference.name, summary(&unusable)),
+            );
         }
     }
     found
 }
 
-fn credentials(secret: &Secret) -> Result<Vec<RegistrySecret>, String> {
-    let data = secret.data.as_ref();
-    let document = [".dockerconfigjson", ".dockercfg"].iter().find_map(|key| data?.get(*key));
-    match document {
-        Some(document) => RegistrySecret::from_docker_config(&document.0),
-        None => Err("it has neither .dockerconfigjson nor .dockercfg".to_owned()),
+/// The first causes, and how many more there are: a Secret may hold some thousands.
+fn summary(causes: &[String]) -> String {
+    const SHOWN: usize = 3;
+    let first = causes.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join("; ");
+    match causes.len().checked_sub(SHOWN) {
+        None | Some(0) => first,
+        Some(more) => format!("{first}; and {more} more"),
     }
+}
+
+/// What a Secret holds, each with the Secret as its source.
+fn credentials(secret: &Secret) -> Result<DockerConfig, String> {
+    let data = |key: &str| secret.data.as_ref()?.get(key);
+    let mut config = match (data(".dockerconfigjson"), data(".dockercfg")) {
+        (Some(document), _) => DockerConfig::from_config_json(&document.0)?,
+        (None, Some(document)) => DockerConfig::from_dockercfg(&document.0)?,
+        (None, None) => return Err("it has neither .dockerconfigjson nor .dockercfg".to_owned()),
+    };
+    let part = |part: &Option<String>| part.clone().unwrap_or_default();
+    let metadata = &secret.metadata;
+    let source = format!("{}/{}/{}", part(&metadata.namespace), part(&metadata.name), part(&metadata.uid));
+    for found in &mut config.secrets {
+        found.source = Some(source.clone());
+    }
+    Ok(config)
 }
 
 #[cfg(test)]
@@ -125,5 +158,27 @@ mod tests {
     #[test]
     fn a_secret_of_another_kind_is_refused_by_name_of_what_it_lacks() {
         assert!(credentials(&Secret::default()).err().unwrap().contains(".dockerconfigjson"));
+    }
+
+    #[test]
+    fn what_a_secret_holds_is_known_as_its_own() {
+        let secret: Secret = serde_json::from_value(serde_json::json!({
+            "metadata": {"namespace": "shop", "name": "pull", "uid": "u-1"},
+            // {"auths": {"ghcr.io": {}, "host.io": {"auth": "dXNlcjp3b3Jk"}}}
+            "data": {".dockerconfigjson":
+                "eyJhdXRocyI6IHsiZ2hjci5pbyI6IHt9LCAiaG9zdC5pbyI6IHsiYXV0aCI6ICJkWE5sY2pwM2IzSmsifX19"},
+        }))
+        .unwrap();
+        let config = credentials(&secret).unwrap();
+        assert_eq!(config.secrets.len(), 1);
+        assert_eq!(config.secrets[0].source.as_deref(), Some("shop/pull/u-1"));
+        assert!(config.unusable.is_empty());
+    }
+
+    #[test]
+    fn a_message_does_not_grow_with_the_secret() {
+        let causes = vec!["no".to_owned(); 10_000];
+        assert_eq!(summary(&causes), "no; no; no; and 9997 more");
+        assert_eq!(summary(&causes[..3]), "no; no; no");
     }
 }

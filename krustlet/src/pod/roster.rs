@@ -4,8 +4,8 @@
 //! it, which may still be ending here. So pods are kept by UID.
 
 use super::guest::Guest;
-use crate::api::{ContainerUsage, View};
 use crate::telemetry::metrics;
+use crate::view::{ContainerUsage, View};
 use k8s_openapi::api::core::v1::Pod;
 use parking_lot::RwLock;
 use std::collections::HashMap;

@@ -46,7 +46,7 @@ def agent(
 ) -> Iterator[Agent]:
     """The agent that most tests share: none of them stops it."""
     directory = tmp_path_factory.mktemp("agent")
-    made = Agent(cluster, agent_binary, directory, registry.key.public_key, "shared")
+    made = Agent(cluster, agent_binary, directory, registry.key.public_key, "shared", registry.host)
     try:
         made.start()
         yield made
@@ -63,7 +63,9 @@ def make_agent(
 
     def make(name: str, *flags: str) -> Agent:
         directory = tmp_path_factory.mktemp(name)
-        made.append(Agent(cluster, agent_binary, directory, registry.key.public_key, name, list(flags)))
+        made.append(
+            Agent(cluster, agent_binary, directory, registry.key.public_key, name, registry.host, list(flags))
+        )
         return made[-1]
 
     yield make

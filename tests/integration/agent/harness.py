@@ -261,6 +261,7 @@ def _is_free(address: str, port: int) -> bool:
 class Agent:
     """An agent of the tests' own: a node of the cluster, run as a child process.
 
+    It trusts what `public_key` signed, and `registry` (HOST:PORT), though that is on this machine.
     `flags` and `environment` may be changed between two starts.
     """
 
@@ -269,6 +270,7 @@ class Agent:
     directory: Path
     public_key: str
     name: str
+    registry: str
     flags: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -330,6 +332,7 @@ class Agent:
             f"--bootstrap-file={self.bootstrap_file}",
             f"--verification-keys={self.directory / 'cosign.pub'}",
             f"--hostpath-allow={self.host_directory}",
+            f"--trusted-registries={self.registry}",
             f"--provider-id=gce://{PROJECT}/{ZONE}/{self.name}",
             # Nodes of the tests are on loopback, and so are the pods that a pod calls.
             f"--guest-egress-networks={self.address}",

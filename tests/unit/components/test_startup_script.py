@@ -111,6 +111,7 @@ def test_a_boot_installs_the_agent_configures_it_and_starts_it(vm: Vm) -> None:
     assert configuration["KRUSTLET_HOSTNAME"] == "vm-1.c.p.internal"
     assert configuration["KRUSTLET_EXTERNAL_IP"] == "203.0.113.7"
     assert (configuration["MAX_PODS"], configuration["NODE_LABELS"]) == ("7", "a=b")
+    assert configuration["KRUSTLET_TRUSTED_REGISTRIES"] == vm.host
     assert (vm.root / "etc/krustlet/verification.pem").read_text() == "PUBLIC\n"
     assert vm.systemctl() == [
         "daemon-reload",

@@ -10,7 +10,7 @@ use hyper::{Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use krustlet_runtime::{
     Compiler, ContainerSpec, CredentialSource, EgressConfig, HttpServer, Image, LogFile, LogLimits, Module,
-    NoCredentials, PublicKey, PullPolicy, Runtime, RuntimeConfig, Verification,
+    NoCredentials, OperatorsRegistries, PublicKey, PullLimits, PullPolicy, Runtime, RuntimeConfig, Verification,
 };
 use p256::ecdsa::signature::Signer as _;
 use p256::pkcs8::EncodePublicKey as _;
@@ -56,6 +56,16 @@ pub struct State {
     pub endless: bool,
     /// Lets as many requests through as it has permits.
     pub gate: Option<Arc<Semaphore>>,
+    /// Announces 4 MiB for each manifest and sends one byte of it, and another one after each such time.
+    pub trickle: Option<Duration>,
+    /// Where blobs are.
+    pub blobs_at: Option<String>,
+    /// The token service, if it is not this registry's own.
+    pub realm: Option<String>,
+    /// What each request brought: its path, and its Authorization header.
+    pub brought: Vec<(String, Option<String>)>,
+    /// The forms that were sent to the token service.
+    pub forms: Vec<String>,
 }
 
 impl Registry {
@@ -140,6 +150,9 @@ impl Registry {
         self,
         request: Request<Incoming>,
     ) -> Result<Response<http_body_util::combinators::BoxBody<Bytes, Infallible>>, Infallible> {
+        let (head, body) = request.into_parts();
+        let form = String::from_utf8_lossy(&body.collect().await.unwrap().to_bytes()).into_owned();
+        let request = Request::from_parts(head, ());
         let path = request.uri().path().to_owned();
         let authorization =
             request.headers().get(header::AUTHORIZATION).map(|value| value.to_str().unwrap().to_owned());
@@ -148,6 +161,10 @@ impl Registry {
         };
         let gate = self.state(|state| {
             *state.hits.entry(path.clone()).or_default() += 1;
+            state.brought.push((path.clone(), authorization.clone()));
+            if !form.is_empty() {
+                state.forms.push(form);
+            }
             state.gate.clone()
         });
         if let Some(gate) = gate {
@@ -160,7 +177,9 @@ impl Registry {
         if let Some((user, password)) = &state.login {
             let basic = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"));
             if path == "/token" {
-                let allowed = authorization == Some(format!("Basic {basic}"));
+                let refresh = format!("refresh_token={password}");
+                let allowed = authorization == Some(format!("Basic {basic}"))
+                    || state.forms.last().is_some_and(|form| form.split('&').any(|field| field == refresh));
                 return Ok(match allowed {
                     true => whole(StatusCode::OK, br#"{"token": "ticket"}"#.to_vec()),
                     false => whole(StatusCode::UNAUTHORIZED, Vec::new()),
@@ -168,7 +187,9 @@ impl Registry {
             }
             if authorization.as_deref() != Some("Bearer ticket") {
                 let mut response = whole(StatusCode::UNAUTHORIZED, Vec::new());
-                let challenge = format!(r#"Bearer realm="http://{}/token",service="registry""#, self.address);
+                let own = format!("http://{}/token", self.address);
+                let realm = state.realm.as_ref().unwrap_or(&own);
+                let challenge = format!(r#"Bearer realm="{realm}",service="registry""#);
                 response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge.parse().unwrap());
                 return Ok(response);
             }
@@ -177,13 +198,33 @@ impl Registry {
             let chunks = futures::stream::repeat_with(|| Ok(Frame::data(Bytes::from(vec![b' '; 64 * 1024]))));
             return Ok(Response::new(StreamBody::new(chunks).boxed()));
         }
+        if let Some(pause) = state.trickle.filter(|_| path.contains("/manifests/")) {
+            let byte = async move |first: bool| {
+                if !first {
+                    tokio::time::sleep(pause).await;
+                }
+                Some((Ok(Frame::data(Bytes::from_static(b" "))), false))
+            };
+            let mut response = Response::new(StreamBody::new(futures::stream::unfold(true, byte)).boxed());
+            response.headers_mut().insert(header::CONTENT_LENGTH, (4 << 20).into());
+            return Ok(response);
+        }
+        if let Some(location) = state.blobs_at.as_ref().filter(|_| path.contains("/blobs/")) {
+            let mut response = whole(StatusCode::TEMPORARY_REDIRECT, Vec::new());
+            response.headers_mut().insert(header::LOCATION, format!("{location}{path}").parse().unwrap());
+            return Ok(response);
+        }
         let found = match path.strip_prefix("/v2/app/").and_then(|rest| rest.split_once('/')) {
             Some(("manifests", wanted)) => state.manifests.get(wanted),
             Some(("blobs", wanted)) => state.blobs.get(wanted),
             _ => None,
         };
         Ok(match found {
-            Some(content) => whole(StatusCode::OK, content.clone()),
+            Some(content) => {
+                let mut response = whole(StatusCode::OK, content.clone());
+                response.headers_mut().insert("docker-content-digest", digest(content).parse().unwrap());
+                response
+            }
             None => {
                 whole(StatusCode::NOT_FOUND, br#"{"errors": [{"code": "NAME_UNKNOWN", "message": "no"}]}"#.to_vec())
             }
@@ -276,7 +317,7 @@ impl Node {
     pub async fn configured(change: impl FnOnce(&mut RuntimeConfig)) -> Self {
         let directory = Arc::new(tempfile::tempdir().unwrap());
         let credentials = Arc::new(NoCredentials);
-        Self::make(directory, Registry::start().await, Verification::AllowUnsigned, credentials, change)
+        Self::make(directory, &[&Registry::start().await], Verification::AllowUnsigned, credentials, limits(), change)
     }
 
     /// A runtime on the data that another one left.
@@ -286,24 +327,37 @@ impl Node {
         verification: Verification,
         credentials: Arc<dyn CredentialSource>,
     ) -> Self {
-        Self::make(directory, registry, verification, credentials, |_| {})
+        Self::make(directory, &[&registry], verification, credentials, limits(), |_| {})
+    }
+
+    /// A runtime whose operator named these registries, the node's own first.
+    pub fn limited(
+        directory: Arc<tempfile::TempDir>,
+        registries: &[&Registry],
+        verification: Verification,
+        credentials: Arc<dyn CredentialSource>,
+        pull_limits: PullLimits,
+    ) -> Self {
+        Self::make(directory, registries, verification, credentials, pull_limits, |_| {})
     }
 
     fn make(
         directory: Arc<tempfile::TempDir>,
-        registry: Registry,
+        registries: &[&Registry],
         verification: Verification,
         credentials: Arc<dyn CredentialSource>,
+        pull_limits: PullLimits,
         change: impl FnOnce(&mut RuntimeConfig),
     ) -> Self {
         let mut metrics = prometheus_client::registry::Registry::default();
+        let insecure = registries.iter().map(|registry| registry.address.to_string()).collect();
         let mut config = RuntimeConfig {
             data_dir: directory.path().to_owned(),
             verification,
             credentials,
-            insecure_registries: Vec::new(),
+            registries: OperatorsRegistries { insecure, trusted: Vec::new() },
             max_concurrent_compiles: 1,
-            max_concurrent_pulls: 4,
+            pull_limits,
             compiler: Compiler { program: env!("CARGO_BIN_EXE_krustlet-compile").into(), arguments: Vec::new() },
             // The servers that guests call in these tests are here.
             egress: EgressConfig { networks: vec!["127.0.0.1/32".parse().unwrap()], ..EgressConfig::default() },
@@ -311,7 +365,7 @@ impl Node {
         };
         change(&mut config);
         let runtime = Runtime::new(config, &mut metrics).unwrap();
-        Self { runtime, metrics, directory, registry }
+        Self { runtime, metrics, directory, registry: registries[0].clone() }
     }
 
     pub async fn image(&self, module: &[u8]) -> Image {
@@ -348,6 +402,10 @@ pub async fn served(node: &Node, change: impl FnOnce(&mut ContainerSpec)) -> (Ht
     let mut spec = node.spec("app");
     change(&mut spec);
     (node.runtime.serve(&module, spec.clone(), &[any_port()]).await.unwrap(), spec)
+}
+
+pub fn limits() -> PullLimits {
+    PullLimits { places: 4, ..PullLimits::default() }
 }
 
 /// The text of the log's lines, after their time stamps.
