@@ -110,6 +110,11 @@ install_agent() {
     trap - EXIT
 }
 
+# A word of a unit's line: systemd splits at blanks, and has a meaning of its own for % and quotes.
+word() {
+    printf '"%s"' "$1" | sed 's/\\/\\\\/g; s/%/%%/g'
+}
+
 # Changes with everything that the service is made of.
 fingerprint() {
     cat "$AGENT" "$CONFIG"/* "$UNIT" 2>/dev/null | cksum
@@ -146,8 +151,8 @@ KRUSTLET_EXTERNAL_IP=$external
 KRUSTLET_NODE_NAME=$name
 KRUSTLET_HOSTNAME=$hostname
 KRUSTLET_PROVIDER_ID=gce://$project/${zone##*/}/$name
-KRUSTLET_BOOTSTRAP_FILE=$CONFIG/bootstrap.kubeconfig
-KRUSTLET_VERIFICATION_KEYS=$CONFIG/verification.pem
+KRUSTLET_BOOTSTRAP_FILE="$CONFIG/bootstrap.kubeconfig"
+KRUSTLET_VERIFICATION_KEYS="$CONFIG/verification.pem"
 KRUSTLET_REGISTRY_CREDENTIALS=gce
 KRUSTLET_TRUSTED_REGISTRIES=${image%%/*}
 NODE_LABELS=$labels
@@ -173,8 +178,8 @@ After=network-online.target
 StartLimitIntervalSec=0
 
 [Service]
-EnvironmentFile=$CONFIG/krustlet.env
-ExecStart=$AGENT --data-dir \${STATE_DIRECTORY}
+EnvironmentFile=$(echo "$CONFIG" | sed 's/%/%%/g')/krustlet.env
+ExecStart=$(word "$AGENT") --data-dir \${STATE_DIRECTORY}
 Restart=always
 RestartSec=2
 KillSignal=SIGTERM
@@ -263,8 +268,9 @@ StartLimitIntervalSec=0
 
 [Service]
 Environment=GCE_METADATA_HOST=${GCE_METADATA_HOST:-metadata.google.internal}
-Environment=PREFIX=$PREFIX SYSCONFDIR=$SYSCONFDIR SYSTEMD_UNIT_PATH=$SYSTEMD_UNIT_PATH
-ExecStart=$WATCH
+Environment=$(word "PREFIX=$PREFIX") $(word "SYSCONFDIR=$SYSCONFDIR")
+Environment=$(word "SYSTEMD_UNIT_PATH=$SYSTEMD_UNIT_PATH")
+ExecStart=$(word "$WATCH")
 Restart=always
 RestartSec=5
 UMask=0022

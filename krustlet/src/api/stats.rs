@@ -378,9 +378,9 @@ mod tests {
         let stats =
             Stats::new("node-1".into(), dir.path().to_owned(), Disk::with(Figures { total: 9, ..Figures::default() }));
         stats.summary(&[pod()], &usage(Duration::ZERO));
-        assert!(stats.rates.lock().unwrap().contains_key("u-1/app"));
+        assert!(stats.rates.lock().contains_key("u-1/app"));
         stats.summary(&[], &[]);
-        assert!(!stats.rates.lock().unwrap().contains_key("u-1/app"));
+        assert!(!stats.rates.lock().contains_key("u-1/app"));
     }
 
     #[test]
