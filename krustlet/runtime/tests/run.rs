@@ -495,7 +495,7 @@ async fn a_command_is_given_its_arguments_and_environment_and_nothing_else() {
     })
     .await;
     assert_eq!(exit, Exit { code: 0, reason: ExitReason::Completed, message: String::new() });
-    assert_eq!(logged(&spec), ["stdout F command\0one\0two words\0", "stderr F KEY=value\0"]);
+    assert_eq!(logged(&spec), ["stdout P command\0one\0two words\0", "stderr P KEY=value\0"]);
 }
 
 #[tokio::test]
@@ -595,7 +595,7 @@ async fn tried(node: &Node, volume: &Path, read_only: bool, operation: &str, pat
     let mount = mounted(volume, read_only);
     let (exit, spec) = ran(node, &guest, |spec| spec.mounts = vec![mount]).await;
     assert_eq!(exit.code, 0, "{}", exit.message);
-    logged(&spec).last().unwrap().strip_prefix("stderr F ").unwrap().to_owned()
+    logged(&spec).last().unwrap().strip_prefix("stderr P ").unwrap().to_owned()
 }
 
 /// Every name under a directory, links not followed, and the content of files.
