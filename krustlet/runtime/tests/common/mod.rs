@@ -199,7 +199,7 @@ impl Registry {
             return Ok(Response::new(StreamBody::new(chunks).boxed()));
         }
         if let Some(pause) = state.trickle.filter(|_| path.contains("/manifests/")) {
-            let byte = async move |first: bool| {
+            let byte = move |first: bool| async move {
                 if !first {
                     tokio::time::sleep(pause).await;
                 }
