@@ -389,7 +389,8 @@ async fn slow_registries_make_room_for_others_and_end() {
         .collect();
     until("all places are taken", || slow.iter().map(|registry| registry.hits("/manifests/")).sum::<usize>() >= 4)
         .await;
-    let pulled = node.runtime.pull(&good.image(&manifest), PullPolicy::Always, &[]);
+    let image = good.image(&manifest);
+    let pulled = node.runtime.pull(&image, PullPolicy::Always, &[]);
     tokio::time::timeout(Duration::from_secs(10), pulled).await.expect("it waits for the slow ones").unwrap();
     for pull in held {
         let error = pull.await.unwrap().unwrap_err();
@@ -426,7 +427,8 @@ async fn a_slow_registry_that_names_anothers_digest_holds_nobody_up() {
     let (runtime, name) = (node.runtime.clone(), slow[0].image(&manifest));
     tokio::spawn(async move { runtime.pull(&name, PullPolicy::Always, &[]).await });
     until("it is under way", || slow[0].hits("/manifests/") == 1).await;
-    let pulled = node.runtime.pull(&good.image(&manifest), PullPolicy::IfNotPresent, &[]);
+    let image = good.image(&manifest);
+    let pulled = node.runtime.pull(&image, PullPolicy::IfNotPresent, &[]);
     tokio::time::timeout(Duration::from_secs(5), pulled).await.expect("it waits for the slow one").unwrap();
 }
 

@@ -54,7 +54,7 @@ def test_what_outgrows_its_limits_is_evicted_and_its_files_go_while_its_object_s
         files = agent.data_dir / "pods" / pod.uid / "volumes"
         until(lambda files=files: not files.exists(), "the pod's files to go", timeout=20)
         assert pod.exists()
-    assert condition(within.read(), "Ready") == "True"
+    within.wait_ready()
     assert within.get("/healthz").ok
 
 
