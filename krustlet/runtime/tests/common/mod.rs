@@ -206,7 +206,7 @@ impl Registry {
                 Some((Ok(Frame::data(Bytes::from_static(b" "))), false))
             };
             let mut response = Response::new(StreamBody::new(futures::stream::unfold(true, byte)).boxed());
-            response.headers_mut().insert(header::CONTENT_LENGTH, (4 << 20).into());
+            response.headers_mut().insert(header::CONTENT_LENGTH, (60 << 10).into());
             return Ok(response);
         }
         if let Some(location) = state.blobs_at.as_ref().filter(|_| path.contains("/blobs/")) {
