@@ -13,6 +13,7 @@ use crate::node::{self, Keeper, Machine, NodeConfig, Readiness};
 use crate::panics::message_of;
 use crate::pod::context::NodeContext;
 use crate::pod::fields::PodFacts;
+use crate::pod::images::PullSecrets;
 use crate::pod::roster::Roster;
 use crate::pod::sources::Objects;
 use crate::pod::volumes::HostPaths;
@@ -165,6 +166,7 @@ async fn serve(
     let shutdown = CancellationToken::new();
     let context = Arc::new(NodeContext {
         objects: Objects::new(client.clone()),
+        pull_secrets: PullSecrets::default(),
         client,
         runtime,
         events: events.clone(),

@@ -262,6 +262,7 @@ mod tests {
     use super::*;
     use crate::events::Recorder;
     use crate::pod::fields::PodFacts;
+    use crate::pod::images::PullSecrets;
     use crate::pod::roster::Roster;
     use crate::pod::sources::Objects;
     use crate::pod::volumes::HostPaths;
@@ -290,6 +291,7 @@ mod tests {
             address: [127, 0, 0, 1].into(),
             data_dir: directory.to_owned(),
             objects: Objects::new(client.clone()),
+            pull_secrets: PullSecrets::default(),
             client,
             host_paths: Arc::new(HostPaths { allowed: Vec::new(), data_dir: directory.to_owned() }),
             evictions: Arc::default(),

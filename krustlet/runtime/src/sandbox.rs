@@ -105,7 +105,7 @@ mod system_calls {
         let Ok(target) = TargetArch::try_from(std::env::consts::ARCH) else { return Ok(()) };
         // The C library then makes threads with the older call, whose flags can be looked at.
         let refused = SeccompAction::Errno(libc::ENOSYS as u32);
-        apply(BTreeMap::from([(libc::SYS_clone3, Vec::new())]), SeccompAction::Allow, refused, target.clone())?;
+        apply(BTreeMap::from([(libc::SYS_clone3, Vec::new())]), SeccompAction::Allow, refused, target)?;
         let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALLOWED.iter().map(|call| (*call, Vec::new())).collect();
         let thread = libc::CLONE_THREAD as u64;
         let makes_a_thread = SeccompCondition::new(0, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(thread), thread)?;

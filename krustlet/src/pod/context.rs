@@ -1,6 +1,7 @@
 //! What every pod of a node shares.
 
 use super::fields::PodFacts;
+use super::images::PullSecrets;
 use super::roster::Roster;
 use super::sources::Objects;
 use super::uid;
@@ -23,6 +24,7 @@ pub struct NodeContext {
     pub address: IpAddr,
     pub data_dir: PathBuf,
     pub objects: Objects,
+    pub pull_secrets: PullSecrets,
     pub host_paths: Arc<HostPaths>,
     pub ports: Ports,
     pub roster: Arc<Roster>,

@@ -7,7 +7,41 @@ use crate::reasons::event;
 use k8s_openapi::api::core::v1::{Container, Pod, Secret};
 use krustlet_runtime::{DockerConfig, Image, PullError, PullPolicy, RegistrySecret, Runtime};
 use kube::api::Api;
+use parking_lot::Mutex;
+use std::collections::HashMap;
 use std::time::Instant;
+
+/// How many Secrets are remembered: those of a node's pods, and then some.
+const REMEMBERED: usize = 4096;
+
+/// What the pods' registry secrets held when they were last read: a container is started again while the API server is
+/// away, and has to show its right to the image then too. In memory alone, as with the kubelet.
+#[derive(Default)]
+pub struct PullSecrets(Mutex<HashMap<String, Secret>>);
+
+impl PullSecrets {
+    async fn get(&self, api: &Api<Secret>, namespace: &str, name: &str) -> Result<Secret, kube::Error> {
+        let key = format!("{namespace}/{name}");
+        match api.get(name).await {
+            Ok(secret) => {
+                let mut known = self.0.lock();
+                if known.len() >= REMEMBERED {
+                    known.clear();
+                }
+                known.insert(key, secret.clone());
+                Ok(secret)
+            }
+            // An answer of the API server counts, also that there is none, or that it is not for this node.
+            Err(error) => match status_code(&error) {
+                Some(code) if code < 500 => {
+                    self.0.lock().remove(&key);
+                    Err(error)
+                }
+                _ => self.0.lock().get(&key).cloned().ok_or(error),
+            },
+        }
+    }
+}
 
 /// The policy that the container asks for; without one, as Kubernetes: always for the tag `latest`.
 pub fn policy(container: &Container) -> PullPolicy {
@@ -29,6 +63,7 @@ pub async fn get(
     client: &kube::Client,
     runtime: &Runtime,
     events: &Recorder,
+    known: &PullSecrets,
     pod: &Pod,
     container: &Container,
 ) -> Result<Image, PullError> {
@@ -48,7 +83,7 @@ pub async fn get(
             Err(error) => return Err(error),
         }
     }
-    let secrets = secrets(client, events, pod).await;
+    let secrets = secrets(client, events, known, pod).await;
     if policy != PullPolicy::Always {
         match runtime.pull(name, PullPolicy::Never, &secrets).await {
             Ok(image) => return present(image),
@@ -71,12 +106,12 @@ pub async fn get(
 
 /// The registry secrets that the pod names. What is missing or unusable is told and left out, as the kubelet does: the
 /// registry decides whether it was needed.
-async fn secrets(client: &kube::Client, events: &Recorder, pod: &Pod) -> Vec<RegistrySecret> {
+async fn secrets(client: &kube::Client, events: &Recorder, known: &PullSecrets, pod: &Pod) -> Vec<RegistrySecret> {
     let api: Api<Secret> = Api::namespaced(client.clone(), namespace(pod));
     let mut found = Vec::new();
     let references = pod.spec.iter().flat_map(|spec| spec.image_pull_secrets.iter().flatten());
     for reference in references.filter(|reference| !reference.name.is_empty()) {
-        let result = match api.get(&reference.name).await {
+        let result = match known.get(&api, namespace(pod), &reference.name).await {
             Ok(secret) => credentials(&secret),
             Err(error) if status_code(&error) == Some(404) => Err("there is no such Secret".to_owned()),
             Err(error) => Err(describe(&error)),

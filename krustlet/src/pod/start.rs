@@ -121,7 +121,8 @@ impl Start {
 
     async fn module(&self) -> Result<(Image, Module), Failure> {
         let node = &self.node;
-        let image = images::get(&node.client, &node.runtime, &node.events, &self.pod, &self.container)
+        let (events, secrets) = (&node.events, &node.pull_secrets);
+        let image = images::get(&node.client, &node.runtime, events, secrets, &self.pod, &self.container)
             .await
             .map_err(|error| Failure::pull(&error))?;
         let module = node.runtime.load(&image).await.map_err(|error| Failure::load(&error))?;
