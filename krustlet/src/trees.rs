@@ -279,7 +279,7 @@ mod tests {
         }
         std::fs::write(tree.join("..3"), "").unwrap();
         for name in ["a/x", "a"] {
-            std::fs::set_permissions(tree.join(name), std::fs::Permissions::from_mode(0)).unwrap();
+            std::fs::set_permissions(tree.join(name), std::fs::Permissions::from_mode(0o0)).unwrap();
         }
         remove_now(&tree).unwrap();
         assert!(!tree.exists());

@@ -828,7 +828,7 @@ mod tests {
             format!("/metrics%3f/../{log}"),
             format!("/./{log}"),
             format!("http://node/metrics/../{log}"),
-            format!("/%63ontainerLogs/shop/web/app"),
+            "/%63ontainerLogs/shop/web/app".to_owned(),
             "/metrics/../pods".to_owned(),
         ] {
             let token = "Authorization: Bearer metrics\r\n";
@@ -894,8 +894,9 @@ mod tests {
         known.read_exact(&mut [0; 1]).await.unwrap();
         let mut held = Vec::new();
         // A certificate of the cluster is no right to this node.
-        let identity =
-            |number: usize| (number % 16 == 0).then(|| served.ca.issue("nobody", ExtendedKeyUsagePurpose::ClientAuth));
+        let identity = |number: usize| {
+            number.is_multiple_of(16).then(|| served.ca.issue("nobody", ExtendedKeyUsagePurpose::ClientAuth))
+        };
         for number in 0..MAX_CONNECTIONS + 50 {
             // Some have not even begun their handshake.
             held.push(if number % 8 == 0 {

@@ -276,13 +276,11 @@ impl World {
             }
             18 => self.late(),
             19 => self.step(Event::PortReleased),
-            20 => {
-                if std::mem::take(&mut self.refreshing) {
-                    if self.dice.one_in(6) {
-                        self.step(Event::Evicted("too much".to_owned()));
-                    }
-                    self.step(Event::Refreshed { error: None });
+            20 if std::mem::take(&mut self.refreshing) => {
+                if self.dice.one_in(6) {
+                    self.step(Event::Evicted("too much".to_owned()));
                 }
+                self.step(Event::Refreshed { error: None });
             }
             21 => self.show(),
             22 if self.dice.one_in(3) => self.change(),
@@ -316,7 +314,7 @@ impl World {
     fn end(&mut self, index: usize, favourably: bool) {
         let kind = self.kinds[index];
         let Some(guest) = &self.places[index].guest else { return };
-        if kind == GuestKind::Server && !guest.stopping || favourably && !guest.stopping {
+        if (kind == GuestKind::Server || favourably) && !guest.stopping {
             return;
         }
         let (generation, stopping) = (guest.generation, guest.stopping);
