@@ -236,7 +236,8 @@ def test_variables_that_multiply_are_refused_and_named_and_cost_the_agent_nothin
     pod = space.serve(env=env)
     assert "V5" in pod.wait_waiting("CreateContainerConfigError")
     big = [literal("BIG", "x" * 100_000)]
-    for body in ({"args": ["$(BIG)"] * 20}, {"command": ["$(BIG)" * 20]}):
+    bodies: list[Manifest] = [{"args": ["$(BIG)"] * 20}, {"command": ["$(BIG)" * 20]}]
+    for body in bodies:
         pod = space.run(env=big, **body)
         assert "argument" in pod.wait_waiting("CreateContainerConfigError")
     assert agent.resident_bytes() - before < 64 << 20

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 import wasmtime
 
-from tests.integration.agent.harness import Agent, Workspace, command, layout, served, status_of
+from tests.integration.agent.harness import Agent, Manifest, Workspace, command, layout, served, status_of
 from tests.integration.agent.link import Link
 from tests.waiting import until
 
@@ -154,7 +154,7 @@ def test_a_duration_may_have_several_units(space: Workspace) -> None:
 
 def test_a_rule_restarts_a_container_that_its_policy_would_not(space: Workspace) -> None:
     rules = [{"action": "Restart", "exitCodes": {"operator": "In", "values": [42]}}]
-    fields = {"restartPolicy": "Never", "restartPolicyRules": rules}
+    fields: Manifest = {"restartPolicy": "Never", "restartPolicyRules": rules}
     again = space.run("exit", "42", **fields)
     again.wait_waiting("CrashLoopBackOff")
     assert again.status().restart_count == 1

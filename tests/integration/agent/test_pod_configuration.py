@@ -327,7 +327,7 @@ def test_a_working_directory_is_where_relative_paths_begin(space: Workspace) -> 
     # A guest does not leave the directory that it begins in but by an absolute path.
     pod.wait_phase("Failed")
     assert pod.logs().splitlines()[0] == "note"
-    reading = {"volumeMounts": [{"name": "data", "mountPath": "/data"}], "workingDir": "/data"}
+    reading: Manifest = {"volumeMounts": [{"name": "data", "mountPath": "/data"}], "workingDir": "/data"}
     pod = space.run(
         *["cat", "greeting"],
         pod={"volumes": [{"name": "data", "configMap": {"name": config}}]},
