@@ -3,14 +3,14 @@
 use std::io::Read as _;
 
 use guests::{
-    allocate, args, deep, env, fill, hard_link, list, make_directory, print, print_error, read, rename, sleep, spin, symlink,
-    trap, wait_for, write,
+    allocate, args, deep, env, fill, hard_link, list, make_directory, print, print_error, read, rename, sleep, spin,
+    symlink, trap, wait_for, write,
 };
 use wasip2::cli::{environment, exit, stdin};
 
 const COMMANDS: [&str; 22] = [
-    "alloc", "args", "await", "cat", "deep", "env", "eprint", "exit", "fail", "fill", "link", "ls", "mkdir", "print", "rename",
-    "sleep", "spin", "stdin", "symlink", "trap", "version", "write",
+    "alloc", "args", "await", "cat", "deep", "env", "eprint", "exit", "fail", "fill", "link", "ls", "mkdir", "print",
+    "rename", "sleep", "spin", "stdin", "symlink", "trap", "version", "write",
 ];
 
 struct Cli;
