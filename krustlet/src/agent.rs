@@ -334,6 +334,7 @@ fn new_runtime(options: &Options, names: &Names, registry: &mut Registry) -> any
         pull_limits: PullLimits::default(),
         egress: options.egress()?,
         guest_memory: options.guest_memory,
+        max_pods: options.max_pods as usize,
     };
     Runtime::new(config, registry).context("failed to start the wasm runtime")
 }

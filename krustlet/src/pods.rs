@@ -282,6 +282,7 @@ mod tests {
             compiler: krustlet_runtime::Compiler { program: "/bin/false".into(), arguments: Vec::new() },
             egress: krustlet_runtime::EgressConfig::default(),
             guest_memory: None,
+            max_pods: 10,
         };
         let client = kube::Client::new(axum::Router::new(), "default");
         Arc::new(NodeContext {

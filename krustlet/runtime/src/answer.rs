@@ -1,68 +1,91 @@
 //! Bodies of answers: the node's own short texts, those of guests that have ended, and those of guests that still write.
 
+use crate::admission::Admitted;
+use crate::connection::OpenRequest;
 use crate::cpu::Sliced;
 use crate::guest::{Container, Failure};
-use crate::http::{InFlight, report};
-use crate::slow_client::Turn;
+use crate::logs::LogStream;
 use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
-use hyper::{HeaderMap, Response, header};
+use hyper::{HeaderMap, Response, StatusCode, header};
+use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
+use tokio_util::sync::CancellationToken;
 use wasmtime_wasi_http::p2::bindings::http::types::ErrorCode;
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
 
 /// What a guest and the task that answers for it tell each other. A failure is told before the guest's streams are
 /// closed, so that a body which ends without one is whole.
-#[derive(Default)]
 pub struct Exchange {
     answer: Mutex<Option<Answered>>,
     failure: Mutex<Option<Failure>>,
+    deadline: Mutex<Deadline>,
 }
 
 pub type Answered = Result<Response<HyperOutgoingBody>, ErrorCode>;
 
+/// By when the guest has to have done what is next.
+#[derive(Debug, Clone)]
+struct Deadline {
+    at: Instant,
+    failure: Failure,
+}
+
 impl Exchange {
+    /// The answer is to begin before `deadline`.
+    pub fn new(deadline: Instant) -> Self {
+        Self {
+            answer: Mutex::default(),
+            failure: Mutex::default(),
+            deadline: Mutex::new(Deadline { at: deadline, failure: Failure::TimedOut }),
+        }
+    }
+
     pub fn answer(&self, answer: Answered) {
-        *lock(&self.answer) = Some(answer);
+        *self.answer.lock() = Some(answer);
     }
 
     pub fn take_answer(&self) -> Option<Answered> {
-        lock(&self.answer).take()
+        self.answer.lock().take()
     }
 
     fn is_answered(&self) -> bool {
-        lock(&self.answer).is_some()
+        self.answer.lock().is_some()
     }
 
     pub fn fail(&self, failure: Failure) {
-        lock(&self.failure).get_or_insert(failure);
+        self.failure.lock().get_or_insert(failure);
     }
 
     fn failure(&self) -> Option<Failure> {
-        lock(&self.failure).clone()
+        self.failure.lock().clone()
+    }
+
+    /// The next piece of the answer, or its end, is to come within this time.
+    fn expect(&self, within: Duration, failure: Failure) {
+        *self.deadline.lock() = Deadline { at: Instant::now() + within, failure };
     }
 }
 
-/// A poisoned lock only means that another thread panicked between two assignments.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A guest that has not returned yet, its time limit, and its place among the requests in flight.
+/// A guest that has not returned yet, its time limit, and its place among those that are served.
 pub struct Running {
     pub guest: Sliced<()>,
     pub exchange: Arc<Exchange>,
     pub container: Arc<Container>,
-    pub deadline: Instant,
     /// Made when the guest first waits; most never do.
     pub timer: Option<Pin<Box<tokio::time::Sleep>>>,
-    pub in_flight: InFlight,
+    /// Where it runs on when its answer has begun, and what ends it then.
+    pub executor: Handle,
+    pub aborted: CancellationToken,
+    /// Dropped after the guest, whose place it is.
+    pub _admitted: Admitted,
 }
 
 /// Why a guest is not to be waited for any longer.
@@ -88,20 +111,40 @@ impl Running {
         if Pin::new(&mut self.guest).poll(context).is_ready() {
             return Poll::Ready(self.exchange.failure().map_or(Ok(()), Err));
         }
-        let deadline = self.deadline;
-        let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline.into())));
-        timer.as_mut().poll(context).map(|()| Err(Failure::TimedOut))
+        loop {
+            let deadline = self.exchange.deadline.lock().clone();
+            let at: tokio::time::Instant = deadline.at.into();
+            let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(at)));
+            // One that was put off is looked at when the old one is there, not at every piece.
+            if timer.deadline() > at {
+                timer.as_mut().reset(at);
+            }
+            ready!(timer.as_mut().poll(context));
+            if deadline.at <= Instant::now() {
+                return Poll::Ready(Err(deadline.failure));
+            }
+            timer.as_mut().reset(at);
+        }
     }
 
-    /// Runs the guest on in a task of its own, while hyper sends what it writes.
-    fn go_on(mut self) -> AbortHandle {
-        let server = self.in_flight.server().clone();
-        let aborted = server.aborted().clone();
-        let task = server.executor().handle().spawn(async move {
+    /// Runs the guest on in a task of its own, while hyper sends what it writes; or nobody does, as with HEAD.
+    fn go_on(mut self, mut unsent: Option<HyperOutgoingBody>) -> AbortHandle {
+        let aborted = self.aborted.clone();
+        let task = self.executor.clone().spawn(async move {
+            let run = poll_fn(|context| {
+                while let Some(body) = &mut unsent {
+                    match Pin::new(body).poll_frame(context) {
+                        Poll::Ready(Some(Ok(_))) => {}
+                        Poll::Ready(_) => unsent = None,
+                        Poll::Pending => break,
+                    }
+                }
+                self.poll(context)
+            });
             let result = tokio::select! {
                 biased;
                 () = aborted.cancelled() => return,
-                result = poll_fn(|context| self.poll(context)) => result,
+                result = run => result,
             };
             if let Err(failure) = result {
                 report(&self.container, &failure);
@@ -110,6 +153,12 @@ impl Running {
         });
         task.abort_handle()
     }
+}
+
+/// Tells a failed request's reason where `kubectl logs` shows it.
+pub fn report(container: &Container, failure: &Failure) {
+    tracing::debug!(container = container.spec.name, %failure, "a request failed");
+    container.spec.log.write_line(LogStream::Stderr, &format!("krustlet: request failed: {failure}"));
 }
 
 /// The body of an answer.
@@ -134,12 +183,15 @@ pub struct Streaming {
     guest: Option<AbortHandle>,
     /// What the guest's content-length says, less what was passed on.
     missing: Option<u64>,
+    /// Between two pieces, and after the last one until the guest returns.
+    idle_timeout: Duration,
+    end_timeout: Duration,
 }
 
 /// An answer on its way to the client.
 pub struct Sending {
     answer: Answer,
-    turn: Turn,
+    request: OpenRequest,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -150,28 +202,61 @@ impl Answer {
     pub fn text(text: &'static str) -> Self {
         Self::Whole(Whole { first: Some(Bytes::from_static(text.as_bytes())), ..Whole::default() })
     }
+
+    pub fn empty() -> Self {
+        Self::Whole(Whole::default())
+    }
+
+    /// Bytes that are kept for the client though their guest is gone.
+    fn kept(&self) -> usize {
+        match self {
+            Self::Whole(whole) => whole.chunks().map(Bytes::len).sum(),
+            Self::Streaming(_) => 0,
+        }
+    }
 }
 
-/// What becomes of a guest's response.
+impl Whole {
+    fn chunks(&self) -> impl Iterator<Item = &Bytes> {
+        self.first.iter().chain(&self.rest)
+    }
+}
+
+/// What becomes of a guest's response. With `head_only` the client expects no body, whatever the guest says and writes.
 pub trait GuestResponse {
-    fn map_into_streaming(self, running: Running) -> Response<Answer>;
+    fn head_only(&self, method_is_head: bool) -> bool;
+    fn map_into_streaming(self, running: Running, head_only: bool) -> Response<Answer>;
     /// Reads a body whose guest has ended. The error says why it cannot be sent.
-    fn map_into_whole(self) -> impl Future<Output = Result<Response<Answer>, String>> + Send;
+    fn map_into_whole(self, head_only: bool) -> impl Future<Output = Result<Response<Answer>, String>> + Send;
 }
 
 impl GuestResponse for Response<HyperOutgoingBody> {
-    fn map_into_streaming(self, running: Running) -> Response<Answer> {
-        let missing = self
-            .headers()
-            .get(header::CONTENT_LENGTH)
-            .and_then(|length| length.to_str().ok())
-            .and_then(|length| length.parse().ok());
-        let exchange = running.exchange.clone();
-        let guest = Some(running.go_on());
-        self.map(|body| Answer::Streaming(Box::new(Streaming { body, exchange, guest, missing })))
+    /// RFC 9110 (6.4.1).
+    fn head_only(&self, method_is_head: bool) -> bool {
+        method_is_head || matches!(self.status(), StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
     }
 
-    async fn map_into_whole(self) -> Result<Response<Answer>, String> {
+    fn map_into_streaming(self, running: Running, head_only: bool) -> Response<Answer> {
+        if head_only {
+            let (head, body) = without_length_of_nothing(self).into_parts();
+            running.go_on(Some(body));
+            return Response::from_parts(head, Answer::empty());
+        }
+        let missing = length(self.headers());
+        let exchange = running.exchange.clone();
+        let spec = &running.container.spec;
+        let (idle_timeout, end_timeout) = (spec.stream_idle_timeout, spec.request_timeout);
+        exchange.expect(idle_timeout, Failure::Stalled);
+        let guest = Some(running.go_on(None));
+        self.map(|body| {
+            Answer::Streaming(Box::new(Streaming { body, exchange, guest, missing, idle_timeout, end_timeout }))
+        })
+    }
+
+    async fn map_into_whole(self, head_only: bool) -> Result<Response<Answer>, String> {
+        if head_only {
+            return Ok(without_length_of_nothing(self).map(|_| Answer::empty()));
+        }
         let (head, mut body) = self.into_parts();
         let mut whole = Whole::default();
         while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
@@ -183,8 +268,26 @@ impl GuestResponse for Response<HyperOutgoingBody> {
                 Err(frame) => whole.trailers = frame.into_trailers().ok(),
             }
         }
+        let written: u64 = whole.chunks().map(|chunk| chunk.len() as u64).sum();
+        // The next answer on the connection would begin in the middle of this one.
+        if let Some(told) = length(&head.headers).filter(|told| *told != written) {
+            return Err(format!("its answer's content-length is {told}, and its body has {written} bytes"));
+        }
         Ok(Response::from_parts(head, Answer::Whole(whole)))
     }
+}
+
+/// The content-length, which wasi:http lets a guest set to a number only.
+fn length(headers: &HeaderMap) -> Option<u64> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+/// RFC 9110 (8.6): a 204 has no length. Answers to HEAD and 304s may tell the length that a body would have.
+fn without_length_of_nothing<B>(mut response: Response<B>) -> Response<B> {
+    if response.status() == StatusCode::NO_CONTENT {
+        response.headers_mut().remove(header::CONTENT_LENGTH);
+    }
+    response
 }
 
 impl Body for Answer {
@@ -225,11 +328,12 @@ impl Body for Answer {
 }
 
 impl Sending {
-    pub fn new(answer: Answer, mut turn: Turn) -> Self {
+    pub fn new(answer: Answer, mut request: OpenRequest) -> Self {
         if matches!(answer, Answer::Whole(_)) {
-            turn.of_client();
+            request.keep(answer.kept());
+            request.wait_for_client();
         }
-        Self { answer, turn }
+        Self { answer, request }
     }
 }
 
@@ -239,10 +343,10 @@ impl Body for Sending {
 
     fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
         let this = self.get_mut();
-        this.turn.of_guest();
+        this.request.wait_for_guest();
         let frame = Pin::new(&mut this.answer).poll_frame(context);
         if frame.is_ready() {
-            this.turn.of_client();
+            this.request.wait_for_client();
         }
         frame
     }
@@ -260,21 +364,35 @@ impl Streaming {
     fn poll_frame(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
         match ready!(Pin::new(&mut self.body).poll_frame(context)) {
             Some(Ok(frame)) => {
+                self.exchange.expect(self.idle_timeout, Failure::Stalled);
                 if let (Some(missing), Some(data)) = (&mut self.missing, frame.data_ref()) {
-                    *missing = missing.saturating_sub(data.len() as u64);
-                    if *missing == 0 {
+                    let Some(rest) = missing.checked_sub(data.len() as u64) else {
+                        return Poll::Ready(Some(Err(Cut("the body is longer than its content-length".into()))));
+                    };
+                    *missing = rest;
+                    if rest == 0 {
                         // A body of known length is dropped after its last byte, not read to its end.
-                        self.guest = None;
+                        self.finish();
                     }
                 }
                 Poll::Ready(Some(Ok(frame)))
             }
             Some(Err(error)) => Poll::Ready(Some(Err(Cut(error.to_string())))),
             None => {
-                self.guest = None;
+                let failure = self.exchange.failure().map(|failure| failure.to_string());
+                let short = self.missing.is_some_and(|missing| missing > 0);
+                let failure = failure.or_else(|| short.then(|| "the body is shorter than its content-length".into()));
+                self.finish();
                 // What was sent cannot be taken back; breaking off tells the client that it is not all.
-                Poll::Ready(self.exchange.failure().map(|failure| Err(Cut(failure.to_string()))))
+                Poll::Ready(failure.map(|failure| Err(Cut(failure))))
             }
+        }
+    }
+
+    /// All was passed on. The guest may do something more, but not for ever.
+    fn finish(&mut self) {
+        if self.guest.take().is_some() {
+            self.exchange.expect(self.end_timeout, Failure::TimedOut);
         }
     }
 }

@@ -85,6 +85,13 @@ impl Execution {
             });
         }
         let container = Arc::new(Container::new(spec, executor, None)?);
+        let Some(taken) = container.tenant.instances.take(module.units()) else {
+            return Err(StartError::Create {
+                container: container.spec.name.clone(),
+                cause: "its pod has as many instances as it may have of those that the node can hold".into(),
+                permanent: false,
+            });
+        };
         let kill = CancellationToken::new();
         let (send, exit) = watch::channel(None);
         let guest = Sliced::new(
@@ -98,6 +105,7 @@ impl Execution {
                 () = killed.cancelled() => Exit::killed(),
                 result = guest => Exit::of(result),
             };
+            drop(taken);
             // The guest is gone and what it wrote is in the log when its end is told.
             send.send_replace(Some(exit));
         });

@@ -1,10 +1,11 @@
 //! Who runs when. Guests run in slices of about one tick; between two slices others get their turn.
 //!
-//! Three rules keep one container's guests from delaying another's:
+//! Three rules keep one pod's guests from delaying another's:
 //! - A ticker thread advances the engine's epoch; a guest that runs into its deadline yields to the executor. The ticker
 //!   sleeps while no guest executes, so that an idle node costs nothing.
-//! - Of one container, no more guests than there are worker threads stand in the executor's queue at a time (its lane);
-//!   the others wait outside. Two hundred endless loops in one container thus cost another's request as much as two do.
+//! - Of one container, and of one pod, no more guests than there are worker threads stand in the executor's queue at a time
+//!   (their lanes); the others wait outside. Two hundred endless loops in one pod thus cost another's request as much as two
+//!   do, in however many containers they are; and those of one container cost its neighbour in the pod not much more.
 //! - A container with a CPU limit pays for each slice; one in debt sleeps until it has paid, as under CFS bandwidth control.
 //!   A slice costs the CPU time that its thread has had, not the time that went by: on a machine with more to do than it has
 //!   cores a container does not pay for the turns of others.
@@ -29,7 +30,7 @@ pub const FIRST_SLICE: u64 = 2;
 /// The ticker goes to sleep after this many ticks without a guest.
 const IDLE_TICKS: u32 = 20;
 /// A guest for whose place in the lane another one waits leaves it after this many slices.
-const TURN: u32 = 10;
+const MAX_SLICES: u32 = 10;
 /// The CPU limit is kept over this period, as CFS does it.
 const PERIOD: Duration = Duration::from_millis(100);
 
@@ -100,13 +101,27 @@ impl Drop for Ticker {
     }
 }
 
+/// The places that the guests of one container or pod have in the executor's queue.
+#[derive(Debug)]
+pub struct Lane {
+    places: Arc<Semaphore>,
+    /// Guests that wait for one.
+    waiting: AtomicUsize,
+}
+
+impl Lane {
+    pub fn new(places: usize) -> Self {
+        Self { places: Arc::new(Semaphore::new(places)), waiting: AtomicUsize::new(0) }
+    }
+}
+
 /// One container's part in the machine's time.
 #[derive(Debug)]
 pub struct CpuShare {
     ticker: Arc<Ticker>,
-    lane: Arc<Semaphore>,
-    /// Guests that wait for a place in the lane.
-    waiting: AtomicUsize,
+    /// The container's and the pod's. A guest takes a place in the first before it asks for one in the second, so that there
+    /// it waits for two of each container at most.
+    lanes: [Arc<Lane>; 2],
     used: AtomicU64,
     quota: Option<Quota>,
 }
@@ -148,14 +163,8 @@ impl Quota {
 }
 
 impl CpuShare {
-    pub fn new(ticker: Arc<Ticker>, lane: usize, limit: Option<f64>) -> Self {
-        Self {
-            ticker,
-            lane: Arc::new(Semaphore::new(lane)),
-            waiting: AtomicUsize::new(0),
-            used: AtomicU64::new(0),
-            quota: limit.map(Quota::new),
-        }
+    pub fn new(ticker: Arc<Ticker>, lanes: [Arc<Lane>; 2], limit: Option<f64>) -> Self {
+        Self { ticker, lanes, used: AtomicU64::new(0), quota: limit.map(Quota::new) }
     }
 
     pub fn used(&self) -> Duration {
@@ -222,8 +231,8 @@ type Acquire = BoxFuture<'static, Result<OwnedSemaphorePermit, AcquireError>>;
 pub struct Sliced<T> {
     guest: BoxFuture<'static, T>,
     share: Arc<CpuShare>,
-    /// Whether this guest has its place in the lane: it is executing, or yielded and will go on.
-    admitted: bool,
+    /// In how many lanes this guest has its place. In all: it is executing, or yielded and will go on.
+    admitted: usize,
     /// Slices since then.
     slices: u32,
     acquire: Option<Waiting>,
@@ -232,24 +241,27 @@ pub struct Sliced<T> {
 
 struct Waiting {
     acquire: Acquire,
-    share: Arc<CpuShare>,
+    lane: Arc<Lane>,
 }
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        self.share.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.lane.waiting.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 impl<T> Sliced<T> {
     pub fn new(share: Arc<CpuShare>, guest: impl Future<Output = T> + Send + 'static) -> Self {
-        Self { guest: Box::pin(guest), share, admitted: false, slices: 0, acquire: None, sleep: None }
+        Self { guest: Box::pin(guest), share, admitted: 0, slices: 0, acquire: None, sleep: None }
     }
 
     fn release(&mut self) {
-        if std::mem::take(&mut self.admitted) {
+        let held = std::mem::take(&mut self.admitted);
+        if held > 0 {
             self.slices = 0;
-            self.share.lane.add_permits(1);
+        }
+        for lane in self.share.lanes.iter().take(held) {
+            lane.places.add_permits(1);
         }
     }
 
@@ -266,25 +278,25 @@ impl<T> Sliced<T> {
                 return Poll::Pending;
             }
         }
-        if self.admitted {
-            return Poll::Ready(());
-        }
-        if self.acquire.is_none() {
-            if let Ok(permit) = self.share.lane.try_acquire() {
-                permit.forget();
-                self.admitted = true;
-                return Poll::Ready(());
+        while let Some(lane) = self.share.lanes.get(self.admitted) {
+            if self.acquire.is_none() {
+                if let Ok(permit) = lane.places.try_acquire() {
+                    permit.forget();
+                    self.admitted += 1;
+                    continue;
+                }
+                let lane = lane.clone();
+                lane.waiting.fetch_add(1, Ordering::Relaxed);
+                let acquire = Box::pin(lane.places.clone().acquire_owned());
+                self.acquire = Some(Waiting { acquire, lane });
             }
-            self.share.waiting.fetch_add(1, Ordering::Relaxed);
-            let acquire = Box::pin(self.share.lane.clone().acquire_owned());
-            self.acquire = Some(Waiting { acquire, share: self.share.clone() });
-        }
-        if let Some(waiting) = &mut self.acquire {
-            if let Ok(permit) = ready!(waiting.acquire.as_mut().poll(context)) {
-                permit.forget();
-                self.admitted = true;
+            if let Some(waiting) = &mut self.acquire {
+                if let Ok(permit) = ready!(waiting.acquire.as_mut().poll(context)) {
+                    permit.forget();
+                    self.admitted += 1;
+                }
+                self.acquire = None;
             }
-            self.acquire = None;
         }
         Poll::Ready(())
     }
@@ -299,10 +311,11 @@ impl<T> Future for Sliced<T> {
         let slice = Slice::begin(&this.share);
         let result = this.guest.as_mut().poll(context);
         drop(slice);
-        // A guest that yielded keeps its place until its turn is over.
+        // A guest that yielded keeps its place for some slices more.
         this.slices += 1;
-        let turn = this.slices < TURN || this.share.waiting.load(Ordering::Relaxed) == 0;
-        let keeps = result.is_pending() && YIELDED.get() && turn;
+        let may_keep =
+            this.slices < MAX_SLICES || this.share.lanes.iter().all(|lane| lane.waiting.load(Ordering::Relaxed) == 0);
+        let keeps = result.is_pending() && YIELDED.get() && may_keep;
         if !keeps {
             this.release();
         }
@@ -326,7 +339,7 @@ mod tests {
     fn share(limit: Option<f64>) -> (wasmtime::Engine, Arc<CpuShare>) {
         let engine = wasmtime::Engine::default();
         let ticker = Ticker::start(engine.weak()).unwrap();
-        (engine, Arc::new(CpuShare::new(ticker, 1, limit)))
+        (engine, Arc::new(CpuShare::new(ticker, [Arc::new(Lane::new(1)), Arc::new(Lane::new(1))], limit)))
     }
 
     /// Computes until this thread has had so much CPU time; gives the time that went by.
@@ -378,7 +391,7 @@ mod tests {
         let guest = Sliced::new(share.clone(), async { panic!("on purpose") });
         assert!(AssertUnwindSafe(guest).catch_unwind().now_or_never().unwrap().is_err());
         assert_eq!(share.ticker.executing.load(Ordering::SeqCst), 0, "the ticker would never sleep again");
-        assert_eq!(share.lane.available_permits(), 1);
+        assert!(share.lanes.iter().all(|lane| lane.places.available_permits() == 1));
         assert!(SLICE.get().is_none());
     }
 }

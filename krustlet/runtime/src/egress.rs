@@ -7,6 +7,7 @@ use crate::allowed_hosts::{AllowedHost, Host, Target};
 use crate::egress_policy::{EgressPolicy, Refused};
 use crate::logs::{LogFile, LogStream};
 use crate::memory::{Budget, Reservation};
+use crate::shares::{Share, Taken};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use http_body_util::BodyExt as _;
@@ -132,6 +133,7 @@ impl Outbound {
     pub fn new(
         egress: &Arc<Egress>,
         memory: &Arc<Budget>,
+        descriptors: &Arc<Share>,
         allowed_hosts: &[String],
         ca_bundle: Option<&str>,
         timeout: Duration,
@@ -143,6 +145,7 @@ impl Outbound {
             egress: egress.clone(),
             timeout,
             connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+            descriptors: descriptors.clone(),
             lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)),
         }));
         let client = Client::builder(TokioExecutor::new())
@@ -360,6 +363,8 @@ struct Connecting {
     tls: TlsConnector,
     timeout: Duration,
     connections: Arc<Semaphore>,
+    /// The pod's, of which connections are some.
+    descriptors: Arc<Share>,
     lookups: Arc<Semaphore>,
 }
 
@@ -388,6 +393,7 @@ impl Connecting {
         let target = Target::of(uri).map_err(ConnectError::Url)?;
         // Idle ones give up their place in a while, which is waited for.
         let permit = self.connections.clone().acquire_owned().await.map_err(|_| ConnectError::Limit)?;
+        let descriptor = self.descriptors.acquire(1).await;
         let addresses = self.addresses(&target).await?;
         let stream = self.connect_to(&addresses).await?;
         // A request must not wait for the acknowledgement of its own beginning.
@@ -401,7 +407,7 @@ impl Connecting {
         } else {
             Box::new(stream)
         };
-        Ok(OpenConnection { stream: TokioIo::new(stream), _permit: permit })
+        Ok(OpenConnection { stream: TokioIo::new(stream), _permit: permit, _descriptor: descriptor })
     }
 
     /// The addresses of a host: once resolved, they are all that is connected to.
@@ -455,6 +461,7 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 struct OpenConnection {
     stream: TokioIo<Box<dyn Stream>>,
     _permit: OwnedSemaphorePermit,
+    _descriptor: Taken,
 }
 
 impl Connection for OpenConnection {
@@ -529,7 +536,16 @@ mod tests {
             let egress = Arc::new(self.egress);
             let budget = Budget::node(u64::MAX);
             let timeout = Duration::from_secs(10);
-            let outbound = Outbound::new(&egress, &budget, &[allowed.to_owned()], ca_bundle, timeout, log).unwrap();
+            let outbound = Outbound::new(
+                &egress,
+                &budget,
+                &crate::shares::Pool::new(100, 1).share(),
+                &[allowed.to_owned()],
+                ca_bundle,
+                timeout,
+                log,
+            )
+            .unwrap();
             let directory = self.directory;
             (outbound, move || std::fs::read_to_string(directory.path().join("0.log")).unwrap())
         }

@@ -3,26 +3,28 @@
 //! Guests have an executor of their own: a guest that computes can delay other guests by a slice, and the node's own
 //! work (heartbeats, the pod watch, the API) not at all.
 
-use crate::cpu::{CpuShare, Ticker};
+use crate::cpu::{CpuShare, Lane, Ticker};
 use crate::egress::Egress;
 use crate::guest::{self, ComponentState, CoreState};
 use crate::memory::{Budget, Division, Machine, node_budget};
+use crate::tenants::{Tenant, Tenants};
 use std::sync::Arc;
 use tokio::runtime::Handle;
 use wasmtime::component::Linker;
 use wasmtime::error::Context as _;
 use wasmtime::{Config, Enabled, Engine, InstanceAllocationStrategy, OptLevel, PoolingAllocationConfig};
 
-/// Instances that may be alive at once on a node. Each reserves 4 GiB of address space, none costs memory before it is used.
+/// Instances that may be alive at once on a node. Each reserves 8 GiB of address space, none costs memory before it is used.
 /// The smaller numbers are for machines whose kernel or limits give less address space.
 const MAX_INSTANCES: [u32; 3] = [2000, 400, 50];
-/// A component is several core instances (its modules and the adapters between them).
-const CORE_INSTANCES: u32 = 8;
-const TABLES: u32 = 4;
+/// A component is several core instances (its modules and the adapters between them). The pool only counts them.
+const CORE_INSTANCES: u32 = 256;
+/// What one of the node's instances stands for; a module that needs more counts as several. The second memory is the heap of
+/// guests in garbage-collected languages, which nothing says beforehand that they need.
+pub const MEMORIES: u32 = 2;
+pub const TABLES: u32 = 4;
 /// Large enough for the function tables of language runtimes compiled to wasm.
 pub const TABLE_ELEMENTS: usize = 100_000;
-/// Only guests in garbage-collected languages have a heap of this kind: one instance in so many.
-const INSTANCES_PER_GC_HEAP: u32 = 10;
 /// Slots that stay warm for another instance of the same module.
 const WARM_SLOTS: u32 = 64;
 /// Memory that an idle slot keeps; clearing it is cheaper than having the kernel map it again at the next request. Every slot
@@ -51,6 +53,7 @@ pub struct Executor {
     pub memory: Arc<Budget>,
     /// A container's limit where its pod sets none.
     pub default_memory: u64,
+    pub tenants: Tenants,
     ticker: Arc<Ticker>,
     workers: usize,
     runtime: Option<tokio::runtime::Runtime>,
@@ -58,16 +61,17 @@ pub struct Executor {
 }
 
 impl Executor {
-    /// `guest_memory` is what guests may take together, instead of what the machine can spare.
-    pub fn new(egress: Arc<Egress>, guest_memory: Option<u64>) -> wasmtime::Result<Self> {
+    /// For at most `max_pods` pods. `guest_memory` is what guests may take together, instead of what the machine can spare.
+    pub fn new(egress: Arc<Egress>, guest_memory: Option<u64>, max_pods: usize) -> wasmtime::Result<Self> {
         let machine = Machine::this();
         let division = Division::of(machine.total().unwrap_or(UNKNOWN_MACHINE), guest_memory);
-        let engine = engine(division.idle).context("failed to make the wasm engine")?;
+        let (engine, instances) = engine(division.idle).context("failed to make the wasm engine")?;
         let ticker = Ticker::start(engine.weak()).context("failed to start the epoch thread")?;
         let workers = std::thread::available_parallelism().map_or(1, usize::from);
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(workers)
             .thread_name("guest")
+            .max_blocking_threads(instances as usize)
             .event_interval(POLLS_BETWEEN_EVENTS)
             .enable_all()
             .build()
@@ -79,6 +83,7 @@ impl Executor {
             runtime: Some(runtime),
             engine,
             egress,
+            tenants: Tenants::new(instances as usize, workers, max_pods, machine.total()),
             memory: node_budget(machine, division),
             default_memory: division.default_limit,
             ticker,
@@ -90,12 +95,13 @@ impl Executor {
     #[cfg(any(test, feature = "fuzzing"))]
     pub fn for_tests() -> wasmtime::Result<Self> {
         let egress = Egress::new(crate::EgressConfig::default()).map_err(wasmtime::Error::msg)?;
-        Self::new(Arc::new(egress), None)
+        Self::new(Arc::new(egress), None, 10)
     }
 
     /// One container's part in these threads' time.
-    pub fn share(&self, limit: Option<f64>) -> CpuShare {
-        CpuShare::new(self.ticker.clone(), self.workers, limit)
+    pub fn share(&self, tenant: &Tenant, limit: Option<f64>) -> CpuShare {
+        let own = Arc::new(Lane::new(self.workers));
+        CpuShare::new(self.ticker.clone(), [own, tenant.lane.clone()], limit)
     }
 
     pub fn handle(&self) -> &Handle {
@@ -112,13 +118,14 @@ impl Drop for Executor {
     }
 }
 
-/// `idle` bytes are what all idle slots together may keep.
-fn engine(idle: u64) -> wasmtime::Result<Engine> {
-    let mut result = Engine::new(&config(MAX_INSTANCES[0], idle));
+/// The engine, and how many instances it holds. `idle` bytes are what all idle slots together may keep.
+fn engine(idle: u64) -> wasmtime::Result<(Engine, u32)> {
+    let make = |instances| -> wasmtime::Result<_> { Ok((Engine::new(&config(instances, idle))?, instances)) };
+    let mut result = make(MAX_INSTANCES[0]);
     for instances in &MAX_INSTANCES[1..] {
         if let Err(error) = &result {
             tracing::warn!(%error, instances, "this machine gives little address space; it holds fewer instances at once");
-            result = Engine::new(&config(*instances, idle));
+            result = make(*instances);
         }
     }
     result
@@ -128,6 +135,7 @@ fn engine(idle: u64) -> wasmtime::Result<Engine> {
 fn keep_resident(instances: u32, idle: u64) -> (usize, usize) {
     let tables = KEEP_TABLE * TABLES as usize;
     let share = usize::try_from(idle / u64::from(instances.max(1))).unwrap_or(usize::MAX).saturating_sub(tables);
+    let share = share / MEMORIES as usize;
     (share.min(if kernel_scans_pages() { KEEP_RESIDENT } else { KEEP_RESIDENT_BLIND }), KEEP_TABLE)
 }
 
@@ -135,10 +143,11 @@ fn config(instances: u32, idle: u64) -> Config {
     let mut pool = PoolingAllocationConfig::new();
     pool.total_component_instances(instances)
         .total_core_instances(instances * CORE_INSTANCES)
-        .total_memories(instances)
+        .max_core_instances_per_component(CORE_INSTANCES)
+        .total_memories(instances * MEMORIES)
         .total_tables(instances * TABLES)
         .total_stacks(instances)
-        .total_gc_heaps(instances.div_ceil(INSTANCES_PER_GC_HEAP))
+        .total_gc_heaps(instances)
         .max_memories_per_module(4)
         .max_tables_per_module(8)
         .table_elements(TABLE_ELEMENTS)
@@ -202,7 +211,8 @@ mod tests {
             let idle = Division::of(machine, None).idle;
             for instances in MAX_INSTANCES {
                 let (memory, table) = keep_resident(instances, idle);
-                let kept = u64::from(instances) * (memory as u64 + u64::from(TABLES) * table as u64);
+                let kept =
+                    u64::from(instances) * (u64::from(MEMORIES) * memory as u64 + u64::from(TABLES) * table as u64);
                 assert!(kept <= idle, "{kept} of {idle}");
             }
         }

@@ -4,11 +4,13 @@ use crate::cpu::{self, CpuShare, FIRST_SLICE};
 use crate::egress::Outbound;
 use crate::engine::Executor;
 use crate::error::StartError;
+use crate::files::{self, OpenFiles};
 use crate::limits::{Limiter, MemoryLimitExceeded};
 use crate::logs::{LogFile, LogStream};
 use crate::memory::{Budget, Scope};
 use crate::metrics::LiveInstance;
 use crate::mounts::{self, Mount};
+use crate::tenants::Tenant;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -50,15 +52,18 @@ pub struct ContainerSpec {
     pub allowed_hosts: Vec<String>,
     /// Certificate authorities in PEM that the guest's https requests trust beside those that the node trusts.
     pub ca_bundle: Option<String>,
-    /// A request that takes longer is answered with 504.
+    /// A request whose answer has not begun after this is answered with 504.
     pub request_timeout: Duration,
-    /// Requests beyond this many at once are answered with 503.
+    /// An answer that has begun may pause for so long.
+    pub stream_idle_timeout: Duration,
+    /// Requests beyond this many at once wait.
     pub max_concurrent_requests: usize,
     pub log: LogFile,
 }
 
 impl ContainerSpec {
     pub const DEFAULT_REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+    pub const DEFAULT_STREAM_IDLE_TIMEOUT: Duration = Duration::from_secs(300);
     pub const DEFAULT_MAX_CONCURRENT_REQUESTS: usize = 200;
 
     /// A container that is given nothing, with the default limits.
@@ -75,6 +80,7 @@ impl ContainerSpec {
             allowed_hosts: Vec::new(),
             ca_bundle: None,
             request_timeout: Self::DEFAULT_REQUEST_TIMEOUT,
+            stream_idle_timeout: Self::DEFAULT_STREAM_IDLE_TIMEOUT,
             max_concurrent_requests: Self::DEFAULT_MAX_CONCURRENT_REQUESTS,
             log,
         }
@@ -101,6 +107,7 @@ pub struct PodMemory(pub(crate) Arc<Budget>);
 /// A specification made ready: what its instances share.
 pub struct Container {
     pub spec: ContainerSpec,
+    pub tenant: Arc<Tenant>,
     pub cpu: Arc<CpuShare>,
     /// What this container holds, within `limit`.
     pub memory: Arc<Budget>,
@@ -122,6 +129,7 @@ impl Container {
     /// `predecessor` is the container whose place this one takes while requests are still answered by it.
     pub fn new(mut spec: ContainerSpec, executor: &Executor, predecessor: Option<&Self>) -> Result<Self, StartError> {
         spec.request_timeout = spec.request_timeout.min(MAX_REQUEST_TIMEOUT);
+        spec.stream_idle_timeout = spec.stream_idle_timeout.min(MAX_REQUEST_TIMEOUT);
         let mounts = std::mem::take(&mut spec.mounts);
         let program = spec.name.rsplit('/').next().unwrap_or_default().to_owned();
         let environment = Arc::new(Environment {
@@ -143,17 +151,19 @@ impl Container {
         };
         limit.set_limit(bytes);
         let memory = Budget::within(&limit, Scope::Container, u64::MAX);
+        let tenant = executor.tenants.of(&spec.name);
         let outbound = Outbound::new(
             &executor.egress,
             &memory,
+            &tenant.descriptors,
             &spec.allowed_hosts,
             spec.ca_bundle.as_deref(),
             spec.request_timeout,
             spec.log.clone(),
         )
         .map_err(|cause| StartError::Config { container: spec.name.clone(), cause })?;
-        let cpu = Arc::new(executor.share(spec.cpu_limit));
-        Ok(Self { spec, cpu, memory, limit, environment, filesystem, outbound })
+        let cpu = Arc::new(executor.share(&tenant, spec.cpu_limit));
+        Ok(Self { spec, tenant, cpu, memory, limit, environment, filesystem, outbound })
     }
 
     /// All but directories and environment, which are the container's and not each instance's own.
@@ -166,6 +176,10 @@ impl Container {
             .allow_udp(false)
             .allow_ip_name_lookup(false);
         wasi
+    }
+
+    fn open_files(&self) -> OpenFiles {
+        OpenFiles::new(self.tenant.descriptors.clone())
     }
 
     /// The store of one component instance.
@@ -181,6 +195,7 @@ impl Container {
             table,
             outbound: self.outbound.clone(),
             limiter: Limiter::new(self.memory.clone())?,
+            open_files: self.open_files(),
             _live: live,
         };
         let mut store = Store::new(engine, state);
@@ -202,7 +217,8 @@ impl Container {
         let mut wasi = wasi.build_p1();
         wasi.ctx().ctx.filesystem().clone_from(&self.filesystem);
         wasi.ctx().table.set_max_capacity(MAX_RESOURCES);
-        let state = CoreState { wasi, limiter: Limiter::new(self.memory.clone())?, _live: live };
+        let limiter = Limiter::new(self.memory.clone())?;
+        let state = CoreState { wasi, limiter, open_files: self.open_files(), _live: live };
         let mut store = Store::new(engine, state);
         store.limiter(|state| &mut state.limiter);
         store.set_epoch_deadline(FIRST_SLICE);
@@ -219,6 +235,7 @@ pub struct ComponentState {
     table: ResourceTable,
     outbound: Outbound,
     limiter: Limiter,
+    pub open_files: OpenFiles,
     _live: LiveInstance,
 }
 
@@ -257,8 +274,9 @@ impl WasiHttpView for ComponentState {
 
 /// The host side of a core module instance.
 pub struct CoreState {
-    wasi: WasiP1Ctx,
+    pub wasi: WasiP1Ctx,
     limiter: Limiter,
+    pub open_files: OpenFiles,
     _live: LiveInstance,
 }
 
@@ -273,6 +291,7 @@ pub fn component_linker(engine: &Engine) -> wasmtime::Result<Linker<ComponentSta
     linker.allow_shadowing(true);
     cli::environment::add_to_linker::<ComponentState, SharedEnvironment>(&mut linker, |state| &*state.environment)?;
     linker.allow_shadowing(false);
+    files::limit_component(&mut linker)?;
     Ok(linker)
 }
 
@@ -280,6 +299,7 @@ pub fn component_linker(engine: &Engine) -> wasmtime::Result<Linker<ComponentSta
 pub fn core_linker(engine: &Engine) -> wasmtime::Result<wasmtime::Linker<CoreState>> {
     let mut linker = wasmtime::Linker::new(engine);
     wasmtime_wasi::p1::add_to_linker_async(&mut linker, |state: &mut CoreState| &mut state.wasi)?;
+    files::limit_core(&mut linker)?;
     Ok(linker)
 }
 
@@ -293,6 +313,8 @@ pub enum Failure {
     /// All instances that the node can hold at once are taken.
     NodeFull,
     TimedOut,
+    /// Its answer has begun and does not go on.
+    Stalled,
     Trap(String),
 }
 
@@ -304,6 +326,7 @@ impl fmt::Display for Failure {
             Self::MemoryTaken(message) => write!(formatter, "no memory is left for it: {message}"),
             Self::NodeFull => write!(formatter, "the node holds as many instances as it can"),
             Self::TimedOut => write!(formatter, "the request took longer than its timeout"),
+            Self::Stalled => write!(formatter, "its answer came to a stop for longer than its stream idle timeout"),
             Self::Trap(message) => write!(formatter, "the guest failed: {message}"),
         }
     }

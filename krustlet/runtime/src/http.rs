@@ -1,49 +1,43 @@
-//! Serves wasi:http/proxy components: a listener for each port of a container, a fresh instance a request.
-//!
-//! A guest that answers in one go is executed by its connection's own task, so that an ordinary request costs no task, no
-//! channel and no timer. One that writes on after its answer has begun gets a task then. When the client goes away, the
-//! guest goes with it.
+//! Serves wasi:http/proxy components: a listener for each port of a container, its connections, and the module behind them.
 
-use crate::answer::{Answer, Exchange, GuestResponse as _, Progress, Running, Sending};
-use crate::cpu::{CpuShare, Sliced};
+use crate::admission::Admission;
+use crate::connection::{Connection, Connections, Limits, Lost, Registered, Stream};
+use crate::cpu::CpuShare;
 use crate::engine::Executor;
 use crate::error::StartError;
-use crate::guest::{Container, ContainerSpec, Failure, Stats};
-use crate::logs::LogStream;
+use crate::guest::{ComponentState, Container, ContainerSpec, Stats};
+use crate::handler::handle;
 use crate::memory::Budget;
 use crate::metrics::Metrics;
 use crate::module::{Code, Module};
-use crate::slow_client::{Patience, Traffic, Turn, WriteTimeout};
+use crate::shares::Share;
 use futures::future::join_all;
-use hyper::body::Incoming;
 use hyper::service::service_fn;
-use hyper::{Request, Response, StatusCode, header};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use std::convert::Infallible;
+use parking_lot::{Mutex, RwLock};
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use wasmtime::Store;
-use wasmtime_wasi_http::WasiHttpView as _;
 use wasmtime_wasi_http::p2::bindings::ProxyPre;
-use wasmtime_wasi_http::p2::bindings::http::types::Scheme;
 
 const BACKLOG: u32 = 1024;
 const MAX_HEAD: usize = 64 * 1024;
-const MAX_STREAMS: u32 = 128;
+/// The least that RFC 9113 (5.1.2) recommends.
+const MAX_STREAMS: u32 = 100;
+/// What a client may send on one HTTP/2 connection before somebody reads it, and what may wait to be sent on one stream.
+const WINDOW: u32 = 128 * 1024;
+const STREAM_WINDOW: u32 = 64 * 1024;
+const STREAM_SEND_BUFFER: usize = 16 * 1024;
 /// When the process is out of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-
-type Guest = crate::guest::ComponentState;
 
 /// A container that answers HTTP. Dropping it stops it at once; `drain` stops it gracefully.
 pub struct HttpServer {
@@ -52,31 +46,32 @@ pub struct HttpServer {
 }
 
 pub struct Server {
-    executor: Arc<Executor>,
-    metrics: Metrics,
+    pub executor: Arc<Executor>,
+    pub metrics: Metrics,
+    pub local_addr: SocketAddr,
+    pub limits: Limits,
+    pub admission: Arc<Admission>,
+    pub connections: Arc<Connections>,
     current: RwLock<Arc<Serving>>,
     retired: Mutex<Retired>,
-    patience: Patience,
-    /// Answers that wait for their clients.
-    untaken: Arc<AtomicUsize>,
     requests: AtomicU64,
-    in_flight: AtomicUsize,
-    idle: Notify,
     /// No connection is accepted any more.
     closed: CancellationToken,
     /// No connection is open any more.
     drained: CancellationToken,
     /// What still runs is cut.
-    aborted: CancellationToken,
+    pub aborted: CancellationToken,
     protocol: auto::Builder<TokioExecutor>,
 }
 
 /// What requests are answered with at the moment.
-struct Serving {
-    guest: ProxyPre<Guest>,
+pub struct Serving {
+    pub guest: ProxyPre<ComponentState>,
     /// While this is served, the next pod with the same module need not load it.
     _module: Module,
-    container: Arc<Container>,
+    pub container: Arc<Container>,
+    /// Of the node's instances, what one of these counts for.
+    pub units: usize,
 }
 
 /// What containers used that were swapped out.
@@ -93,18 +88,10 @@ impl HttpServer {
         module: &Module,
         spec: ContainerSpec,
         addresses: &[SocketAddr],
-        patience: Patience,
+        limits: Limits,
     ) -> Result<Self, StartError> {
         let name = spec.name.clone();
         let serving = Serving::new(executor, module, spec, None)?;
-        let mut protocol = auto::Builder::new(TokioExecutor::new());
-        protocol.http1().timer(TokioTimer::new()).header_read_timeout(patience.head).max_buf_size(MAX_HEAD);
-        protocol
-            .http2()
-            .timer(TokioTimer::new())
-            .max_concurrent_streams(MAX_STREAMS)
-            .max_header_list_size(MAX_HEAD as u32)
-            .keep_alive_interval(patience.head);
         // The listener belongs to the guests' executor, whoever calls.
         let entered = executor.handle().enter();
         let listen = |address: &SocketAddr| {
@@ -131,17 +118,17 @@ impl HttpServer {
         let server = Arc::new(Server {
             executor: executor.clone(),
             metrics: metrics.clone(),
+            local_addr,
+            limits,
+            admission: serving.admission(&limits),
+            connections: Connections::new(),
             current: RwLock::new(Arc::new(serving)),
             retired: Mutex::default(),
-            patience,
-            untaken: Arc::default(),
             requests: AtomicU64::new(0),
-            in_flight: AtomicUsize::new(0),
-            idle: Notify::new(),
             closed: CancellationToken::new(),
             drained: CancellationToken::new(),
             aborted: CancellationToken::new(),
-            protocol,
+            protocol: protocol(&limits),
         });
         executor.handle().spawn(accept_all(server.clone(), listeners));
         Ok(Self { local_addr, server })
@@ -157,11 +144,10 @@ impl HttpServer {
     pub async fn swap(&self, module: &Module, spec: ContainerSpec) -> Result<(), StartError> {
         let predecessor = self.server.current();
         let serving = Serving::new(&self.server.executor, module, spec, Some(&predecessor.container))?;
-        let old = {
-            let mut current = self.server.current.write().unwrap_or_else(PoisonError::into_inner);
-            std::mem::replace(&mut *current, Arc::new(serving))
-        };
-        lock(&self.server.retired).finishing.push((old.container.cpu.clone(), old.container.memory.clone()));
+        let limit = serving.container.spec.max_concurrent_requests;
+        let old = std::mem::replace(&mut *self.server.current.write(), Arc::new(serving));
+        self.server.admission.set_limit(limit);
+        self.server.retired.lock().finishing.push((old.container.cpu.clone(), old.container.memory.clone()));
         Ok(())
     }
 
@@ -171,7 +157,7 @@ impl HttpServer {
         self.server.closed.cancel();
         let finished = tokio::time::timeout(grace, async {
             self.server.drained.cancelled().await;
-            self.server.until_idle().await;
+            self.server.admission.until_idle().await;
         })
         .await
         .is_ok();
@@ -181,7 +167,7 @@ impl HttpServer {
 
     pub fn stats(&self) -> Stats {
         let current = self.server.current();
-        let mut retired = lock(&self.server.retired);
+        let mut retired = self.server.retired.lock();
         let mut memory_bytes = current.container.memory.used();
         let mut cpu_time = current.container.cpu.used();
         let Retired { cpu_time: ended, finishing } = &mut *retired;
@@ -194,7 +180,7 @@ impl HttpServer {
         });
         Stats {
             requests: self.server.requests.load(Ordering::Relaxed),
-            in_flight: self.server.in_flight.load(Ordering::Relaxed) as u64,
+            in_flight: self.server.admission.running() as u64,
             memory_bytes,
             cpu_time: cpu_time + *ended,
         }
@@ -228,15 +214,48 @@ impl Serving {
                 permanent: true,
             });
         };
+        let units = module.units();
         let container = Arc::new(Container::new(spec, executor, predecessor)?);
-        Ok(Self { guest: guest.clone(), _module: module.clone(), container })
+        if units > container.tenant.instances.most() {
+            return Err(StartError::Create {
+                container: container.spec.name.clone(),
+                cause: format!(
+                    "an instance of its module takes {units} of the node's places, more than a pod may have"
+                ),
+                permanent: true,
+            });
+        }
+        Ok(Self { guest: guest.clone(), _module: module.clone(), container, units })
     }
+
+    fn admission(&self, limits: &Limits) -> Arc<Admission> {
+        let Container { spec, tenant, .. } = &*self.container;
+        Admission::new(tenant.instances.clone(), spec.max_concurrent_requests, limits.queue)
+    }
+}
+
+fn protocol(limits: &Limits) -> auto::Builder<TokioExecutor> {
+    let mut protocol = auto::Builder::new(TokioExecutor::new());
+    // Its timeout would run on a connection that is idle, too; ours is in `Connection::lost`.
+    protocol.http1().timer(TokioTimer::new()).header_read_timeout(None).max_buf_size(MAX_HEAD);
+    protocol
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_header_list_size(MAX_HEAD as u32)
+        .initial_connection_window_size(WINDOW)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .max_send_buf_size(STREAM_SEND_BUFFER)
+        .keep_alive_interval(limits.read_header_timeout);
+    protocol
 }
 
 fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     // So that a restart need not wait for the connections of the last run to time out.
     socket.set_reuseaddr(true)?;
+    // Inherited by connections: so that one whose client is gone without a word ends some day.
+    socket.set_keepalive(true)?;
     socket.bind(address)?;
     socket.listen(BACKLOG)
 }
@@ -245,27 +264,28 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 /// connection has ended.
 async fn accept_all(server: Arc<Server>, listeners: Vec<TcpListener>) {
     let open = TaskTracker::new();
-    let connections = Arc::new(Semaphore::new(server.patience.connections));
-    join_all(listeners.into_iter().map(|listener| accept(&server, listener, &open, &connections))).await;
+    let descriptors = server.current().container.tenant.descriptors.clone();
+    join_all(listeners.into_iter().map(|listener| accept(&server, listener, &open, &descriptors))).await;
     open.close();
     open.wait().await;
     server.drained.cancel();
 }
 
-async fn accept(server: &Arc<Server>, listener: TcpListener, open: &TaskTracker, connections: &Arc<Semaphore>) {
+async fn accept(server: &Arc<Server>, listener: TcpListener, open: &TaskTracker, descriptors: &Arc<Share>) {
     let mut failing = false;
     loop {
+        // First the connection, then room for it: an idle one gives way to one that is there, not to one that may come.
         let accepted = async {
-            let permit = connections.clone().acquire_owned().await;
-            (permit, listener.accept().await)
+            let (stream, _) = listener.accept().await?;
+            Ok((stream, server.connections.admit(&server.limits, descriptors).await))
         };
-        let (permit, stream) = tokio::select! {
+        let accepted: io::Result<_> = tokio::select! {
             biased;
             () = server.closed.cancelled() => break,
             accepted = accepted => accepted,
         };
-        let stream = match stream {
-            Ok((stream, _)) => stream,
+        let (stream, registered) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 // Once for a whole series: it may go on for long, on every port of the node.
                 if !std::mem::replace(&mut failing, true) {
@@ -277,208 +297,54 @@ async fn accept(server: &Arc<Server>, listener: TcpListener, open: &TaskTracker,
         };
         failing = false;
         let server = server.clone();
-        open.spawn(async move {
-            connection(&server, stream).await;
-            drop(permit);
-        });
+        open.spawn(async move { serve(&server, stream, registered).await });
     }
 }
 
 /// One connection's life.
-async fn connection(server: &Arc<Server>, stream: TcpStream) {
+async fn serve(server: &Arc<Server>, stream: TcpStream, registered: Registered) {
+    let connection: &Arc<Connection> = &registered.connection;
     // Small answers must not wait for the client's acknowledgement of earlier ones.
     let _ = stream.set_nodelay(true);
-    let traffic = Traffic::new(server.untaken.clone());
-    let service = service_fn(|request| handle(server.clone(), traffic.begin(), request));
-    let stream = TokioIo::new(WriteTimeout::new(stream, server.patience.write));
-    let mut connection = pin!(server.protocol.serve_connection(stream, service));
+    // Counted here: in HTTP/2 what answers is another task, which begins some time later.
+    let local_addr = stream.local_addr().unwrap_or(server.local_addr);
+    let service = service_fn(|request| handle(server.clone(), connection.begin(), local_addr, request));
+    let stream = TokioIo::new(Stream::new(stream, connection.clone(), server.limits.write_timeout));
+    let mut serving = pin!(server.protocol.serve_connection(stream, service));
     let lost = tokio::select! {
         biased;
         () = server.aborted.cancelled() => return,
         // A client that breaks off is no matter for the log.
-        _ = connection.as_mut() => return,
-        () = server.closed.cancelled() => false,
-        () = traffic.abandoned(server.patience.turn) => true,
+        _ = serving.as_mut() => return,
+        () = server.closed.cancelled() => None,
+        lost = connection.lost(&server.limits) => Some(lost),
     };
     // Requests that have begun are answered, no other is taken.
-    connection.as_mut().graceful_shutdown();
+    serving.as_mut().graceful_shutdown();
+    if lost == Some(Lost::Evicted) && (futures::poll!(serving.as_mut()).is_ready() || connection.is_idle()) {
+        // Another waits for its room. It was told what its protocol has a word for.
+        return;
+    }
     let end = async {
-        if !lost {
-            traffic.abandoned(server.patience.turn).await;
+        if lost != Some(Lost::TimedOut) {
+            connection.until_idle(&server.limits).await;
         }
-        tokio::time::sleep(server.patience.farewell).await;
+        tokio::time::sleep(server.limits.close_timeout).await;
     };
     tokio::select! {
         biased;
         () = server.aborted.cancelled() => {}
-        _ = connection => {}
+        _ = serving => {}
         () = end => {}
     }
 }
 
 impl Server {
-    fn current(&self) -> Arc<Serving> {
-        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    pub fn current(&self) -> Arc<Serving> {
+        self.current.read().clone()
     }
 
-    async fn until_idle(&self) {
-        loop {
-            let idle = self.idle.notified();
-            if self.in_flight.load(Ordering::SeqCst) == 0 {
-                return;
-            }
-            idle.await;
-        }
+    pub fn count_request(&self) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
     }
-
-    pub fn executor(&self) -> &Executor {
-        &self.executor
-    }
-
-    pub fn aborted(&self) -> &CancellationToken {
-        &self.aborted
-    }
-}
-
-/// Counts a request for as long as its guest runs.
-pub struct InFlight(Arc<Server>);
-
-impl InFlight {
-    /// None when `limit` requests are in flight.
-    fn begin(server: &Arc<Server>, limit: usize) -> Option<Self> {
-        server.requests.fetch_add(1, Ordering::Relaxed);
-        let counted = Self(server.clone());
-        // Counted before it is compared, and uncounted by the drop.
-        (server.in_flight.fetch_add(1, Ordering::SeqCst) < limit).then_some(counted)
-    }
-
-    pub fn server(&self) -> &Arc<Server> {
-        &self.0
-    }
-}
-
-impl Drop for InFlight {
-    fn drop(&mut self) {
-        if self.0.in_flight.fetch_sub(1, Ordering::SeqCst) == 1 {
-            self.0.idle.notify_waiters();
-        }
-    }
-}
-
-async fn handle(server: Arc<Server>, turn: Turn, request: Request<Incoming>) -> Result<Response<Sending>, Infallible> {
-    let began = Instant::now();
-    let response = answer(&server, request, began).await;
-    server.metrics.answered(response.status(), began.elapsed());
-    Ok(response.map(|answer| Sending::new(answer, turn)))
-}
-
-async fn answer(server: &Arc<Server>, request: Request<Incoming>, began: Instant) -> Response<Answer> {
-    let serving = server.current();
-    let container = &serving.container;
-    let Some(in_flight) = InFlight::begin(server, container.spec.max_concurrent_requests) else {
-        return refusal(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once\n");
-    };
-    if server.untaken.load(Ordering::Relaxed) >= server.patience.untaken {
-        return refusal(StatusCode::SERVICE_UNAVAILABLE, "too many clients do not read their answers\n");
-    }
-    let named = request.uri().authority().is_some()
-        || request.headers().get(header::HOST).is_some_and(|host| host.to_str().is_ok());
-    if !named {
-        return refusal(StatusCode::BAD_REQUEST, "the request names no host\n");
-    }
-    let exchange = Arc::<Exchange>::default();
-    let mut running = Running {
-        guest: Sliced::new(container.cpu.clone(), execute(server.clone(), serving.clone(), request, exchange.clone())),
-        exchange: exchange.clone(),
-        container: container.clone(),
-        deadline: began + container.spec.request_timeout,
-        timer: None,
-        in_flight,
-    };
-    let failure = match (running.progress().await, exchange.take_answer()) {
-        (Progress::Failed(failure), _) => failure,
-        // hyper takes a 101 for the end of HTTP on this connection.
-        (_, Some(Ok(response))) if response.status().is_informational() => {
-            Failure::Trap(format!("it answered with status {}, which only announces an answer", response.status()))
-        }
-        (Progress::Answered, Some(Ok(response))) => return response.map_into_streaming(running),
-        (Progress::Ended, Some(Ok(response))) => {
-            drop(running);
-            match response.map_into_whole().await {
-                Ok(response) => return response,
-                Err(error) => Failure::Trap(error),
-            }
-        }
-        (_, Some(Err(code))) => Failure::Trap(format!("it answered with error code {code:?}")),
-        (_, None) => Failure::Trap("it ended without an answer".into()),
-    };
-    failed(container, &failure)
-}
-
-/// The answer to a request whose guest failed before anything was sent; the reason goes to the container's log.
-fn failed(container: &Container, failure: &Failure) -> Response<Answer> {
-    report(container, failure);
-    match failure {
-        Failure::TimedOut => refusal(StatusCode::GATEWAY_TIMEOUT, "the guest took too long\n"),
-        Failure::NodeFull => refusal(StatusCode::SERVICE_UNAVAILABLE, "the node is out of instances\n"),
-        Failure::MemoryTaken(_) => refusal(StatusCode::SERVICE_UNAVAILABLE, "no memory is left for the request\n"),
-        Failure::OutOfMemory(_) => refusal(StatusCode::INTERNAL_SERVER_ERROR, "the guest ran out of memory\n"),
-        Failure::Exit(_) | Failure::Trap(_) => refusal(StatusCode::INTERNAL_SERVER_ERROR, "the guest failed\n"),
-    }
-}
-
-/// Tells a failed request's reason where `kubectl logs` shows it.
-pub fn report(container: &Container, failure: &Failure) {
-    tracing::debug!(container = container.spec.name, %failure, "a request failed");
-    container.spec.log.write_line(LogStream::Stderr, &format!("krustlet: request failed: {failure}"));
-}
-
-fn refusal(status: StatusCode, text: &'static str) -> Response<Answer> {
-    let mut response = Response::new(Answer::text(text));
-    *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/plain"));
-    if status == StatusCode::SERVICE_UNAVAILABLE {
-        response.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
-    }
-    response
-}
-
-/// One instance's life.
-async fn execute(server: Arc<Server>, serving: Arc<Serving>, request: Request<Incoming>, exchange: Arc<Exchange>) {
-    match serving.container.component_store(&server.executor.engine, server.metrics.instance()) {
-        Ok(mut store) => {
-            if let Err(error) = call(&serving, &mut store, request, &exchange).await {
-                tell(&exchange, &error);
-            }
-            // Only now are the guest's streams closed.
-            drop(store);
-        }
-        Err(error) => tell(&exchange, &error),
-    }
-}
-
-fn tell(exchange: &Exchange, error: &wasmtime::Error) {
-    match Failure::of(error) {
-        // Exiting is a way of returning.
-        Failure::Exit(0) => {}
-        failure => exchange.fail(failure),
-    }
-}
-
-async fn call(
-    serving: &Serving,
-    store: &mut Store<Guest>,
-    request: Request<Incoming>,
-    exchange: &Arc<Exchange>,
-) -> wasmtime::Result<()> {
-    let request = store.data_mut().http().new_incoming_request(Scheme::Http, request)?;
-    let exchange = exchange.clone();
-    let answer = store.data_mut().http().new_response_outparam_from_callback(move |answer| exchange.answer(answer))?;
-    let guest = serving.guest.instantiate_async(&mut *store).await?;
-    guest.wasi_http_incoming_handler().call_handle(store, request, answer).await
-}
-
-/// A poisoned lock only means that another thread panicked between two assignments.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

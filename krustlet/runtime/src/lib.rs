@@ -3,22 +3,27 @@
 //! A name becomes an [`Image`] (`pull`: digests, artifact type and signature checked), an image a [`Module`] (`load`:
 //! compiled once, cached on disk), a module an [`HttpServer`] (`serve`) or an [`Execution`] (`run`).
 
+mod admission;
 mod allowed_hosts;
 mod answer;
 mod artifact;
+mod authority;
 mod challenge;
 mod command;
 mod compile;
+mod connection;
 mod cpu;
 mod credentials;
 mod egress;
 mod egress_policy;
 mod engine;
 mod error;
+mod files;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 mod garbage;
 mod guest;
+mod handler;
 mod http;
 mod image_name;
 mod imports;
@@ -35,9 +40,10 @@ mod pull_places;
 mod pull_records;
 mod registry;
 mod sandbox;
+mod shares;
 mod signature;
-mod slow_client;
 mod store;
+mod tenants;
 #[cfg(test)]
 mod testing;
 mod trusted;
@@ -60,6 +66,7 @@ pub use registry::{OperatorsRegistries, PullPolicy};
 pub use signature::{PublicKey, Verification};
 
 use anyhow::Context as _;
+use connection::Limits;
 use egress::Egress;
 use engine::Executor;
 use image_name::ImageName;
@@ -72,7 +79,6 @@ use pull::Puller;
 use pull_places::Places;
 use pull_records::PullRecords;
 use registry::RegistryClient;
-use slow_client::Patience;
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::Hash;
@@ -99,6 +105,8 @@ pub struct RuntimeConfig {
     pub egress: EgressConfig,
     /// Bytes that all guests may make the node hold together; what the machine can spare without it.
     pub guest_memory: Option<u64>,
+    /// Pods that may run at a time: each is guaranteed its part of what the node has.
+    pub max_pods: usize,
 }
 
 /// A verified image on this node.
@@ -144,8 +152,8 @@ impl Runtime {
         let context = format!("failed to open the image store {}", images.display());
         let store = Arc::new(Store::open(images).context(context)?);
         let egress = Arc::new(Egress::new(config.egress).map_err(|cause| anyhow::anyhow!(cause))?);
-        let executor =
-            Arc::new(Executor::new(egress, config.guest_memory).map_err(|error| anyhow::anyhow!("{error:#}"))?);
+        let executor = Executor::new(egress, config.guest_memory, config.max_pods);
+        let executor = Arc::new(executor.map_err(|error| anyhow::anyhow!("{error:#}"))?);
         let cache = Arc::new(Cache::open(config.data_dir.join("precompiled"), &executor.engine)?);
         let metrics = Metrics::register(registry);
         let puller = Puller {
@@ -218,7 +226,7 @@ impl Runtime {
         spec: ContainerSpec,
         addresses: &[SocketAddr],
     ) -> Result<HttpServer, StartError> {
-        HttpServer::start(&self.0.executor, &self.0.metrics, module, spec, addresses, Patience::default())
+        HttpServer::start(&self.0.executor, &self.0.metrics, module, spec, addresses, Limits::default())
     }
 
     /// Starts a `Command` or `CoreModule`.

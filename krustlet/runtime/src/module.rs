@@ -2,7 +2,7 @@
 
 use crate::artifact::{Digest, MAX_MODULE, cut, shown};
 use crate::compile::{CompileError, Compiler};
-use crate::engine::Executor;
+use crate::engine::{Executor, MEMORIES, TABLES};
 use crate::error::LoadError;
 use crate::guest::{ComponentState, CoreState};
 use crate::imports::{self, HANDLER, RUN, START};
@@ -75,6 +75,18 @@ impl Module {
 
     pub(crate) fn code(&self) -> &Code {
         &self.0.code
+    }
+
+    /// How many of the node's instances one of these counts for.
+    pub(crate) fn units(&self) -> usize {
+        let required = match self.code() {
+            Code::HttpProxy(guest) => guest.instance_pre().component().resources_required(),
+            Code::Command(guest) => guest.instance_pre().component().resources_required(),
+            Code::CoreModule(guest) => Some(guest.module().resources_required()),
+        };
+        // It is not known where a component imports a module, which no component here can.
+        let (memories, tables) = required.map_or((1, 1), |required| (required.num_memories, required.num_tables));
+        (memories + 1).div_ceil(MEMORIES).max(tables.div_ceil(TABLES)).max(1) as usize
     }
 }
 

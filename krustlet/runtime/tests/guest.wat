@@ -5,7 +5,9 @@
 ;;   /n  returns without an answer             /w  answers after 400 ms
 ;;   /b  sends half of a body, then traps      /l  writes a line to stderr, then as /v
 ;;   /r  reads the request's body, then as /v  /f  writes a body without end
-;;   /xNNN  answers with that status
+;;   /xNNN  answers with that status           /kN  writes its version N times, 100 ms before each
+;;   /aNNNLLL  answers with that status, that content-length and no body
+;;   /ANNNLLL  the same, and then writes its version
 ;;   /oAUTHORITY/…  sends a request there over http and answers with the status of its answer; or with 502 and the number of
 ;;       wasi:http's error code in two digits
 (component
@@ -79,7 +81,12 @@
       (case "HTTP-response-timeout") (case "HTTP-upgrade-failed") (case "HTTP-protocol-error") (case "loop-detected")
       (case "configuration-error") (case "internal-error" (option string))))
     (export "error-code" (type $error-code (eq $error-code-type)))
+    (type $header-error-type (variant (case "invalid-syntax") (case "forbidden") (case "immutable")))
+    (export "header-error" (type $header-error (eq $header-error-type)))
     (export "[constructor]fields" (func (result (own $fields))))
+    (export "[method]fields.append"
+      (func (param "self" (borrow $fields)) (param "name" string) (param "value" (list u8))
+        (result (result (error $header-error)))))
     (export "[method]incoming-request.path-with-query"
       (func (param "self" (borrow $incoming-request)) (result (option string))))
     (export "[method]incoming-request.consume"
@@ -143,6 +150,7 @@
   (core func $subscribe (canon lower (func $clock "subscribe-duration")))
   (core func $get-stderr (canon lower (func $stderr "get-stderr")))
   (core func $fields (canon lower (func $types "[constructor]fields")))
+  (core func $append (canon lower (func $types "[method]fields.append") (memory (core memory $libc "memory"))))
   (core func $response (canon lower (func $types "[constructor]outgoing-response")))
   (core func $path (canon lower (func $types "[method]incoming-request.path-with-query")
     (memory (core memory $libc "memory")) (realloc (core func $libc "realloc"))))
@@ -174,6 +182,7 @@
     (import "host" "subscribe" (func $subscribe (param i64) (result i32)))
     (import "host" "get-stderr" (func $get-stderr (result i32)))
     (import "host" "fields" (func $fields (result i32)))
+    (import "host" "append" (func $append (param i32 i32 i32 i32 i32 i32)))
     (import "host" "response" (func $response (param i32) (result i32)))
     (import "host" "path" (func $path (param i32 i32)))
     (import "host" "body" (func $body (param i32 i32)))
@@ -200,20 +209,34 @@
     ;; 256: where results of requests go.
     (global $status-code (mut i32) (i32.const 200))
     (data (i32.const 64) "VERSION")
+    ;; Where the path has three digits that are the content-length; 0 for none. 320: the name of that header.
+    (global $length (mut i32) (i32.const 0))
     (data (i32.const 192) "written by the guest\n")
+    (data (i32.const 320) "content-length")
 
     (func $sleep (param $milliseconds i64)
       (call $block (call $subscribe (i64.mul (local.get $milliseconds) (i64.const 1000000)))))
 
+    (func $head (result i32)
+      (local $fields i32) (local $response i32)
+      (local.set $fields (call $fields))
+      (if (global.get $length)
+        (then (call $append (local.get $fields) (i32.const 320) (i32.const 14) (global.get $length) (i32.const 3) (i32.const 0))))
+      (local.set $response (call $response (local.get $fields)))
+      (drop (call $set-status (local.get $response) (global.get $status-code)))
+      (local.get $response))
+
+    (func $tell (param $out i32) (param $response i32)
+      (call $set (local.get $out) (i32.const 0) (local.get $response) (i32.const 0) (i64.const 0)
+        (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0)))
+
     ;; Begins the answer and gives its body.
     (func $begin (param $out i32) (result i32)
       (local $response i32) (local $body i32)
-      (local.set $response (call $response (call $fields)))
-      (drop (call $set-status (local.get $response) (global.get $status-code)))
+      (local.set $response (call $head))
       (call $body (local.get $response) (i32.const 0))
       (local.set $body (i32.load (i32.const 4)))
-      (call $set (local.get $out) (i32.const 0) (local.get $response) (i32.const 0) (i64.const 0)
-        (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0))
+      (call $tell (local.get $out) (local.get $response))
       (local.get $body))
 
     (func $send (param $body i32) (param $text i32) (param $length i32)
@@ -278,8 +301,14 @@
     (func $digit (param $at i32) (result i32)
       (i32.sub (i32.load8_u (i32.add (i32.load (i32.const 4)) (local.get $at))) (i32.const 48)))
 
+    ;; The status code and the length that the path names.
+    (func $read-head
+      (global.set $status-code (i32.add (call $digit (i32.const 4)) (i32.add
+        (i32.mul (call $digit (i32.const 3)) (i32.const 10)) (i32.mul (call $digit (i32.const 2)) (i32.const 100)))))
+      (global.set $length (i32.add (i32.load (i32.const 4)) (i32.const 5))))
+
     (func (export "handle") (param $request i32) (param $out i32)
-      (local $letter i32) (local $stream i32)
+      (local $letter i32) (local $stream i32) (local $times i32)
       (global.set $count (i32.add (global.get $count) (i32.const 1)))
       (call $path (local.get $request) (i32.const 0))
       (local.set $letter (i32.load8_u offset=1 (i32.load (i32.const 4))))
@@ -302,6 +331,25 @@
       (if (i32.eq (local.get $letter) (i32.const 114)) (then (call $read-body (local.get $request)))) ;; r
       (if (i32.eq (local.get $letter) (i32.const 102))                                         ;; f
         (then (call $write-for-ever (call $begin (local.get $out)))))
+      (if (i32.eq (local.get $letter) (i32.const 97))                                          ;; a
+        (then
+          (call $read-head)
+          (call $tell (local.get $out) (call $head))
+          (return)))
+      (if (i32.eq (local.get $letter) (i32.const 65)) (then (call $read-head)))                ;; A
+      (if (i32.eq (local.get $letter) (i32.const 107))                                         ;; k
+        (then
+          (local.set $times (call $digit (i32.const 2)))
+          (call $write (local.tee $stream (call $begin (local.get $out))) (i32.const 0))
+          (global.set $count (i32.load (i32.const 4)))
+          (loop $more
+            (call $sleep (i64.const 100))
+            (call $flush (global.get $count) (i32.const 64) (i32.const 7) (i32.const 0))
+            (local.set $times (i32.sub (local.get $times) (i32.const 1)))
+            (br_if $more (i32.and (i32.ne (local.get $times) (i32.const 0)) (i32.eqz (i32.load8_u (i32.const 0))))))
+          (call $drop-stream (global.get $count))
+          (call $finish (local.get $stream) (i32.const 0) (i32.const 0) (i32.const 0))
+          (return)))
       (if (i32.eq (local.get $letter) (i32.const 120))                                         ;; x
         (then (global.set $status-code (i32.add (call $digit (i32.const 4)) (i32.add
           (i32.mul (call $digit (i32.const 3)) (i32.const 10)) (i32.mul (call $digit (i32.const 2)) (i32.const 100)))))))
@@ -325,7 +373,7 @@
     (with "libc" (instance $libc))
     (with "host" (instance
       (export "block" (func $block)) (export "subscribe" (func $subscribe)) (export "get-stderr" (func $get-stderr))
-      (export "fields" (func $fields)) (export "response" (func $response)) (export "path" (func $path))
+      (export "fields" (func $fields)) (export "append" (func $append)) (export "response" (func $response)) (export "path" (func $path))
       (export "body" (func $body)) (export "write" (func $write)) (export "finish" (func $finish))
       (export "set" (func $set)) (export "flush" (func $flush)) (export "drop-stream" (func $drop-stream))
       (export "consume" (func $consume)) (export "stream" (func $stream)) (export "read" (func $read))

@@ -207,18 +207,26 @@ async fn a_request_may_take_for_ever() {
 }
 
 #[tokio::test]
-async fn requests_beyond_the_cap_are_sent_away() {
+async fn requests_beyond_the_cap_wait_and_those_that_cannot_be_served_in_time_are_sent_away() {
     let node = Node::trusting_anyone().await;
-    let (server, _) = served(&node, |spec| spec.max_concurrent_requests = 2).await;
+    let (server, spec) = served(&node, |spec| spec.max_concurrent_requests = 2).await;
     let address = server.local_addr();
-    let busy: Vec<_> = (0..2).map(|_| tokio::spawn(get(address, "/wait"))).collect();
-    until("both are in flight", || server.stats().in_flight == 2).await;
-    let reply = get(address, "/version").await;
-    assert_eq!((reply.status, reply.headers["retry-after"].to_str().unwrap()), (503, "1"));
+    let busy: Vec<_> = (0..6).map(|_| tokio::spawn(get(address, "/wait"))).collect();
+    until("two are in flight", || server.stats().in_flight == 2).await;
+    assert_eq!(get(address, "/version").await.status, 200);
     for reply in join_all(busy).await {
         assert_eq!(reply.unwrap().status, 200);
     }
-    assert_eq!(get(address, "/version").await.status, 200);
+    let impatient = ContainerSpec { request_timeout: Duration::from_millis(50), ..spec };
+    let endless: Vec<_> =
+        (0..2).map(|_| tokio::spawn(async move { Client::connect(address).await.get("/spin").await })).collect();
+    until("both are in flight", || server.stats().in_flight == 2).await;
+    server.swap(&node.module(&http_guest("changed")).await, impatient).await.unwrap();
+    let reply = get(address, "/version").await;
+    assert_eq!((reply.status, reply.headers["retry-after"].to_str().unwrap()), (503, "1"));
+    endless.iter().for_each(|task| task.abort());
+    until("none is in flight", || server.stats().in_flight == 0).await;
+    assert_eq!(get(address, "/version").await.body, "changed");
 }
 
 #[tokio::test]
@@ -236,7 +244,6 @@ async fn a_client_that_sends_its_body_slowly_loses_its_place_at_the_timeout() {
         client.write_all(request.as_bytes()).await.unwrap();
         if sent == "half" {
             until("it is in flight", || server.stats().in_flight == 1).await;
-            assert_eq!(get(address, "/version").await.status, 503);
         }
         let mut answer = [0; 12];
         client.read_exact(&mut answer).await.unwrap();
@@ -251,14 +258,12 @@ async fn a_client_that_does_not_read_loses_its_place_at_the_timeout() {
     let node = Node::trusting_anyone().await;
     let (server, spec) = served(&node, |spec| {
         spec.max_concurrent_requests = 1;
-        spec.request_timeout = Duration::from_millis(300);
+        spec.stream_idle_timeout = Duration::from_millis(300);
     })
     .await;
     let mut deaf = TcpStream::connect(server.local_addr()).await.unwrap();
     deaf.write_all(b"GET /flood HTTP/1.1\r\nhost: guest\r\n\r\n").await.unwrap();
     until("it is in flight", || server.stats().in_flight == 1).await;
-    assert_eq!(get(server.local_addr(), "/version").await.status, 503);
-    until("its place is free", || server.stats().in_flight == 0).await;
     assert_eq!(get(server.local_addr(), "/version").await.status, 200);
     assert!(logged(&spec).last().unwrap().contains("timeout"));
     // What it was sent ends as what it is: not whole.
@@ -422,15 +427,19 @@ async fn a_container_is_served_on_all_of_its_addresses_or_on_none() {
     assert!(node.runtime.serve(&module, node.spec("app"), &[]).await.is_err());
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn endless_loops_in_one_container_hardly_delay_another() {
-    let node = Node::trusting_anyone().await;
-    let (looping, _) = served(&node, |_| {}).await;
-    let (server, _) = served(&node, |_| {}).await;
-    let address = looping.local_addr();
-    let loops: Vec<_> =
-        (0..100).map(|_| tokio::spawn(async move { Client::connect(address).await.get("/spin").await })).collect();
-    until("all of them loop", || looping.stats().in_flight == 100).await;
+/// How long requests take beside a hundred endless loops in each of these containers: the median.
+async fn beside_loops(node: &Node, name: &str, loops_in: &[&str]) -> Duration {
+    let (server, _) = served(node, |spec| spec.name = name.into()).await;
+    let mut looping = Vec::new();
+    for name in loops_in {
+        looping.push(served(node, |spec| spec.name = (*name).into()).await.0);
+    }
+    let loops: Vec<_> = looping
+        .iter()
+        .flat_map(|server| (0..100).map(|_| server.local_addr()))
+        .map(|address| tokio::spawn(async move { Client::connect(address).await.get("/spin").await }))
+        .collect();
+    until("all of them loop", || looping.iter().all(|server| server.stats().in_flight == 100)).await;
     let mut client = Client::connect(server.local_addr()).await;
     let mut times = Vec::new();
     for _ in 0..100 {
@@ -439,13 +448,29 @@ async fn endless_loops_in_one_container_hardly_delay_another() {
         times.push(began.elapsed());
     }
     times.sort();
-    println!("with 100 endless loops beside it: median {:?}, p90 {:?}, worst {:?}", times[50], times[90], times[99]);
-    // A hundred loops that took turns of one millisecond with it would make it wait for 50 ms and more on two cores.
-    assert!(times[50] < Duration::from_millis(25), "median {:?}", times[50]);
+    println!("beside {loops_in:?}: median {:?}, p90 {:?}, worst {:?}", times[50], times[90], times[99]);
     for looping in loops {
         looping.abort();
     }
-    until("the loops are gone", || looping.stats().in_flight == 0).await;
+    until("the loops are gone", || looping.iter().all(|server| server.stats().in_flight == 0)).await;
+    times[50]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn endless_loops_hardly_delay_another_pod_in_however_many_containers_they_are() {
+    let node = Node::trusting_anyone().await;
+    let containers = ["default/pod/one", "default/pod/two", "default/pod/three"];
+    let median = beside_loops(&node, "default/other/app", &containers).await;
+    // A hundred loops that took turns of one millisecond with it would make it wait for 50 ms and more on two cores.
+    assert!(median < Duration::from_millis(25), "{median:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn endless_loops_in_one_container_delay_its_pods_others_by_the_slices_of_two() {
+    let node = Node::trusting_anyone().await;
+    let median = beside_loops(&node, "default/pod/app", &["default/pod/looping"]).await;
+    // In one line with all of them, half a second.
+    assert!(median < Duration::from_millis(50), "{median:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

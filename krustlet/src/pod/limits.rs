@@ -14,6 +14,7 @@ pub struct Limits {
     pub cpu: Option<f64>,
     pub allowed_hosts: Vec<String>,
     pub request_timeout: Duration,
+    pub stream_idle_timeout: Duration,
     pub max_concurrent_requests: usize,
 }
 
@@ -52,22 +53,20 @@ impl Limits {
         let allowed_hosts = annotation(annotation::ALLOWED_HOSTS)
             .map(|hosts| hosts.split(',').map(|host| host.trim().to_owned()).filter(|host| !host.is_empty()).collect())
             .unwrap_or_default();
-        let request_timeout = match annotation(annotation::REQUEST_TIMEOUT) {
-            None => ContainerSpec::DEFAULT_REQUEST_TIMEOUT,
-            Some(text) => duration(text).ok_or_else(|| {
-                format!(
-                    "annotation {}: {text:?} is not a duration such as 30s, 500ms or 2m",
-                    annotation::REQUEST_TIMEOUT
-                )
-            })?,
+        let timeout = |name: &str, default: Duration| match annotation(name) {
+            None => Ok(default),
+            Some(text) => duration(text)
+                .ok_or_else(|| format!("annotation {name}: {text:?} is not a duration such as 30s, 500ms or 2m")),
         };
+        let request_timeout = timeout(annotation::REQUEST_TIMEOUT, ContainerSpec::DEFAULT_REQUEST_TIMEOUT)?;
+        let stream_idle_timeout = timeout(annotation::STREAM_IDLE_TIMEOUT, ContainerSpec::DEFAULT_STREAM_IDLE_TIMEOUT)?;
         let max_concurrent_requests = match annotation(annotation::MAX_CONCURRENT_REQUESTS) {
             None => ContainerSpec::DEFAULT_MAX_CONCURRENT_REQUESTS,
             Some(text) => text.parse().ok().filter(|number| *number > 0).ok_or_else(|| {
                 format!("annotation {}: {text:?} is not a positive number", annotation::MAX_CONCURRENT_REQUESTS)
             })?,
         };
-        Ok(Self { memory, cpu, allowed_hosts, request_timeout, max_concurrent_requests })
+        Ok(Self { memory, cpu, allowed_hosts, request_timeout, stream_idle_timeout, max_concurrent_requests })
     }
 }
 

@@ -33,8 +33,10 @@ pub mod annotation {
     /// `NAME[/KEY]` of a ConfigMap with certificate authorities in PEM that the pod's outbound https trusts too; one
     /// that the pod has as a volume, since a node may read no other.
     pub const CA_BUNDLE: &str = "krustlet.dev/ca-bundle";
-    /// How long a request may take, e.g. `30s`.
+    /// How long it may take until a request's answer begins, e.g. `30s`.
     pub const REQUEST_TIMEOUT: &str = "krustlet.dev/request-timeout";
+    /// How long an answer that has begun may pause.
+    pub const STREAM_IDLE_TIMEOUT: &str = "krustlet.dev/stream-idle-timeout";
     /// How many requests a container answers at once.
     pub const MAX_CONCURRENT_REQUESTS: &str = "krustlet.dev/max-concurrent-requests";
 }

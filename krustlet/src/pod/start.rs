@@ -217,6 +217,7 @@ impl Prepared {
             allowed_hosts: limits.allowed_hosts,
             ca_bundle,
             request_timeout: limits.request_timeout,
+            stream_idle_timeout: limits.stream_idle_timeout,
             max_concurrent_requests: limits.max_concurrent_requests,
             ..ContainerSpec::new(name, log)
         };

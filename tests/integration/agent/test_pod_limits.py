@@ -112,20 +112,32 @@ def test_a_request_that_takes_longer_than_the_annotation_says_gets_a_504(space: 
     assert pod.get("/version").ok
 
 
-def test_requests_beyond_the_annotations_number_get_a_503_with_a_time_to_retry(space: Workspace) -> None:
-    pod = space.serve(pod={"annotations": {"krustlet.dev/max-concurrent-requests": "3"}}).wait_ready()
+def test_requests_beyond_the_annotations_number_wait_and_get_a_503_where_that_is_too_long(
+    space: Workspace,
+) -> None:
+    annotations = {"krustlet.dev/max-concurrent-requests": "3", "krustlet.dev/request-timeout": "2s"}
+    pod = space.serve(pod={"annotations": annotations}).wait_ready()
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: pod.get("/sleep", ms=1500), range(8)))
-    codes = sorted(answer.status_code for answer in answers)
-    assert codes == [200] * 3 + [503] * 5
-    refused = next(answer for answer in answers if answer.status_code == 503)
-    assert int(refused.headers["Retry-After"]) >= 1
+        answers = list(pool.map(lambda _: pod.get("/sleep", ms=200), range(8)))
+        assert [answer.status_code for answer in answers] == [200] * 8
+        busy = [pool.submit(pod.get, "/spin") for _ in range(3)]
+        pod.wait(lambda _: space.agent.metrics()["krustlet_wasm_instances"] >= 3, "the pod to be busy")
+        answers = list(pool.map(lambda _: pod.get("/sleep", ms=1500), range(5)))
+        assert [answer.result().status_code for answer in busy] == [504] * 3
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert refused, [answer.status_code for answer in answers]
+    assert int(refused[0].headers["Retry-After"]) >= 1
     assert pod.get("/version").ok
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("request-timeout", "soon"), ("request-timeout", "0s"), ("max-concurrent-requests", "many")],
+    [
+        ("request-timeout", "soon"),
+        ("request-timeout", "0s"),
+        ("stream-idle-timeout", "5"),
+        ("max-concurrent-requests", "many"),
+    ],
 )
 def test_an_annotation_that_means_nothing_is_told(space: Workspace, name: str, value: str) -> None:
     pod = space.serve(pod={"annotations": {f"krustlet.dev/{name}": value}})

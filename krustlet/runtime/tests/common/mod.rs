@@ -362,6 +362,7 @@ impl Node {
             // The servers that guests call in these tests are here.
             egress: EgressConfig { networks: vec!["127.0.0.1/32".parse().unwrap()], ..EgressConfig::default() },
             guest_memory: None,
+            max_pods: 100,
         };
         change(&mut config);
         let runtime = Runtime::new(config, &mut metrics).unwrap();
