@@ -35,7 +35,7 @@ pub async fn handle(
     } else {
         match checked(request, local_addr) {
             Ok(request) => answer(&server, open.flow(), request, began).await,
-            Err(refusal) => refusal,
+            Err(refusal) => *refusal,
         }
     };
     server.metrics.answered(response.status(), began.elapsed());
@@ -89,17 +89,17 @@ async fn answer(server: &Arc<Server>, flow: &Flow, request: Request<Incoming>, b
 }
 
 /// The request, if it is one that a guest should see.
-fn checked(request: Request<Incoming>, local_addr: SocketAddr) -> Result<Request<Incoming>, Response<Answer>> {
+fn checked(request: Request<Incoming>, local_addr: SocketAddr) -> Result<Request<Incoming>, Box<Response<Answer>>> {
     let (mut head, body) = request.into_parts();
     if head.method == Method::CONNECT {
         let mut refusal = refusal(StatusCode::NOT_IMPLEMENTED, "there are no tunnels through a guest\n");
         // What follows would be for the tunnel's other end.
         refusal.headers_mut().insert(header::CONNECTION, header::HeaderValue::from_static("close"));
-        return Err(refusal);
+        return Err(Box::new(refusal));
     }
     match authority::check(&mut head, local_addr) {
         Ok(()) => Ok(Request::from_parts(head, body)),
-        Err(cause) => Err(refusal(StatusCode::BAD_REQUEST, cause)),
+        Err(cause) => Err(Box::new(refusal(StatusCode::BAD_REQUEST, cause))),
     }
 }
 
