@@ -109,6 +109,12 @@ def test_a_pre_stop_hook_that_fails_is_told_and_holds_nothing_up(space: Workspac
     pod.wait_gone(timeout=10)
 
 
+def test_a_hook_that_is_answered_with_an_error_was_run(space: Workspace) -> None:
+    port = space.port()
+    hook = {"httpGet": {"port": port, "path": "/status?code=500"}}
+    space.serve(port=port, lifecycle={"postStart": hook}).wait_ready()
+
+
 def test_a_post_start_hook_is_called_before_the_pod_is_ready(space: Workspace) -> None:
     port = space.port()
     hook = {"httpGet": {"port": port, "path": "/log?text=called-after-the-start"}}
