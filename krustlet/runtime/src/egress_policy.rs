@@ -147,6 +147,12 @@ impl EgressPolicy {
     }
 }
 
+/// Whether an address leads to what only this machine can reach. A registry of such an address is named by the node's
+/// operator, or not asked.
+pub fn is_private_to_node(address: IpAddr) -> bool {
+    EgressPolicy::default().permits(address).is_err()
+}
+
 fn kind_of_v4(address: Ipv4Addr) -> Option<Refused> {
     match address.octets() {
         // The whole of it means "this host" to some kernels.

@@ -2,13 +2,13 @@
 //!
 //! Every answer is read up to a limit, tokens live as long as one pull and are never shared between credentials, and
 //! credentials never travel over plain http to a registry that is reached over https, nor to another host than the one that
-//! they are for. Which registry is asked, a pod's author decides: see `private_addresses`.
+//! they are for. Which registry is asked, a pod's author decides: see `egress_policy`.
 
 use crate::artifact::{Digest, MANIFEST_TYPE, cut, shown};
 use crate::challenge::Challenge;
 use crate::credentials::{Login, RegistrySecret};
+use crate::egress_policy::is_private_to_node;
 use crate::image_name::ImageName;
-use crate::private_addresses::is_private_to_node;
 use crate::pull_places::{Progress, PullLimits};
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header};
