@@ -47,7 +47,7 @@ const PREDECESSOR: Duration = Duration::from_secs(5);
 /// How often it is looked up where the API server is, so that guests are kept from it.
 const API_SERVER_LOOKUP: Duration = Duration::from_secs(60);
 /// At the end, the API server gets this long to hear that the node is not ready before its pods are let go.
-const FAREWELL: Duration = Duration::from_secs(3);
+const NOT_READY_REPORT: Duration = Duration::from_secs(3);
 
 /// Runs the agent until it is told to stop.
 ///
@@ -222,7 +222,7 @@ async fn serve(
     events.record(subject, Severity::Normal, event::NODE_SHUTDOWN, "krustlet stops".to_owned());
     let goodbye = Readiness::NotReady("krustlet is stopping");
     readiness.send_replace(goodbye.clone());
-    if tokio::time::timeout(FAREWELL, reported.wait_for(|told| *told == Some(goodbye.clone()))).await.is_err() {
+    if tokio::time::timeout(NOT_READY_REPORT, reported.wait_for(|told| *told == Some(goodbye.clone()))).await.is_err() {
         warn!("the API server did not hear that the node stops");
     }
     shutdown.cancel();
