@@ -13,6 +13,7 @@ from components.config import AppConfig
 from components.node import KrustletNode
 
 ARCHITECTURE = "wasm32-wasi"
+PREPARE_ONLY = "krustlet.dev/prepare-only"
 # A component's instance starts in well under a millisecond, so that what is waited for is the network.
 SMOKE_TEST = """\
 curl --fail --silent --show-error --max-time 10 --retry 20 --retry-delay 1 --retry-all-errors \\
@@ -50,6 +51,28 @@ class WasmPod(pulumi.ComponentResource):
             },
             opts=pulumi.ResourceOptions(parent=self, deleted_with=lifetime),
         )
+        # Pulls, checks and compiles beside the pod that runs: with that done the next one serves once it
+        # has the port. Pulumi names it, and so makes another before the former one goes.
+        prepared = kubernetes.core.v1.Pod(
+            f"{name}-prepare",
+            metadata={
+                "namespace": namespace.metadata.name,
+                "annotations": {PREPARE_ONLY: "true"},
+            },
+            spec={
+                **PLACEMENT,
+                "restart_policy": "Never",
+                "containers": [
+                    {"name": "prepare", "image": args.artifact.image, "security_context": CONFINED}
+                ],
+            },
+            opts=pulumi.ResourceOptions(
+                parent=self,
+                depends_on=[args.node.registration, args.artifact.signed],
+                deleted_with=lifetime,
+                replace_with=[args.node.registration],
+            ),
+        )
         pod = kubernetes.core.v1.Pod(
             f"{name}-pod",
             metadata={
@@ -60,7 +83,7 @@ class WasmPod(pulumi.ComponentResource):
             spec=_spec(args.app, args.artifact.image),
             opts=pulumi.ResourceOptions(
                 parent=self,
-                depends_on=[args.node.registration, args.artifact.signed],
+                depends_on=[args.node.registration, args.artifact.signed, prepared],
                 delete_before_replace=True,
                 deleted_with=lifetime,
                 # A pod ends with its node; the next VM of that name gets a new one.

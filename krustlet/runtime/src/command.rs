@@ -112,6 +112,13 @@ impl Execution {
         Ok(Self { exit, kill, container })
     }
 
+    /// One that has completed without having run.
+    pub(crate) fn completed(executor: &Arc<Executor>, spec: ContainerSpec) -> Result<Self, StartError> {
+        let container = Arc::new(Container::new(spec, executor, None)?);
+        let (_, exit) = watch::channel(Some(Exit::code(0)));
+        Ok(Self { exit, kill: CancellationToken::new(), container })
+    }
+
     /// Waits for the end. May be called again; it gives the same answer.
     pub async fn wait(&self) -> Exit {
         let mut exit = self.exit.clone();

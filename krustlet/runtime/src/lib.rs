@@ -231,6 +231,11 @@ impl Runtime {
     pub async fn run(&self, module: &Module, spec: ContainerSpec) -> Result<Execution, StartError> {
         Execution::start(&self.0.executor, &self.0.metrics, module, spec)
     }
+
+    /// Gives the end of a container whose guest was not to run.
+    pub fn complete(&self, spec: ContainerSpec) -> Result<Execution, StartError> {
+        Execution::completed(&self.0.executor, spec)
+    }
 }
 
 /// One lock a key, so that what many ask for at once is done once.

@@ -39,6 +39,9 @@ pub mod annotation {
     pub const STREAM_IDLE_TIMEOUT: &str = "krustlet.dev/stream-idle-timeout";
     /// How many requests a container answers at once.
     pub const MAX_CONCURRENT_REQUESTS: &str = "krustlet.dev/max-concurrent-requests";
+    /// `true`: the images are pulled, verified and compiled, and the containers have completed. The next pod of these
+    /// images starts at once.
+    pub const PREPARE_ONLY: &str = "krustlet.dev/prepare-only";
 }
 
 /// `namespace/name`, for messages.

@@ -57,6 +57,23 @@ def test_never_runs_only_what_the_node_has(space: Workspace) -> None:
     space.serve(image=image, imagePullPolicy="Never").wait_ready()
 
 
+def test_a_pod_may_prepare_an_image_for_the_next_one_beside_the_one_that_runs(space: Workspace) -> None:
+    running = space.serve().wait_ready()
+    image, port = _unique(space), running.port
+    prepared = {"annotations": {"krustlet.dev/prepare-only": "true"}, "restart": "Never"}
+    first = space.serve(image=image, port=port, pod=prepared)
+    end = first.wait_phase("Succeeded").container_statuses[0]
+    assert (end.state.terminated.exit_code, end.image_id) == (0, image)
+    assert running.get("/version").ok
+    space.serve(image=image, imagePullPolicy="Never").wait_ready()
+
+
+def test_a_pod_that_only_prepares_is_told_what_is_wrong_with_its_image(space: Workspace) -> None:
+    unsigned = space.registry.push("http-guest", _never_seen(space), key=None)
+    prepared = {"annotations": {"krustlet.dev/prepare-only": "true"}, "restart": "Never"}
+    assert "signed" in space.serve(image=unsigned, pod=prepared).wait_waiting("SignatureValidationFailed")
+
+
 def test_a_private_image_needs_a_pull_secret_of_the_pods_own_or_of_its_account(space: Workspace) -> None:
     image = _unique(space)
     stranger = space.serve(image=image, pod={"serviceAccountName": "stranger"})

@@ -91,6 +91,7 @@ def test_the_names_of_the_resources_are_these(program: Monitor) -> None:
         "node-vm",
         "node-registration",
         "workload-namespace",
+        "workload-prepare",
         "workload-pod",
         "workload-smoke-test",
     }
@@ -132,6 +133,19 @@ def test_the_pod_waits_for_the_node_and_ends_with_it(program: Monitor) -> None:
     assert pod.replace_with == ["node-registration"]
     assert pod.delete_before_replace
     assert program.registered["node-registration"].replace_with == ["node-vm"]
+
+
+def test_an_image_is_prepared_beside_the_pod_that_runs(program: Monitor, program_with: Program) -> None:
+    prepared, pod = program.registered["workload-prepare"], program.registered["workload-pod"]
+    assert "name" not in prepared.plain("metadata"), "pulumi names it, and makes it before the old one goes"
+    assert not prepared.delete_before_replace
+    assert prepared.plain("metadata")["annotations"] == {"krustlet.dev/prepare-only": "true"}
+    image = pod.plain("spec")["containers"][0]["image"]
+    assert [item["image"] for item in prepared.plain("spec")["containers"]] == [image]
+    assert {"app-signature-push", "node-registration"} <= set(prepared.dependencies)
+    assert "workload-prepare" in pod.dependencies
+    changed = program_with(memoryLimit="32Mi", appPort="8081").registered["workload-prepare"]
+    assert changed.inputs == prepared.inputs, "only another image is prepared anew"
 
 
 def test_an_agent_gets_another_key_when_what_is_signed_with_it_is_there(program: Monitor) -> None:
@@ -233,6 +247,7 @@ def test_nothing_is_named_after_the_app_but_its_image_and_its_pod(
         "app-push",
         "app-signature",
         "app-signature-push",
+        "workload-prepare",
         "workload-pod",
         "workload-smoke-test",
     }
