@@ -40,6 +40,8 @@ from components.providers.certificates import BOOTSTRAP_GROUP, Machine, Request,
 TIMEOUT = timedelta(minutes=10)
 TOKEN_LIFE = TIMEOUT + timedelta(minutes=5)
 POLL_SECONDS = 0.5
+# A pod that its node has not reported as ended this long after its grace period is on a node that cannot.
+GRACE_MARGIN = timedelta(seconds=15)
 ROLE_LABEL = "node-role.kubernetes.io/wasm"
 WASM_LABELS = {"kubernetes.io/arch": "wasm32-wasi", "kubernetes.io/os": "wasi"}
 # The agent gives it to its Node when it starts: which of the VM's configurations it runs with.
@@ -158,6 +160,38 @@ class Cluster:
         """Give a node its role, which it may not give itself (NodeRestriction)."""
         with _gone_is_fine():
             self.core.patch_node(name, {"metadata": {"labels": {ROLE_LABEL: ""}}})
+
+    def drain(self, name: str, timeout: timedelta = TIMEOUT) -> None:
+        """Let the node take no more pods and end those that it has, as `kubectl drain` does.
+
+        Nobody ends the pods of a node whose VM is gone: they would be Terminating for ever. Raises
+        RegistrationError with the pods that are still there after `timeout`.
+        """
+        with _gone_is_fine():
+            self.core.patch_node(name, {"spec": {"unschedulable": True}})
+        end = datetime.now(UTC) + timeout
+        while pods := list(self._pods_on(name)):
+            now = datetime.now(UTC)
+            if now > end:
+                there = ", ".join(f"{pod.metadata.namespace}/{pod.metadata.name}" for pod in pods)
+                raise RegistrationError(f"node {name} still has pods after {timeout.seconds} s: {there}")
+            for pod in pods:
+                until = pod.metadata.deletion_timestamp
+                if until is None or now > until + GRACE_MARGIN:
+                    with _gone_is_fine():
+                        self.core.delete_namespaced_pod(
+                            pod.metadata.name,
+                            pod.metadata.namespace,
+                            grace_period_seconds=None if until is None else 0,
+                        )
+            time.sleep(POLL_SECONDS)
+
+    def _pods_on(self, name: str) -> Iterator[Any]:
+        """Give the node's pods, without those that a DaemonSet would only make again."""
+        pods: list[Any] = self.core.list_pod_for_all_namespaces(field_selector=f"spec.nodeName={name}").items
+        for pod in pods:
+            if not any(owner.kind == "DaemonSet" for owner in pod.metadata.owner_references or []):
+                yield pod
 
     def delete_node(self, name: str) -> None:
         """Remove a Node; one that is gone already is fine."""
@@ -464,9 +498,11 @@ class NodeRegistrationProvider(ResourceProvider):
 
     @operation
     def delete(self, _id: str, props: dict[str, Any]) -> None:
-        """Remove the Node."""
+        """End the node's pods, while it is there to end them, and remove the Node."""
         with _unless_given_up(), _api_errors(f"the Node {props['node']} cannot be deleted"):
-            Cluster(props["kubeconfig"]).delete_node(props["node"])
+            cluster = Cluster(props["kubeconfig"])
+            cluster.drain(props["node"])
+            cluster.delete_node(props["node"])
 
 
 class NodeRegistration(pulumi.dynamic.Resource, module="registration", name="NodeRegistration"):

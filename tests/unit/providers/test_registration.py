@@ -364,7 +364,7 @@ def away(_kubeconfig: str) -> SimpleNamespace:
     def refuse(*_arguments: object) -> None:
         raise urllib3.exceptions.MaxRetryError(urllib3.HTTPSConnectionPool("10.0.0.1"), "/")
 
-    return SimpleNamespace(node=refuse, delete_node=refuse, delete_token=refuse)
+    return SimpleNamespace(node=refuse, drain=refuse, delete_node=refuse, delete_token=refuse)
 
 
 def test_an_api_server_that_is_away_is_an_error_until_the_cluster_is_given_up(
@@ -381,3 +381,59 @@ def test_an_api_server_that_is_away_is_an_error_until_the_cluster_is_given_up(
     assert not provider.read("n", props).id
     provider.delete("n", props)
     token.delete("n", props)
+
+
+class Pods:
+    """A core API with the pods of one node; `hung` are those whose node does not end them."""
+
+    def __init__(
+        self, *names: str, hung: frozenset[str] = frozenset(), past: timedelta = timedelta(0)
+    ) -> None:
+        self.there = {name: SimpleNamespace(metadata=self._metadata(name)) for name in names}
+        self.hung = hung
+        self.past = past
+        self.calls: list[tuple[str, int | None]] = []
+
+    @staticmethod
+    def _metadata(name: str) -> SimpleNamespace:
+        kind = "DaemonSet" if name == "daemon" else "ReplicaSet"
+        owners = [SimpleNamespace(kind=kind)]
+        return SimpleNamespace(name=name, namespace="x", deletion_timestamp=None, owner_references=owners)
+
+    def patch_node(self, name: str, body: Any) -> None:
+        assert (name, body) == (VM.name, {"spec": {"unschedulable": True}})
+
+    def list_pod_for_all_namespaces(self, field_selector: str) -> SimpleNamespace:
+        assert field_selector == f"spec.nodeName={VM.name}"
+        return SimpleNamespace(items=list(self.there.values()))
+
+    def delete_namespaced_pod(
+        self, name: str, namespace: str, grace_period_seconds: int | None = None
+    ) -> None:
+        assert namespace == "x"
+        self.calls.append((name, grace_period_seconds))
+        if name in self.hung and grace_period_seconds is None:
+            self.there[name].metadata.deletion_timestamp = datetime.now(UTC) - self.past
+        else:
+            del self.there[name]
+
+
+def with_core(core: Any) -> registration.Cluster:
+    """Give a cluster of this core API."""
+    cluster = registration.Cluster.__new__(registration.Cluster)
+    cluster.core = core
+    return cluster
+
+
+def test_a_node_that_goes_ends_its_pods_first_and_one_that_cannot_loses_them() -> None:
+    core = Pods("ends", "hangs", "daemon", hung=frozenset({"hangs"}), past=timedelta(minutes=1))
+    with_core(core).drain(VM.name)
+    assert core.calls == [("ends", None), ("hangs", None), ("hangs", 0)]
+    assert list(core.there) == ["daemon"]
+
+
+def test_a_pod_has_its_grace_period_and_one_that_stays_is_named() -> None:
+    core = Pods("hangs", hung=frozenset({"hangs"}))
+    with pytest.raises(registration.RegistrationError, match="still has pods after 0 s: x/hangs"):
+        with_core(core).drain(VM.name, timeout=timedelta(seconds=0.1))
+    assert core.calls == [("hangs", None)]
