@@ -94,7 +94,8 @@ CHANGES = (
     Change(
         "clusterName",
         "another",
-        replace("cluster-network", "cluster-subnetwork", "node-app-firewall", "node-agent-firewall")
+        replace("cluster-network", "cluster-subnetwork")
+        | update("node-app-firewall", "node-agent-firewall")
         | CLUSTER,
         ALL,
     ),
@@ -137,7 +138,10 @@ CHANGES = (
     Change(
         "gcp:project",
         "another-project",
-        replace("everything but the builds and the key"),
+        REGISTRY
+        | CLUSTER
+        | replace("cluster-network", "cluster-subnetwork", "node-account", "node-address")
+        | replace("node-app-firewall", "node-agent-firewall"),
         ALL,
         note="all of it is made in the other project",
     ),

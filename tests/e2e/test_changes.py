@@ -1,0 +1,191 @@
+"""Every configuration key: what a change of it plans, and that it happens as planned and converges."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from components.providers import cargo
+from components.providers.signature import generate_key
+from tests.e2e.changes import AGENT, CHANGES, NONE, POD, Change
+from tests.e2e.conftest import Stack
+
+# The one that moves most; AWESOME_WASM_CHANGES=all applies every row, a list of keys those.
+APPLIED = {"nodeName"}
+# Seconds that the app may be away on a machine that has other work.
+LIMITS = {NONE: 0.5, POD: 3.0, AGENT: 8.0}
+Plan = dict[str, str]
+
+
+def _name(urn: str) -> str:
+    return urn.rsplit("::", 1)[1]
+
+
+def planned(steps: list[dict[str, Any]]) -> Plan:
+    """What becomes of each resource: create, update, replace or delete."""
+    plan: Plan = {}
+    for step in steps:
+        name, op = _name(step["urn"]), step["op"]
+        if op in ("same", "read", "refresh") or name in ("awesome-wasm-local", "awesome-wasm-dev"):
+            continue
+        kind = "replace" if "replac" in op else op
+        if plan.get(name) != "replace":
+            plan[name] = kind
+    return plan
+
+
+def preview(stack: Stack, *options: str) -> Plan:
+    """What `pulumi preview` says."""
+    printed = json.loads(stack.run("pulumi", "preview", "--json", *options).stdout)
+    return planned(printed["steps"])
+
+
+def up(stack: Stack, *options: str) -> Plan:
+    """What `pulumi up` does."""
+    lines = stack.run("pulumi", "up", "--yes", "--skip-preview", "--json", *options).stdout.splitlines()
+    events = [json.loads(line) for line in lines if line.startswith("{")]
+    return planned([e["resourcePreEvent"]["metadata"] for e in events if "resourcePreEvent" in e])
+
+
+def settings(change: Change) -> dict[str, str]:
+    """The values to set, with what a table cannot hold."""
+    value = change.value
+    if value == "HOST":
+        value = cargo.host(Path("wasm_app"))
+    elif value == "KEY":
+        value = generate_key().private_key
+    return dict(((change.key, value), *change.also))
+
+
+@contextmanager
+def configured(stack: Stack, change: Change) -> Iterator[tuple[str, ...]]:
+    """A settings file of its own with the change; gives pulumi's options for it."""
+    path = stack.directory / f".changes-{change.key.replace(':', '-')}-{threading.get_ident()}.yaml"
+    shutil.copyfile(stack.directory / "Pulumi.local.yaml", path)
+    options = ("--config-file", str(path))
+    try:
+        for key, value in settings(change).items():
+            how = ["--secret"] if "signing" in key else []
+            if value.startswith("["):
+                for number, item in enumerate(json.loads(value)):
+                    stack.run("pulumi", "config", "set", "--path", f"{key}[{number}]", item, *options)
+            else:
+                stack.run("pulumi", "config", "set", *how, key, *options, text=value)
+        yield options
+    finally:
+        path.unlink()
+
+
+def _id(change: Change) -> str:
+    return f"{change.key}={change.value}"
+
+
+@pytest.fixture(scope="module")
+def previews(stack: Stack) -> dict[str, Plan | Exception]:
+    """The preview of every row; two at a time, because a preview mostly waits."""
+
+    def one(change: Change) -> Plan | Exception:
+        try:
+            with configured(stack, change) as options:
+                return preview(stack, *options)
+        except AssertionError as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(map(_id, CHANGES), pool.map(one, CHANGES), strict=True))
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=_id)
+def test_a_change_plans_what_the_table_says(change: Change, previews: dict[str, Plan | Exception]) -> None:
+    plan = previews[_id(change)]
+    if isinstance(plan, Exception):
+        raise plan
+    assert plan == change.plan
+
+
+@dataclass
+class Client:
+    """Asks 20 times a second, each time over a new connection, and notes how long nobody answered."""
+
+    url: str
+    longest: float = 0.0
+    asked: int = 0
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        """Ask until it is stopped."""
+        last = time.monotonic()
+        while not self._stop.wait(0.05):
+            self.asked += 1
+            try:
+                answered = requests.get(f"{self.url}/healthz", timeout=5).ok
+            except requests.RequestException:
+                answered = False
+            now = time.monotonic()
+            if answered:
+                self.longest = max(self.longest, now - last - 0.05)
+                last = now
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Ask while the block runs."""
+        thread = threading.Thread(target=self.run)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            thread.join()
+
+
+def _applied(change: Change) -> bool:
+    chosen = os.environ.get("AWESOME_WASM_CHANGES", "")
+    return chosen == "all" or change.key in (chosen.split(",") if chosen else APPLIED)
+
+
+@pytest.mark.parametrize("change", [change for change in CHANGES if _applied(change)], ids=_id)
+def test_a_change_does_what_it_planned_and_can_be_taken_back(stack: Stack, change: Change) -> None:
+    client = Client(str(stack.outputs()["url"]))
+    try:
+        with configured(stack, change) as options, client.asking():
+            plan = preview(stack, *options)
+            assert up(stack, *options) == plan
+            stack.run("./scripts/verify", "--wait", "60")
+            assert preview(stack, *options) == {}
+    finally:
+        back = preview(stack)
+        assert up(stack) == back
+    stack.run("./scripts/verify", "--wait", "60")
+    assert preview(stack) == {}
+    assert client.asked
+    if "another" not in change.note:
+        assert client.longest < LIMITS.get(change.downtime, 600), f"away for {client.longest:.2f} s"
+
+
+def test_a_changed_line_of_the_app_is_there_within_a_moment(stack: Stack) -> None:
+    source = stack.directory / "wasm_app" / "src" / "page.html"
+    before, client = source.read_text(), Client(str(stack.outputs()["url"]))
+    try:
+        source.write_text(before.replace("</body>", "<p>yet another line</p></body>"))
+        plan = preview(stack)
+        with client.asking():
+            assert up(stack) == plan
+        assert "yet another line" in stack.get("/").text
+    finally:
+        source.write_text(before)
+        stack.run("pulumi", "up", "--yes", "--skip-preview")
+    print(f"the app was away for {client.longest:.3f} s")  # noqa: T201 - with pytest -s
+    assert plan.get("workload-prepare") == "replace", "the preview says that it is prepared"
+    assert client.longest < LIMITS[POD]
