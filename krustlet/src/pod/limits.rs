@@ -16,6 +16,8 @@ pub struct Limits {
     pub request_timeout: Duration,
     pub stream_idle_timeout: Duration,
     pub max_concurrent_requests: usize,
+    /// It takes nothing: its image is prepared, and it has completed.
+    pub prepare_only: bool,
 }
 
 /// Of one.
@@ -66,7 +68,21 @@ impl Limits {
                 format!("annotation {}: {text:?} is not a positive number", annotation::MAX_CONCURRENT_REQUESTS)
             })?,
         };
-        Ok(Self { memory, cpu, allowed_hosts, request_timeout, stream_idle_timeout, max_concurrent_requests })
+        let prepare_only = match annotation(annotation::PREPARE_ONLY) {
+            None => false,
+            Some(text) => text
+                .parse()
+                .map_err(|_| format!("annotation {}: {text:?} is neither true nor false", annotation::PREPARE_ONLY))?,
+        };
+        Ok(Self {
+            memory,
+            cpu,
+            allowed_hosts,
+            request_timeout,
+            stream_idle_timeout,
+            max_concurrent_requests,
+            prepare_only,
+        })
     }
 }
 
@@ -198,6 +214,7 @@ mod tests {
         let error = Limits::of(&pod(&[(annotation::REQUEST_TIMEOUT, "soon")]), &Container::default()).unwrap_err();
         assert!(error.contains(annotation::REQUEST_TIMEOUT) && error.contains("soon"), "{error}");
         assert!(Limits::of(&pod(&[(annotation::MAX_CONCURRENT_REQUESTS, "0")]), &Container::default()).is_err());
+        assert!(Limits::of(&pod(&[(annotation::PREPARE_ONLY, "True")]), &Container::default()).is_err());
     }
 
     #[test]

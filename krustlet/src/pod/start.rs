@@ -73,7 +73,7 @@ impl Start {
         volumes?;
         let (environment, ca_bundle) = (environment?, ca_bundle?);
         let (image, module) = module?;
-        if module.kind() == Kind::HttpProxy && self.role == Role::Init && !self.prepares_only() {
+        if module.kind() == Kind::HttpProxy && self.role == Role::Init && !limits.prepare_only {
             return Err(Failure::container(
                 "an init container runs to completion, and this component serves HTTP; give it restartPolicy Always or \
                  put it under containers",
@@ -119,12 +119,6 @@ impl Start {
         }
     }
 
-    /// Whether the pod is there for its images, and not for what they do.
-    fn prepares_only(&self) -> bool {
-        let annotations = self.pod.metadata.annotations.as_ref();
-        annotations.and_then(|all| all.get(annotation::PREPARE_ONLY)).is_some_and(|value| value.trim() == "true")
-    }
-
     async fn module(&self) -> Result<(Image, Module), Failure> {
         let node = &self.node;
         let (events, secrets) = (&node.events, &node.pull_secrets);
@@ -139,7 +133,7 @@ impl Start {
 impl Prepared {
     pub fn kind(&self) -> GuestKind {
         match self.module.kind() {
-            Kind::HttpProxy if !self.start.prepares_only() => GuestKind::Server,
+            Kind::HttpProxy if !self.limits.prepare_only => GuestKind::Server,
             _ => GuestKind::Command,
         }
     }
@@ -168,7 +162,7 @@ impl Prepared {
             let (module, spec) = self.spec(log.clone());
             let server = runtime.serve(&module, spec, &addresses).await.map_err(|error| Failure::start(&error))?;
             Guest::Server(Arc::new(server))
-        } else if self.start.prepares_only() {
+        } else if self.limits.prepare_only {
             let (_, spec) = self.spec(log.clone());
             Guest::Command(Arc::new(runtime.complete(spec).map_err(|error| Failure::start(&error))?))
         } else {

@@ -137,6 +137,7 @@ def test_requests_beyond_the_annotations_number_wait_and_get_a_503_where_that_is
         ("request-timeout", "0s"),
         ("stream-idle-timeout", "5"),
         ("max-concurrent-requests", "many"),
+        ("prepare-only", "yes"),
     ],
 )
 def test_an_annotation_that_means_nothing_is_told(space: Workspace, name: str, value: str) -> None:
