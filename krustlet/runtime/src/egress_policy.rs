@@ -149,7 +149,7 @@ impl EgressPolicy {
 
 /// Whether an address leads to what only this machine can reach. A registry of such an address is named by the node's
 /// operator, or not asked.
-pub fn is_private_to_node(address: IpAddr) -> bool {
+pub(crate) fn is_private_to_node(address: IpAddr) -> bool {
     EgressPolicy::default().permits(address).is_err()
 }
 
