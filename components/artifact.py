@@ -65,7 +65,6 @@ class WasmArtifact(pulumi.ComponentResource):
             f"{name}-signature-push",
             repository=args.repository,
             digest=artifact.digest,
-            payload=signature.payload,
             signature=signature.signature,
             opts=child,
         )

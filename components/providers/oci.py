@@ -43,6 +43,7 @@ from components.providers.artifacts import (
     signature_artifact,
     signature_tag,
 )
+from components.providers.signature import payload as signed_document
 
 REPOSITORY = re.compile(r"[^/\s]+(/[a-z0-9]+([._-]+[a-z0-9]+)*)+")
 ATTEMPTS = 4
@@ -258,6 +259,9 @@ class Needed:
 
 
 NEEDED = Needed()
+PLACES: dict[str, str] = {}
+"""Where the file with a sum (hex) lies on this machine. A check notes it for the push in the same process: it
+is nobody else's affair, and so it is in no state and no preview."""
 
 
 def _check_repository(news: dict[str, Any]) -> CheckResult:
@@ -281,18 +285,20 @@ class OciArtifactProvider(ResourceProvider):
         pushed again.
         """
         checked = _check_repository(news)
+        inputs = {key: value for key, value in news.items() if key != "path"}
         if checked.failures or is_unknown(news["sha256"]) or is_unknown(news["path"]):
-            return checked
+            return CheckResult(inputs, checked.failures)
+        PLACES[news["sha256"]] = news["path"]
         same = all(olds.get(key) == news[key] for key in ("kind", "sha256")) and olds.get("digest")
         digest = olds["digest"] if same else digest_of(news["kind"], news["path"], news["sha256"])
-        inputs = {**news, "digest": digest}
+        inputs["digest"] = digest
         if not is_unknown(news["repository"]):
             inputs["image"] = f"{news['repository']}@{digest}"
         return CheckResult(inputs, [])
 
     @operation
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
-        """Other bytes are another artifact; where they lie on this machine does not matter."""
+        """Other bytes are another artifact."""
         result = changed(olds, news, replace={"repository", "kind", "sha256"}, update=set())
         if not result.changes:
             NEEDED.keep(olds["repository"], olds["digest"])
@@ -301,7 +307,7 @@ class OciArtifactProvider(ResourceProvider):
     @operation
     def create(self, props: dict[str, Any]) -> CreateResult:
         """Push."""
-        digest = push(props["repository"], props["kind"], props["path"], props["sha256"])
+        digest = push(props["repository"], props["kind"], PLACES[props["sha256"]], props["sha256"])
         NEEDED.keep(props["repository"], digest)
         image = f"{props['repository']}@{digest}"
         return CreateResult(image, {**props, "digest": digest, "image": image})
@@ -351,6 +357,11 @@ class OciArtifact(pulumi.dynamic.Resource, module="oci", name="Artifact"):
         )
 
 
+def _push_signature(props: dict[str, Any]) -> str:
+    repository, digest = props["repository"], props["digest"]
+    return push_signature(repository, digest, signed_document(repository, digest), props["signature"])
+
+
 class OciSignatureProvider(ResourceProvider):
     """CRUD of a cosign signature in a registry."""
 
@@ -364,7 +375,7 @@ class OciSignatureProvider(ResourceProvider):
     @operation
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
         """A new signature of the same image takes the old one's place at its tag."""
-        result = changed(olds, news, replace={"repository", "digest"}, update={"payload", "signature"})
+        result = changed(olds, news, replace={"repository", "digest"}, update={"signature"})
         if not result.changes:
             NEEDED.keep(olds["repository"], olds["signature_digest"])
         return result
@@ -372,7 +383,7 @@ class OciSignatureProvider(ResourceProvider):
     @operation
     def create(self, props: dict[str, Any]) -> CreateResult:
         """Push."""
-        signed = push_signature(props["repository"], props["digest"], props["payload"], props["signature"])
+        signed = _push_signature(props)
         NEEDED.keep(props["repository"], signed)
         return CreateResult(
             f"{props['repository']}:{signature_tag(props['digest'])}", {**props, "signature_digest": signed}
@@ -387,7 +398,7 @@ class OciSignatureProvider(ResourceProvider):
     @operation
     def update(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
         """Push the new one, which takes over the tag, and remove the old one."""
-        signed = push_signature(news["repository"], news["digest"], news["payload"], news["signature"])
+        signed = _push_signature(news)
         NEEDED.keep(news["repository"], signed)
         if olds["signature_digest"] != signed:
             Client(news["repository"]).delete_artifact(
@@ -414,18 +425,16 @@ class OciSignature(pulumi.dynamic.Resource, module="oci", name="Signature"):
         *,
         repository: pulumi.Input[str],
         digest: pulumi.Input[str],
-        payload: pulumi.Input[str],
         signature: pulumi.Input[str],
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
-        """Push the `signature` over `payload` for `repository`@`digest`."""
+        """Push the `signature` for `repository`@`digest`."""
         super().__init__(
             OciSignatureProvider(),
             resource_name,
             {
                 "repository": repository,
                 "digest": digest,
-                "payload": payload,
                 "signature": signature,
                 "signature_digest": None,
             },

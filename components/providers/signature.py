@@ -227,15 +227,13 @@ class SignatureProvider(ResourceProvider):
     def create(self, props: dict[str, Any]) -> CreateResult:
         """Sign."""
         signed = sign(props["private_key"], props["repository"], props["digest"])
-        return CreateResult(
-            props["digest"], {**props, "payload": signed.payload, "signature": signed.signature}
-        )
+        return CreateResult(props["digest"], {**props, "signature": signed.signature})
 
     @operation
     def update(self, _id: str, _olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
         """Keep what was signed; every input that matters is a replacement."""
         signed = sign(news["private_key"], news["repository"], news["digest"])
-        return UpdateResult({**news, "payload": signed.payload, "signature": signed.signature})
+        return UpdateResult({**news, "signature": signed.signature})
 
     @operation
     def read(self, id_: str, props: dict[str, Any]) -> ReadResult:
@@ -244,9 +242,8 @@ class SignatureProvider(ResourceProvider):
 
 
 class Signature(pulumi.dynamic.Resource, module="signature", name="Signature"):
-    """The signature of an image by digest."""
+    """The signature of an image by digest; what is signed is a function of its name (see `payload`)."""
 
-    payload: pulumi.Output[str]
     signature: pulumi.Output[str]
 
     def __init__(
@@ -265,7 +262,6 @@ class Signature(pulumi.dynamic.Resource, module="signature", name="Signature"):
                 "repository": repository,
                 "digest": digest,
                 "private_key": pulumi.Output.secret(private_key),
-                "payload": None,
                 "signature": None,
             },
             opts,

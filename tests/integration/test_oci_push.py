@@ -172,7 +172,6 @@ def test_a_new_signature_of_an_image_leaves_nothing_of_the_old_one(repository: s
         props = {
             "repository": repository,
             "digest": digest,
-            "payload": signed.payload,
             "signature": signed.signature,
         }
         outs = provider.update("id", made[-1], props).outs if made else provider.create(props).outs

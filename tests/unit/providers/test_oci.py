@@ -18,6 +18,7 @@ from pulumi.dynamic import ResourceProvider
 from pulumi.runtime.rpc import UNKNOWN
 
 from components.providers import artifacts, oci
+from components.providers.signature import payload
 
 ACTIONS = {"GET": "pull", "HEAD": "pull", "POST": "push", "PUT": "push", "DELETE": "delete"}
 
@@ -187,13 +188,13 @@ def binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: Registry) 
     return {"repository": registry.name, "kind": "agent", "path": str(path), "sha256": sum_}
 
 
-SIGNED = {"payload": "{}", "signature": "c2ln", "digest": "sha256:" + "12" * 32}
+SIGNED = {"signature": "c2ln", "digest": "sha256:" + "12" * 32}
 Outputs = dict[str, Any]
 
 
 def made_by(provider: ResourceProvider, inputs: Outputs) -> Outputs:
-    """Create and give the outputs."""
-    made = provider.create(inputs).outs
+    """Check and create, and give the outputs."""
+    made = provider.create(provider.check({}, inputs).inputs).outs
     assert made is not None
     return made
 
@@ -267,8 +268,31 @@ def test_a_registry_that_is_away_is_an_error_and_nothing_is_gone(
 def test_a_preview_knows_the_image_before_it_is_pushed(binary: Outputs) -> None:
     provider = oci.OciArtifactProvider()
     checked = provider.check({}, binary).inputs
-    assert checked["image"] == made_by(provider, checked)["image"]
+    assert checked["image"] == made_by(provider, binary)["image"]
     elsewhere = provider.check(checked, {**binary, "repository": UNKNOWN}).inputs
     assert elsewhere["digest"] == checked["digest"]
     assert "image" not in elsewhere
     assert "digest" not in provider.check(checked, {**binary, "sha256": UNKNOWN}).inputs
+
+
+def test_where_the_file_lies_is_in_no_state_and_an_older_state_that_has_it_is_as_good(
+    binary: Outputs, tmp_path: Path
+) -> None:
+    provider = oci.OciArtifactProvider()
+    made = made_by(provider, binary)
+    assert str(tmp_path) not in json.dumps(made)
+    for unknown in ("path", "sha256", "repository"):
+        assert "path" not in provider.check({}, {**binary, unknown: UNKNOWN}).inputs
+    older = {**made, "path": "/elsewhere/krustlet"}
+    assert provider.diff("id", older, provider.check(older, binary).inputs).changes is False
+
+
+def test_what_is_signed_is_in_no_state_and_an_older_state_that_has_it_is_as_good(
+    registry: Registry, binary: Outputs
+) -> None:
+    provider, inputs = oci.OciSignatureProvider(), {"repository": binary["repository"], **SIGNED}
+    made = made_by(provider, inputs)
+    document = payload(made["repository"], made["digest"])
+    assert document.encode() in registry.stored.values()
+    assert document not in made.values()
+    assert provider.diff("id", {**made, "payload": document}, inputs).changes is False
