@@ -44,19 +44,30 @@ def directory(name: str, home: Path, path: Iterable[str]) -> Path | None:
     executable, version = f"pulumi-resource-{name}", asked_for(name)
     exactly = home / "plugins" / f"resource-{name}-v{version}"
     whatever = name in os.environ.get(WHATEVER_VERSION, "").split(",")
-    # pulumi takes one on PATH before any that it installed, but for the stand-ins', which `env` puts first
+    # pulumi takes one on PATH before any that it installed
     for entry in path:
         found = Path(entry) / executable
-        if found.resolve().parts[-4:-1] == ("localcloud", "plugins", name):
-            continue  # the stand-in of another checkout
+        if _is_stand_in(found, name):
+            continue
         known = whatever or found.parent == exactly
         if _runs_here(found) and (known or (version and _says(found) == version)):
             return found.parent
     for installed in sorted((home / "plugins").glob(f"resource-{name}-v*")):
         whole = not installed.with_name(f"{installed.name}.partial").exists()
-        if (installed == exactly or whatever) and whole and _runs_here(installed / executable):
+        found = installed / executable
+        if (
+            (installed == exactly or whatever)
+            and whole
+            and _runs_here(found)
+            and not _is_stand_in(found, name)
+        ):
             return installed
     return None
+
+
+def _is_stand_in(path: Path, name: str) -> bool:
+    """Whether it is localcloud's own, of whatever checkout."""
+    return path.resolve().parts[-4:-1] == ("localcloud", "plugins", name)
 
 
 def _runs_here(path: Path) -> bool:

@@ -44,7 +44,7 @@ def passphrase_file() -> Path:
 
 def _pulumi_home() -> Path:
     """Where pulumi keeps its logs and the selected stack: in the cache, with the plugins of the user."""
-    given = os.environ.get("PULUMI_HOME")
+    given = localcloud.users_pulumi_home()
     if given:
         return Path(given)
     home, plugins = paths.CACHE / "pulumi", Path.home() / ".pulumi" / "plugins"
@@ -122,6 +122,7 @@ def for_google() -> dict[str, str]:
         if not Path(entry).is_relative_to(paths.REPOSITORY / "localcloud")
     ]
     names = {*localcloud.variables(Home(paths.LOCALCLOUD_HOME), Config(0, "")), "KUBECONFIG"}
+    names -= {"PULUMI_HOME"}
     # Which products have a variable depends on the packages that localcloud's own Python sees.
     names |= {name for name in os.environ if endpoints.is_variable(name)}
     users = (

@@ -152,7 +152,7 @@ def ensure(*, tests: bool) -> list[Path]:
     Raises StepError when a build fails.
     """
     (paths.CACHE / "tools").mkdir(parents=True, exist_ok=True)
-    return [_ensure(tool) for tool in needed(tests=tests)]
+    return _bundled([_ensure(tool) for tool in needed(tests=tests)])
 
 
 def directories(*, tests: bool) -> list[Path]:
@@ -164,4 +164,28 @@ def directories(*, tests: bool) -> list[Path]:
     missing = [directory.name for directory in found if not directory.is_dir()]
     if missing:
         raise StepError(f"not built yet: {', '.join(missing)}; run ./scripts/up first")
-    return found
+    return _bundled(found)
+
+
+def _bundled(found: list[Path]) -> list[Path]:
+    """With pulumi and its language host in one directory, as they are shipped: elsewhere it is warned of."""
+    apart = [directory for directory in found if directory.name.startswith("pulumi-")]
+    if not apart:
+        return found
+    digest = hashlib.sha256("".join(directory.name for directory in apart).encode()).hexdigest()[:12]
+    bundle = paths.CACHE / "tools" / f"bundle-{digest}"
+    if not bundle.is_dir():
+        with lock(paths.CACHE / "tools" / "bundle.lock"):
+            if not bundle.is_dir():
+                _link(apart, bundle)
+    return [bundle, *(directory for directory in found if directory not in apart)]
+
+
+def _link(directories: list[Path], target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".bundle-") as scratch:
+        made = Path(scratch) / "bundle"
+        made.mkdir()
+        for program in (program for directory in directories for program in directory.iterdir()):
+            # No symbolic links: pulumi goes by where the programs really are.
+            (made / program.name).hardlink_to(program)
+        made.rename(target)

@@ -87,7 +87,6 @@ def stack(localcloud: Localcloud, tmp_path_factory: pytest.TempPathFactory) -> S
     python = Path(sys.executable).parent
     environment = {
         **localcloud.environment,
-        "PULUMI_HOME": str(base / "pulumi"),
         "PULUMI_BACKEND_URL": f"file://{base}",
         "PULUMI_CONFIG_PASSPHRASE": "x",
         "PULUMI_SKIP_UPDATE_CHECK": "true",
@@ -116,6 +115,8 @@ def resources(stack: Stack) -> dict[str, Any]:
 
 
 def test_plans_targets_replacements_and_drift_are_what_pulumi_says_of_them(stack: Stack) -> None:
+    said = stack.run("preview")
+    assert "warning" not in said, said
     assert stack.up() == {"create": NUMBER}
     first = resources(stack)
     assert "4dabf18193072939515e22adb298388d" in first["hidden"]["outputs"]["registryUri"]

@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-import localcloud.plugins
 from tests.integration.pulumi_stack import Stack
 from tests.waiting import until
 
-ROOT = Path(localcloud.plugins.__file__).parents[2]
-PLUGINS = Path(localcloud.plugins.__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import json
 import pulumi
@@ -175,9 +173,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         )
         lines = [line.removeprefix("export ").split("=", 1) for line in printed.stdout.splitlines()]
         environment |= {name: value.strip("'") for name, value in lines}
-        stand_ins = os.pathsep.join(str(PLUGINS / name) for name in ("gcp", "kubernetes", "command"))
         python = Path(sys.executable).parent
-        environment["PATH"] = f"{python}{os.pathsep}{stand_ins}{os.pathsep}{environment['PATH']}"
+        environment["PATH"] = f"{python}{os.pathsep}{environment['PATH']}"
         directory = base / "project"
         directory.mkdir()
         (directory / "Pulumi.yaml").write_text(yaml.safe_dump({"name": "it", "runtime": "python"}))

@@ -6,7 +6,6 @@ import ast
 import importlib.util
 import os
 import re
-import shutil
 import struct
 import sys
 from importlib import metadata
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import localcloud
-from localcloud.environment import STAND_INS, exports, variables
+from localcloud.environment import STAND_INS, exports, users_pulumi_home, variables
 from localcloud.home import Config, Home
 from localcloud.plugins import official
 from localcloud.plugins.command.provider import CommandProvider
@@ -34,10 +33,23 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     return Home(tmp_path / "home")
 
 
+def found(home: Home) -> dict[str, Path]:
+    """The plugins that pulumi finds, by the rule it goes by with PULUMI_IGNORE_AMBIENT_PLUGINS."""
+    exports(home, CONFIG)
+    values = variables(home, CONFIG)
+    assert values["PULUMI_IGNORE_AMBIENT_PLUGINS"] == "true"
+    places = {
+        name: Path(values["PULUMI_HOME"], "plugins", f"resource-{name}-v{official.asked_for(name)}")
+        for name in STAND_INS
+    }
+    assert not any(place.is_symlink() for place in places.values()), "pulumi skips a link to a directory"
+    return {name: (place / f"pulumi-resource-{name}").resolve(strict=True) for name, place in places.items()}
+
+
 def stand_ins(home: Home) -> set[str]:
     """The plugins that are ours."""
-    entries = variables(home, CONFIG)["PATH"].split(os.pathsep)
-    return {Path(entry).name for entry in entries} & set(STAND_INS)
+    own = Path(localcloud.__file__).parent
+    return {name for name, path in found(home).items() if path.is_relative_to(own)}
 
 
 def test_every_plugin_that_is_missing_has_a_stand_in(home: Home) -> None:
@@ -143,15 +155,28 @@ def test_one_on_path_is_asked_for_its_version(
     plugin(tmp_path, "gcp", speaking("7.0.0", "gcp"))
     plugin(tmp_path, "command", speaking(f"v{official.asked_for('command')}", "command"))
     assert stand_ins(home) == {"gcp", "kubernetes"}
-    # where the right one is installed, pulumi would still take the one on PATH
     place = installed(tmp_path, "gcp", official.asked_for("gcp"))
     plugin(place, "gcp")
-    first = variables(home, CONFIG)["PATH"]
-    assert shutil.which("pulumi-resource-gcp", path=first) == str(place / "pulumi-resource-gcp")
-    monkeypatch.setenv("PATH", first)
-    again = variables(home, CONFIG)["PATH"]
-    assert sorted(again.split(os.pathsep)) == sorted(first.split(os.pathsep))
-    assert shutil.which("pulumi-resource-gcp", path=again) == str(place / "pulumi-resource-gcp")
+    assert found(home)["gcp"] == place / "pulumi-resource-gcp"
+
+
+def test_a_plugin_that_comes_or_goes_is_taken_or_left_at_the_next_env(home: Home, tmp_path: Path) -> None:
+    assert stand_ins(home) == set(STAND_INS)
+    right = plugin(installed(tmp_path, "gcp", official.asked_for("gcp")), "gcp")
+    assert found(home)["gcp"] == right
+    right.unlink()
+    assert stand_ins(home) == set(STAND_INS)
+
+
+def test_the_stand_in_for_an_sdk_of_another_version_stays_for_the_stacks_that_it_made(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(official, "asked_for", lambda _name: "1.2.3")
+        exports(home, CONFIG)
+    exports(home, CONFIG)
+    plugins = Path(variables(home, CONFIG)["PULUMI_HOME"], "plugins")
+    assert (plugins / "resource-gcp-v1.2.3/pulumi-resource-gcp").is_file()
 
 
 def test_the_stand_in_of_another_checkout_is_no_official_plugin(
@@ -160,6 +185,21 @@ def test_the_stand_in_of_another_checkout_is_no_official_plugin(
     place = tmp_path / "other/localcloud/plugins/gcp"
     plugin(place, "gcp", speaking(official.asked_for("gcp"), "gcp"))
     monkeypatch.setenv("PATH", f"{place}:/usr/bin")
+    assert stand_ins(home) == set(STAND_INS)
+
+
+def test_an_environment_of_another_checkout_gives_its_plugins_to_none(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Home(tmp_path / "other")
+    exports(other, CONFIG)
+    users = os.environ["PULUMI_HOME"]
+    for name, value in variables(other, CONFIG).items():
+        monkeypatch.setenv(name, value)
+    assert users_pulumi_home() == users
+    assert stand_ins(home) == set(STAND_INS)
+    # also where only a part of that environment has reached us
+    monkeypatch.delenv("LOCALCLOUD_HOME")
     assert stand_ins(home) == set(STAND_INS)
 
 
@@ -175,6 +215,7 @@ def test_whatever_version_is_there_is_used_where_the_user_says_so(
 
 def test_a_second_env_gives_what_the_first_one_gave(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     first = variables(home, CONFIG)
+    assert first["PULUMI_CREDENTIALS_PATH"] == os.environ["PULUMI_HOME"]
     for name, value in first.items():
         monkeypatch.setenv(name, value)
     assert variables(home, CONFIG) == first
@@ -186,7 +227,7 @@ def test_a_value_reaches_the_shell_as_it_is(home: Home) -> None:
 
 def test_no_product_that_the_sdk_knows_is_left_to_a_real_host(home: Home) -> None:
     """Every setting of an endpoint that the SDK has is set, and is what the plugin takes for one."""
-    found = variables(home, CONFIG)
+    values = variables(home, CONFIG)
     module = importlib.util.find_spec("pulumi_gcp.config.vars")
     assert module is not None
     assert module.origin is not None
@@ -195,9 +236,9 @@ def test_no_product_that_the_sdk_knows_is_left_to_a_real_host(home: Home) -> Non
     settings = {name for name in names if name.endswith("_custom_endpoint")}
     assert len(settings) > 150
     for setting in settings:
-        url = found[f"GOOGLE_{setting.upper()}"]
+        url = values[f"GOOGLE_{setting.upper()}"]
         assert re.fullmatch(r"http://127\.0\.0\.1:1234/.*[^/]+/", url), url
-    assert found["GOOGLE_IAM_BETA_CUSTOM_ENDPOINT"] == "http://127.0.0.1:1234/iam/v1/"
-    assert found["GOOGLE_COMPUTE_CUSTOM_ENDPOINT"] == "http://127.0.0.1:1234/compute/beta/"
+    assert values["GOOGLE_IAM_BETA_CUSTOM_ENDPOINT"] == "http://127.0.0.1:1234/iam/v1/"
+    assert values["GOOGLE_COMPUTE_CUSTOM_ENDPOINT"] == "http://127.0.0.1:1234/compute/beta/"
     for api in ("CLOUDRESOURCEMANAGER", "STORAGE", "PUBSUB", "LOGGING", "IAMCREDENTIALS", "COMPUTE"):
-        assert found[f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{api}"].startswith("http://127.0.0.1:1234/")
+        assert values[f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{api}"].startswith("http://127.0.0.1:1234/")

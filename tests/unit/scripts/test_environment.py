@@ -55,6 +55,9 @@ def test_the_environment_for_google_takes_out_what_would_lead_to_localcloud(
     lines = environment.exports(found).splitlines()
     assert "unset GOOGLE_COMPUTE_CUSTOM_ENDPOINT" in lines
     assert "unset PULUMI_DISABLE_AUTOMATIC_PLUGIN_ACQUISITION" in lines
+    assert "unset PULUMI_IGNORE_AMBIENT_PLUGINS" in lines
+    assert local["PULUMI_HOME"] == str(home.root / "pulumi")
+    assert found["PULUMI_HOME"] == str(home.root.parent / "pulumi")
     assert not {"unset PWD", "unset HOME"} & set(lines)
 
 
