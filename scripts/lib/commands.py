@@ -1,5 +1,6 @@
 """What each of the commands does, step by step."""
 
+import argparse
 import contextlib
 import functools
 import shutil
@@ -51,8 +52,10 @@ def _run_lock() -> AbstractContextManager[None]:
     )
 
 
-def up() -> None:
+def up(*, plan: str | None = None) -> None:
     """From a bare clone to an answered curl: tools, localcloud, pulumi up, verification."""
+    if plan is not None and not Path(plan).is_file():
+        raise StepError(f"there is no plan {plan}; ./scripts/preview --save-plan {plan} makes it")
     _set_up(tests=False)
     _compile()
     with _run_lock():
@@ -64,7 +67,7 @@ def up() -> None:
             "start localcloud", functools.partial(_python, env=start, arguments=["-m", "localcloud", "start"])
         )
         env = environment.complete()
-        step("pulumi up", lambda log: pulumi.up(log, env))
+        step("pulumi up", lambda log: pulumi.up(log, env, plan))
         outputs = pulumi.outputs(env)
         pulumi.write_kubeconfig(outputs, environment.KUBECONFIG)
     # What was killed a moment ago is on its way back.
@@ -121,10 +124,22 @@ def env(*, google: bool) -> None:
     print(environment.exports(environment.for_google() if google else environment.complete()))
 
 
+def _stack(arguments: list[str]) -> str:
+    """The stack that a program is asked for: any but ours is on Google."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--stack", default=pulumi.STACK)
+    return str(parser.parse_known_args(arguments)[0].stack)
+
+
 def program(name: str, arguments: list[str]) -> int:
     """Runs a program of scripts/lib in the environment of the stack; gives its exit status."""
     asks_for_help = {"-h", "--help"} & set(arguments)
-    env = environment.before_localcloud() if asks_for_help else environment.complete()
+    if asks_for_help:
+        env = environment.before_localcloud()
+    elif _stack(arguments) == pulumi.STACK:
+        env = environment.complete()
+    else:
+        env = environment.for_google()
     return subprocess.run(
         [environment.python(), "-m", f"scripts.lib.{name}", *arguments],
         env={**env, "PYTHONPATH": str(paths.REPOSITORY)},
@@ -149,7 +164,19 @@ SUITES: dict[str, list[Suite]] = {
     "lint": [
         Suite(("ruff", "check", ".")),
         Suite(("ruff", "format", "--check", ".")),
-        Suite(("python", "-m", "mypy", "__main__.py", "components", "localcloud", "scripts/lib", "tests")),
+        Suite(
+            (
+                "python",
+                "-m",
+                "mypy",
+                "__main__.py",
+                "components",
+                "localcloud",
+                "policy/rules.py",
+                "scripts/lib",
+                "tests",
+            )
+        ),
     ],
     # Google's clients and pulumi have messages of the same names, which one process cannot hold.
     "unit": [_pytest("tests/unit"), _pytest("tests/google_clients")],

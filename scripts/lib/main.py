@@ -1,4 +1,4 @@
-"""The commands of scripts/: up, down, env, test, verify, bench."""
+"""The commands of scripts/: up, down, env, test, verify, bench, preview, drift."""
 
 import argparse
 import signal
@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.lib import commands
 from scripts.lib.steps import StepError
 
-PROGRAMS = ("verify", "bench")
+PROGRAMS = ("verify", "bench", "preview", "drift")
 """Commands that are programs of their own, with arguments of their own."""
 
 
@@ -23,7 +23,10 @@ def _terminate(_signal: int, _frame: FrameType | None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scripts")
     names = parser.add_subparsers(dest="command", required=True)
-    names.add_parser("up", prog="./scripts/up", description=commands.up.__doc__)
+    up = names.add_parser("up", prog="./scripts/up", description=commands.up.__doc__)
+    up.add_argument(
+        "--plan", metavar="FILE", help="do what ./scripts/preview --save-plan FILE planned, or nothing"
+    )
     down = names.add_parser("down", prog="./scripts/down", description=commands.down.__doc__)
     down.add_argument(
         "--force", action="store_true", help="remove everything also where `pulumi destroy` fails"
@@ -57,7 +60,7 @@ def main() -> int:
     try:
         match arguments.command:
             case "up":
-                commands.up()
+                commands.up(plan=arguments.plan)
             case "down":
                 commands.down(force=arguments.force)
             case "env":

@@ -91,8 +91,12 @@ def _has_lost_its_cluster(env: Mapping[str, str]) -> bool:
     return False
 
 
-def up(log: Log, env: Mapping[str, str]) -> None:
-    """Creates or updates the stack; what is gone from it is seen by a refresh, and made again."""
+def up(log: Log, env: Mapping[str, str], plan: str | None = None) -> None:
+    """Creates or updates the stack; what is gone from it is seen by a refresh, and made again.
+
+    With a plan it does that and no more; where it does not fit any more, nothing is done: pulumi previews
+    with it first.
+    """
     _keep_salt_out_of_git()
     _drop_salt()
     try:
@@ -100,7 +104,11 @@ def up(log: Log, env: Mapping[str, str]) -> None:
         _settle(log, env)
         if _has_lost_its_cluster(env):
             env = {**env, "PULUMI_K8S_DELETE_UNREACHABLE": "true"}
-        log.run(["pulumi", "up", "--refresh", "--yes", "--stack", STACK, "--color", "never"], env=env)
+        how = ["--refresh"]
+        if plan is not None:
+            # What a refresh finds is not planned.
+            how, env = ["--plan", str(Path(plan).absolute())], {**env, "PULUMI_EXPERIMENTAL": "true"}
+        log.run(["pulumi", "up", *how, "--yes", "--stack", STACK, "--color", "never"], env=env)
     finally:
         _drop_salt()
 

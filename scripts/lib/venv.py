@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from scripts.lib import paths
@@ -38,4 +39,29 @@ def ensure() -> Path:
             if not (target / "complete").is_file():
                 shutil.rmtree(target, ignore_errors=True)
                 step("virtual environment", lambda log: _make(target, log))
+    return target
+
+
+def policies() -> Path:
+    """The directory, for PYTHONPATH, with what policy/ needs besides the environment; made if it is missing.
+
+    Raises StepError when it cannot be made.
+    """
+    lock_file = paths.REPOSITORY / "policy" / "requirements.txt"
+    digest = hashlib.sha256(lock_file.read_bytes() + directory().name.encode()).hexdigest()[:12]
+    target = paths.CACHE / "venvs" / f"policy-{digest}"
+    if not target.is_dir():
+        with lock(target.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            if not target.is_dir():
+                made = Path(scratch) / "policy"
+                pip = [
+                    str(directory() / "bin" / "python"),
+                    "-m",
+                    "pip",
+                    "install",
+                    "--disable-pip-version-check",
+                ]
+                what = ["--no-input", "--no-deps", "--require-hashes", "--requirement", str(lock_file)]
+                step("policy pack", lambda log: log.run([*pip, *what, "--target", made]))
+                made.rename(target)
     return target
