@@ -1,20 +1,24 @@
 """Builds a Rust crate with cargo: the same sources give the same file, and are compiled once per machine.
 
-What is built lies in the cache under the hash of everything that decides about it, so that a second clone
-with the same sources builds nothing. `python -m components.providers.cargo CRATE [--target T]` builds through
-the same cache and prints the path.
+What is built lies in the cache together with what cargo has read for it, so that a second clone with the same
+sources builds nothing, and a change of anything that was read is seen.
+`python -m components.providers.cargo CRATE [--target T]` builds through the same cache and prints the path.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
+import functools
 import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,29 +34,16 @@ from pulumi.dynamic import (
     UpdateResult,
 )
 
-from components.providers import ProviderError, is_unknown, operation
+from components.providers import freshness, inputs, is_unknown, operation
+from components.providers.compiler import WASM_TARGET, CargoError, Toolchain, run, toolchain_for
 
-WASM_TARGET = "wasm32-unknown-unknown"
-# Debian's own compiler for the web, for machines where rustup cannot bring the target.
-DEBIAN_RUSTC = Path("/usr/bin/rustc")
-DEBIAN_PACKAGES = "rustc-web rust-web-src"
-ERROR_LINES = 40
-# Raised when the way of building changes in a manner that the other inputs do not show.
-RECIPE = "1"
-
-
-class CargoError(ProviderError):
-    """The crate cannot be built; the message ends with cargo's own."""
-
-
-@dataclass(frozen=True)
-class Toolchain:
-    """How to compile for one target: cargo arguments, environment, and what `rustc -vV` says."""
-
-    version: str
-    arguments: tuple[str, ...]
-    environment: dict[str, str]
-    flags: tuple[str, ...]
+# Raised when the way of building changes in a manner that the other facts do not show.
+RECIPE = "2"
+WASM = b"\0asm"
+COMPONENT = WASM + b"\x0d\0\1\0"
+# e_machine of ELF (https://refspecs.linuxfoundation.org/elf/gabi4+/ch4.eheader.html) and cputype of Mach-O.
+ELF_MACHINES = {3: "i686", 62: "x86_64", 183: "aarch64", 243: "riscv64gc"}
+MACH_CPUS = {0x01000007: "x86_64", 0x0100000C: "aarch64"}
 
 
 @dataclass(frozen=True)
@@ -77,176 +68,219 @@ def target_directory(target: str) -> Path:
     A component shares no object file with native code, so it has a directory of its own: cargo locks a whole
     one, and the app need not wait until the agent is compiled.
     """
-    directory = Path(os.environ.get("CARGO_TARGET_DIR") or cache_directory() / "target")
+    directory = Path(os.environ.get("CARGO_TARGET_DIR") or cache_directory() / "target").absolute()
     return directory / "components" if target == WASM_TARGET else directory
 
 
-def run(arguments: list[str], cwd: Path, environment: dict[str, str] | None = None) -> str:
-    """Run a program and return its standard output.
+@dataclass(frozen=True)
+class Chosen:
+    """The one artifact that is wanted of a crate, in cargo's words, and the directory of its lock file."""
 
-    Raises CargoError with the end of its standard error when it is missing or fails.
+    package: str
+    kind: str
+    name: str
+    workspace: Path
+
+    @property
+    def arguments(self) -> list[str]:
+        """Give the arguments with which cargo builds this and nothing else."""
+        return ["--package", self.package, f"--{self.kind}", *([] if self.kind == "lib" else [self.name])]
+
+    def is_made_by(self, message: dict[str, Any]) -> bool:
+        """Say whether a message of cargo tells of this artifact."""
+        if message["reason"] != "compiler-artifact" or message["package_id"] != self.package:
+            return False
+        kinds, name = message["target"]["kind"], message["target"]["name"]
+        return name == self.name and (self.kind in kinds or (self.kind == "lib" and "cdylib" in kinds))
+
+
+def choose(crate: Path, target: str = "", example: str = "") -> Chosen:
+    """Choose what to build of a crate: the library that becomes the component, else the one binary.
+
+    Raises CargoError that says what to do when there is nothing or too much to choose from.
     """
-    try:
-        done = subprocess.run(
-            arguments,
-            cwd=cwd,
-            env={**os.environ, **(environment or {})},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except FileNotFoundError:
+    if not (crate / "Cargo.toml").is_file():
+        raise CargoError(f"{crate} has no Cargo.toml")
+    found = json.loads(run(["cargo", "metadata", "--no-deps", "--format-version", "1"], crate))
+    workspace = Path(found["workspace_root"])
+    manifests = {Path(package["manifest_path"]): package for package in found["packages"]}
+    package = manifests.get(crate / "Cargo.toml")
+    if package is None:
+        members = ", ".join(sorted(os.path.relpath(manifest.parent, crate) for manifest in manifests))
         raise CargoError(
-            f"{arguments[0]} is not on PATH: install Rust with rustup (https://rustup.rs)"
-        ) from None
-    if done.returncode != 0:
-        tail = "\n".join(done.stderr.strip().splitlines()[-ERROR_LINES:])
-        raise CargoError(f"`{' '.join(arguments[:3])}` failed in {cwd.name}:\n{tail}")
-    return done.stdout
-
-
-def source_files(crate: Path) -> list[Path]:
-    """List the files that decide about the build: tracked or not ignored ones, and rust-toolchain.toml.
-
-    Outside of a git checkout (a source archive) every file but cargo's own `target` counts.
-    """
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "."]
-    try:
-        listed = subprocess.run(command, cwd=crate, capture_output=True, check=False)
-    except FileNotFoundError:
-        listed = None  # a source archive, on a machine without git
-    if listed is not None and listed.returncode == 0:
-        files = {crate / os.fsdecode(name) for name in listed.stdout.split(b"\0") if name}
-    else:
-        files = {path for path in crate.rglob("*") if "target" not in path.relative_to(crate).parts}
-    for directory in (crate, *crate.parents):
-        for name in ("rust-toolchain.toml", "rust-toolchain"):
-            if (directory / name).is_file():
-                return sorted({path for path in files if path.is_file()} | {directory / name})
-    return sorted(path for path in files if path.is_file())
-
-
-def _names_in_checkout(crate: Path, files: list[Path]) -> list[tuple[str, Path]]:
-    return sorted((os.path.relpath(path, crate), path) for path in files)
-
-
-def source_hash(crate: Path, target: str, profile: str, toolchain: Toolchain) -> str:
-    """Hash what decides about the file that cargo makes, hex; independent of where the checkout lies."""
-    digest = hashlib.sha256()
-    facts = [RECIPE, target, profile, toolchain.version, *toolchain.arguments]
-    # Absolute directories in the flags are there to be taken out of the result; they decide about nothing.
-    facts += [flag for flag in toolchain.flags if not flag.startswith(("--remap-path-prefix", "-Clink-arg"))]
-    for fact in facts:
-        digest.update(fact.encode() + b"\0")
-    for name, path in _names_in_checkout(crate, source_files(crate)):
-        # The toolchain file stands above the crate; how far above does not matter.
-        label = Path(name).name if name.startswith("..") else name
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
-        digest.update(f"{label}\0{content}\0".encode())
-    return digest.hexdigest()
-
-
-def host(crate: Path) -> str:
-    """Give the Rust target of this machine. To ask for it by name is to ask for nothing."""
-    return _fact(run(["rustc", "-vV"], crate), "host")
-
-
-def toolchain_for(crate: Path, target: str) -> Toolchain:
-    """Find out how to compile for a target ("" is this machine).
-
-    For wasm: the target that rustup has or can add, else Debian's compiler and sources for the web. Raises
-    CargoError that names the command to run when there is neither.
-    """
-    version = run(["rustc", "-vV"], crate)
-    if target != WASM_TARGET:
-        arguments = ("--target", target) if target else ()
-        # Native dependencies are big. They are compiled with the flags that `cargo test` uses, and so only
-        # once.
-        flags = os.environ.get("CARGO_ENCODED_RUSTFLAGS") or os.environ.get("RUSTFLAGS", "").replace(
-            " ", "\x1f"
+            f"{crate} is a workspace and no package: give the directory of a member, one of {members}"
         )
-        return Toolchain(version, arguments, {}, tuple(flag for flag in flags.split("\x1f") if flag))
-    sysroot = Path(run(["rustc", "--print", "sysroot"], crate).strip())
-    host = _fact(version, "host")
-    tools = sysroot / "lib" / "rustlib" / host / "bin"
-    flags_for_all = (
-        f"-Clinker={tools / 'wasm-component-ld'}",
-        f"-Clink-arg=--wasm-ld-path={tools / 'gcc-ld' / 'wasm-ld'}",
-        f"--remap-path-prefix={crate.parent}=/build",
-        f"--remap-path-prefix={_cargo_home()}=/cargo",
-    )
-    if _has_wasm_library(sysroot) or _add_wasm_library(crate, sysroot):
-        # A toolchain with the sources of std installed would write their place on this machine into panic
-        # messages.
-        std = f"--remap-path-prefix={sysroot}/lib/rustlib/src/rust=/rustc/{_fact(version, 'commit-hash')}"
-        return Toolchain(version, ("--target", target), {}, (*flags_for_all, std))
-    return _debian_toolchain(crate, target, flags_for_all)
+    if not (workspace / "Cargo.lock").is_file():
+        raise CargoError(f"{workspace} has no Cargo.lock: run `cargo generate-lockfile` there and commit it")
+    if example:
+        return Chosen(package["id"], "example", example, workspace)
+    if target == WASM_TARGET:
+        for one in package["targets"]:
+            if "cdylib" in one["kind"]:
+                return Chosen(package["id"], "lib", one["name"], workspace)
+    binaries = [one for one in package["targets"] if one["kind"] == ["bin"]]
+    # One that asks for features is not built without them.
+    names = [one["name"] for one in binaries if not one.get("required-features")]
+    if package.get("default_run"):
+        names = [package["default_run"]]
+    if len(names) > 1:
+        raise CargoError(
+            f"{crate} has several binaries, {', '.join(sorted(names))}: "
+            f'choose one by `default-run = "{min(names)}"` in [package] of its Cargo.toml'
+        )
+    if not names:
+        raise CargoError(f"{crate} has neither a binary nor a cdylib: there is nothing to run")
+    return Chosen(package["id"], "bin", names[0], workspace)
 
 
-def _fact(version: str, name: str) -> str:
-    for line in version.splitlines():
-        if line.startswith(f"{name}: "):
-            return line.removeprefix(f"{name}: ")
-    raise CargoError(f"`rustc -vV` does not tell its {name}")
+def build(
+    crate: Path,
+    target: str = "",
+    profile: str = "release",
+    example: str = "",
+    variables: dict[str, str] | None = None,
+) -> Built:
+    """Build a crate, or take what an earlier build left in the cache that would read the same today.
 
-
-def _cargo_home() -> Path:
-    return Path(os.environ.get("CARGO_HOME") or Path.home() / ".cargo")
-
-
-def _has_wasm_library(sysroot: Path) -> bool:
-    return any((sysroot / "lib" / "rustlib" / WASM_TARGET / "lib").glob("libstd-*"))
-
-
-def _add_wasm_library(crate: Path, sysroot: Path) -> bool:
-    if shutil.which("rustup") is None:
-        return False
-    subprocess.run(["rustup", "target", "add", WASM_TARGET], cwd=crate, capture_output=True, check=False)
-    return _has_wasm_library(sysroot)
-
-
-def _debian_toolchain(crate: Path, target: str, flags: tuple[str, ...]) -> Toolchain:
-    if not DEBIAN_RUSTC.is_file():
-        raise _no_library(target)
-    version = run([str(DEBIAN_RUSTC), "-vV"], crate)
-    sysroot = Path(run([str(DEBIAN_RUSTC), "--print", "sysroot"], crate).strip())
-    library = sysroot / "lib" / "rustlib" / "src" / "rust"
-    if not (library / "library" / "std" / "Cargo.toml").is_file():
-        raise _no_library(target)
-    arguments = ("--target", target, "-Zbuild-std=std,panic_abort")
-    environment = {"RUSTC": str(DEBIAN_RUSTC), "RUSTC_BOOTSTRAP": "1"}
-    return Toolchain(version, arguments, environment, (*flags, f"--remap-path-prefix={library}=/rust"))
-
-
-def _no_library(target: str) -> CargoError:
-    return CargoError(
-        f"there is no standard library for {target}: run `rustup target add {target}`, "
-        f"or on Debian `apt-get install {DEBIAN_PACKAGES}` as root"
-    )
-
-
-def build(crate: Path, target: str = "", profile: str = "release") -> Built:
-    """Build a crate, or take what an earlier build of the same sources left in the cache.
-
-    `crate` is the directory of a Cargo.toml with a Cargo.lock. Raises CargoError.
+    `crate` is the directory of a package's Cargo.toml; with `example` that one is built in place of its
+    binary or component. `variables` are added to the environment. Raises CargoError.
     """
     crate = crate.resolve()
-    target = "" if target == host(crate) else target
-    toolchain = toolchain_for(crate, target)
-    key = source_hash(crate, target, profile, toolchain)
-    directory = cache_directory() / "builds" / key
-    kept = [path for path in directory.glob("*") if path.is_file()]
-    if kept:
-        return measure(kept[0])
-    made = _compile(crate, target, profile, toolchain)
-    directory.mkdir(parents=True, exist_ok=True)
-    # A directory of its own and a rename: a build that is killed half way leaves no half file under the final
-    # name.
+    job = Job(
+        crate,
+        choose(crate, target, example),
+        toolchain_for(crate, target),
+        profile,
+        target_directory(target),
+        {**os.environ, **(variables or {})},
+    )
+    kept = job.kept()
+    if kept is not None:
+        return kept
+    # Cargo's own lock ends before the file is copied, and another clone's build would overwrite it.
+    with _lock(job.outputs):
+        return job.kept() or job.make()
+
+
+def _hash(*facts: str) -> str:
+    return hashlib.sha256("\0".join(facts).encode(errors="surrogateescape")).hexdigest()
+
+
+@contextlib.contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    path = cache_directory() / "inputs" / f"{_hash(str(directory))}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to build: `outputs` is cargo's target directory, `environment` the user's."""
+
+    crate: Path
+    chosen: Chosen
+    toolchain: Toolchain
+    profile: str
+    outputs: Path
+    environment: Mapping[str, str | None]
+
+    @property
+    def records(self) -> Path:
+        """Give the directory of what builds have read that differ in nothing but that."""
+        place = os.path.relpath(self.chosen.workspace, self.crate)
+        facts = [RECIPE, self.chosen.kind, self.chosen.name, place, self.profile, self.toolchain.triple]
+        return cache_directory() / "inputs" / _hash(*facts, *self.toolchain.arguments, *self.toolchain.facts)
+
+    def kept(self) -> Built | None:
+        """Find a build whose inputs are unchanged, and whose file is there and what it is said to be."""
+        digest = functools.cache(inputs.digest)
+        for path in sorted(self.records.glob("*.json")):
+            record = inputs.read(path)
+            if record is None or not inputs.unchanged(record[0], self.crate, self.environment, digest):
+                continue
+            file = _place(record[1])
+            if file.is_file() and not fault(file, self.toolchain.triple):
+                built = measure(file)
+                if built.sha256 == record[1]["sha256"]:
+                    return built
+        return None
+
+    def make(self) -> Built:
+        """Let cargo build, keep the file, and record what was read for it."""
+        memory = cache_directory() / "inputs" / f"{_hash(str(self.outputs))}.json"
+        started = time.time_ns()
+        build = self.compile()
+        read = inputs.collect(build)
+        doubtful = freshness.doubtful(build, read, self.records.name, memory)
+        if doubtful:
+            _touch(doubtful)
+            started = time.time_ns()
+            build = self.compile()
+            read = inputs.collect(build)
+        wrong = fault(build.result, self.toolchain.triple)
+        if wrong:
+            raise CargoError(f"what cargo made of {self.crate} is of no use: {wrong}")
+        built = {"name": build.result.name, "sha256": measure(build.result).sha256}
+        kept = _keep(build.result, _place(built))
+        # What was written while the compiler ran may have been read before or after.
+        if read is not None and not any(_changed_since(started, self.crate / name) for name in read.files):
+            inputs.write(read, self.records / f"{_hash(json.dumps(vars(read), sort_keys=True))}.json", built)
+            freshness.remember(build, read, self.records.name, memory)
+        return kept
+
+    def compile(self) -> inputs.Build:
+        """Run cargo."""
+        command = ["cargo", "build", "--locked", "--profile", self.profile, *self.chosen.arguments]
+        settings: dict[str, str | None] = {
+            **self.environment,
+            **self.toolchain.environment,
+            "CARGO_TARGET_DIR": str(self.outputs),
+            # Whatever the user's configuration says: what is written there is read here.
+            "CARGO_BUILD_BUILD_DIR": str(self.outputs),
+            "CARGO_BUILD_DEP_INFO_BASEDIR": "/",
+            "CARGO_TERM_COLOR": "never",
+        }
+        command += [*self.toolchain.arguments, "--message-format", "json-render-diagnostics"]
+        output = run(command, self.crate, settings)
+        messages = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        result = _result(messages, self.chosen)
+        return inputs.Build(
+            messages, result, self.chosen.workspace, self.crate, self.outputs, self.environment
+        )
+
+
+def _place(built: dict[str, str]) -> Path:
+    return cache_directory() / "builds" / built["sha256"] / built["name"]
+
+
+def _touch(sources: set[Path]) -> None:
+    for path in sorted(sources):
+        try:
+            path.touch()
+        except OSError as error:
+            raise CargoError(
+                f"cargo takes what it has made of {path} for fresh by the file's time, which cannot be set "
+                f"({error.strerror}): run `touch` on it"
+            ) from None
+
+
+def _changed_since(moment: int, path: Path) -> bool:
+    return path.exists() and path.stat().st_ctime_ns >= moment
+
+
+def _keep(made: Path, place: Path) -> Built:
+    """Copy a file into the cache.
+
+    A directory of its own and a rename: what is killed half way leaves no half file under the final name.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_directory()) as scratch:
         copy = Path(scratch) / made.name
         shutil.copy2(made, copy)
-        copy.replace(directory / made.name)
-    return measure(directory / made.name)
+        copy.replace(place)
+    return measure(place)
 
 
 def measure(path: Path) -> Built:
@@ -256,39 +290,45 @@ def measure(path: Path) -> Built:
     return Built(str(path), digest.hexdigest(), path.stat().st_size)
 
 
-def _compile(crate: Path, target: str, profile: str, toolchain: Toolchain) -> Path:
-    environment = {
-        **toolchain.environment,
-        "CARGO_TARGET_DIR": str(target_directory(target)),
-        "CARGO_TERM_COLOR": "never",
-    }
-    if toolchain.flags:
-        environment["CARGO_ENCODED_RUSTFLAGS"] = "\x1f".join(toolchain.flags)
-    output = run(
-        [
-            "cargo",
-            "build",
-            "--locked",
-            "--profile",
-            profile,
-            "--message-format",
-            "json-render-diagnostics",
-            *toolchain.arguments,
-        ],
-        crate,
-        environment,
-    )
-    manifest = str(crate / "Cargo.toml")
-    for line in reversed(output.splitlines()):
-        message = json.loads(line)
-        if message.get("reason") != "compiler-artifact" or message.get("manifest_path") != manifest:
-            continue
-        if message.get("executable"):
-            return Path(message["executable"])
-        for name in message["filenames"]:
-            if name.endswith(".wasm"):
-                return Path(name)
-    raise CargoError(f"{crate.name} has neither a binary nor a cdylib: nothing to run came out of cargo")
+def described(path: Path) -> str:
+    """Say what a built file is by its first bytes."""
+    with path.open("rb") as file:
+        head = file.read(20)
+    if head[:4] == WASM:
+        return "a WebAssembly component" if head[:8] == COMPONENT else "a core WebAssembly module"
+    if head[:4] == b"\x7fELF" and len(head) == 20:
+        machine = int.from_bytes(head[18:20], "little" if head[5] == 1 else "big")
+        return f"an ELF file for {ELF_MACHINES.get(machine, machine)}"
+    if head[:4] == b"\xcf\xfa\xed\xfe":
+        cpu = int.from_bytes(head[4:8], "little")
+        return f"a Mach-O file for {MACH_CPUS.get(cpu, cpu)}"
+    return "no program"
+
+
+def fault(path: Path, triple: str) -> str:
+    """Say in which way a file is not what a Rust target asks for; "" when it is."""
+    architecture = triple.partition("-")[0]
+    if triple == WASM_TARGET:
+        wanted = "a WebAssembly component"
+    elif "-linux-" in triple and architecture in ELF_MACHINES.values():
+        wanted = f"an ELF file for {architecture}"
+    elif "-apple-" in triple and architecture in MACH_CPUS.values():
+        wanted = f"a Mach-O file for {architecture}"
+    else:
+        return ""
+    found = described(path)
+    if found != wanted:
+        return f"{path} is {found}, and {wanted} was asked for"
+    return "" if triple == WASM_TARGET or os.access(path, os.X_OK) else f"{path} may not be executed"
+
+
+def _result(messages: list[dict[str, Any]], chosen: Chosen) -> Path:
+    for message in messages:
+        if chosen.is_made_by(message):
+            for name in [message["executable"]] if message["executable"] else message["filenames"]:
+                if message["executable"] or name.endswith(".wasm"):
+                    return Path(name)
+    raise CargoError(f"nothing to run came out of cargo for {chosen.name}")
 
 
 class CargoBuildProvider(ResourceProvider):
@@ -304,14 +344,8 @@ class CargoBuildProvider(ResourceProvider):
         """
         if any(is_unknown(news[key]) for key in ("crate", "target", "profile")):
             return CheckResult(news, [])
-        crate = Path(news["crate"]).resolve()
-        if not (crate / "Cargo.toml").is_file():
-            return CheckResult(news, [CheckFailure("crate", f"{news['crate']} has no Cargo.toml")])
-        if not (crate / "Cargo.lock").is_file():
-            reason = f"{news['crate']} has no Cargo.lock: run `cargo generate-lockfile` there and commit it"
-            return CheckResult(news, [CheckFailure("crate", reason)])
         try:
-            built = build(crate, news["target"], news["profile"])
+            built = build(Path(news["crate"]), news["target"], news["profile"])
         except CargoError as error:
             return CheckResult(news, [CheckFailure("crate", str(error))])
         return CheckResult({**news, "sha256": built.sha256}, [])

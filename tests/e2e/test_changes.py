@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import requests
 
-from components.providers import cargo
+from components.providers import compiler
 from components.providers.signature import generate_key
 from tests.e2e.changes import AGENT, CHANGES, NONE, POD, Change
 from tests.e2e.conftest import Stack
@@ -63,7 +63,7 @@ def settings(change: Change) -> dict[str, str]:
     """The values to set, with what a table cannot hold."""
     value = change.value
     if value == "HOST":
-        value = cargo.host(Path("wasm_app"))
+        value = compiler.host(Path("wasm_app"))
     elif value == "KEY":
         value = generate_key().private_key
     return dict(((change.key, value), *change.also))

@@ -16,16 +16,8 @@ from pathlib import Path
 
 import wasmtime
 
-from components.providers.cargo import (
-    WASM_TARGET,
-    CargoError,
-    Toolchain,
-    cache_directory,
-    run,
-    source_hash,
-    target_directory,
-    toolchain_for,
-)
+from components.providers import cargo
+from components.providers.compiler import WASM_TARGET, CargoError
 
 HERE = Path(__file__).resolve().parent
 RUST = ("cli-guest", "http-guest")
@@ -38,42 +30,26 @@ NAMES = (*RUST, *WAT, *BROKEN)
 def build(name: str, version: str = "1") -> Path:
     """Give the path of a guest, built if it is not in the cache.
 
-    Guests of one `version` lie in one directory as NAME.wasm. A Rust guest tells its version when asked, and
-    so has another digest for each. Raises KeyError for a name that is not in NAMES, CargoError when one does
-    not compile.
+    A Rust guest tells its version when asked, and so has another digest for each. Raises KeyError for a name
+    that is not in NAMES, CargoError when one does not compile.
     """
     if name not in NAMES:
         raise KeyError(f"no guest {name!r}; there are {', '.join(NAMES)}")
-    toolchain = toolchain_for(HERE, WASM_TARGET)
-    sources = source_hash(HERE, WASM_TARGET, "release", toolchain)
-    key = hashlib.sha256(f"{sources} {version}".encode()).hexdigest()
-    path = cache_directory() / "builds" / f"guests-{key}" / f"{name}.wasm"
-    if path.is_file():
-        return path
     if name in RUST:
-        for built in _compile(toolchain, version):
-            _keep(built.read_bytes(), path.with_name(built.name.replace("_", "-")))
-    elif name in WAT:
-        _keep(bytes(wasmtime.wat2wasm((HERE / "wat" / f"{name}.wat").read_text())), path)
+        variables = {"GUEST_VERSION": version}
+        return Path(cargo.build(HERE, WASM_TARGET, example=name, variables=variables).path)
+    if name in WAT:
+        content = bytes(wasmtime.wat2wasm((HERE / "wat" / f"{name}.wat").read_text()))
     elif name == "garbage":
-        _keep(random.Random(name).randbytes(4096), path)  # noqa: S311 - the same bytes every time
+        content = random.Random(name).randbytes(4096)  # noqa: S311 - the same bytes every time
     else:
         whole = build("cli-guest", version).read_bytes()
-        _keep(whole[: len(whole) // 2], path)
+        content = whole[: len(whole) // 2]
+    key = hashlib.sha256(content).hexdigest()
+    path = cargo.cache_directory() / "builds" / key / f"{name}.wasm"
+    if not path.is_file():
+        _keep(content, path)
     return path
-
-
-def _compile(toolchain: Toolchain, version: str) -> list[Path]:
-    """Compile the Rust guests; cargo notices by itself that GUEST_VERSION has changed."""
-    environment = {
-        **toolchain.environment,
-        "CARGO_ENCODED_RUSTFLAGS": "\x1f".join(toolchain.flags),
-        "CARGO_TARGET_DIR": str(target_directory(WASM_TARGET)),
-        "GUEST_VERSION": version,
-    }
-    run(["cargo", "build", "--release", "--locked", "--examples", *toolchain.arguments], HERE, environment)
-    made = target_directory(WASM_TARGET) / WASM_TARGET / "release" / "examples"
-    return [made / f"{name.replace('-', '_')}.wasm" for name in RUST]
 
 
 def _keep(content: bytes, path: Path) -> None:

@@ -70,7 +70,6 @@ class Cloud(mocks.Mocks):
                 "path": "/cache/file",
                 "sha256": "ab" * 32,
                 "size": 72000,
-                "source_hash": "cd" * 32,
             },
             "pulumi-python:dynamic/oci:Artifact": {
                 "digest": "sha256:" + "12" * 32,

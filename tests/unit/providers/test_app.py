@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from components.providers import artifacts, cargo
+from components.providers import artifacts, cargo, compiler
 from tests.unit.conftest import REPOSITORY
 
 pytestmark = pytest.mark.skipif(shutil.which("cargo") is None, reason="cargo is not on PATH")
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(shutil.which("cargo") is None, reason="cargo is 
 @pytest.fixture(scope="module")
 def component() -> Path:
     """Give the app, from the cache that `pulumi up` takes it from."""
-    return Path(cargo.build(REPOSITORY / "wasm_app", cargo.WASM_TARGET).path)
+    return Path(cargo.build(REPOSITORY / "wasm_app", compiler.WASM_TARGET).path)
 
 
 def test_the_app_can_reach_its_request_and_nothing_else(component: Path) -> None:

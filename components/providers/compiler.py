@@ -1,0 +1,265 @@
+"""Which compiler makes what, with which flags: those of the configuration and the environment, and ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.providers import ProviderError
+
+WASM_TARGET = "wasm32-unknown-unknown"
+# Debian's own compiler for the web, for machines where rustup cannot bring the target.
+DEBIAN_RUSTC = Path("/usr/bin/rustc")
+DEBIAN_PACKAGES = "rustc-web rust-web-src"
+ERROR_LINES = 40
+# What decides about nothing that is compiled: where cargo writes, what it shows, how it downloads.
+UNRELATED_TABLES = re.compile(
+    r"alias|cargo-new|credential-alias|doc|future-incompat-report|http|install|net|registr(ies|y)|source|term|cache"
+)
+UNRELATED_BUILD_KEYS = {"jobs", "target", "target-dir", "build-dir", "dep-info-basedir"}
+UNRELATED_VARIABLES = re.compile(
+    r"CARGO|RUSTUP_.*|RUST_(BACKTRACE|LOG|LIB_BACKTRACE)|CARGO_(HOME|LOG|TARGET_DIR)"
+    r"|CARGO_(TERM|HTTP|NET|REGISTRY|REGISTRIES|ALIAS|INSTALL|CACHE)_.*"
+    r"|CARGO_BUILD_(JOBS|TARGET|TARGET_DIR|BUILD_DIR|DEP_INFO_BASEDIR)"
+)
+
+
+class CargoError(ProviderError):
+    """The crate cannot be built; the message ends with cargo's own."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """How to compile for one target.
+
+    `triple` is the target's full name, `facts` what decides about the result beside the sources: what
+    `rustc -vV` says, configuration, variables. A variable of `environment` that is None is unset.
+    """
+
+    triple: str
+    arguments: tuple[str, ...]
+    environment: dict[str, str | None]
+    facts: tuple[str, ...]
+
+
+def run(arguments: list[str], cwd: Path, environment: Mapping[str, str | None] | None = None) -> str:
+    """Run a program and return its standard output; a variable that is None is unset for it.
+
+    Raises CargoError with the end of its standard error when it is missing or fails.
+    """
+    variables = {**os.environ, **(environment or {})}
+    try:
+        done = subprocess.run(
+            arguments,
+            cwd=cwd,
+            env={name: value for name, value in variables.items() if value is not None},
+            capture_output=True,
+            # Of the tools, whatever the terminal's own encoding is; a file name may be anything.
+            encoding="utf-8",
+            errors="backslashreplace",
+            check=False,
+        )
+    except FileNotFoundError:
+        raise CargoError(
+            f"{arguments[0]} is not on PATH: install Rust with rustup (https://rustup.rs)"
+        ) from None
+    if done.returncode != 0:
+        tail = "\n".join(done.stderr.strip().splitlines()[-ERROR_LINES:])
+        raise CargoError(f"`{' '.join(arguments[:3])}` failed in {cwd.name}:\n{tail}")
+    return done.stdout
+
+
+def configuration(crate: Path) -> dict[str, Any]:
+    """Give cargo's merged configuration for a crate: that of all directories above it and of cargo's home.
+
+    Cargo alone knows which files those are, and what they include. The command is an unstable one, which a
+    stable cargo runs for the sake of RUSTC_BOOTSTRAP; nothing is compiled with that variable.
+    """
+    command = ["cargo", "-Zunstable-options", "config", "get", "--format", "json"]
+    found: dict[str, Any] = json.loads(run(command, crate, {"RUSTC_BOOTSTRAP": "1"}))
+    return found
+
+
+def host(crate: Path) -> str:
+    """Give the Rust target of this machine. To ask for it by name is to ask for nothing."""
+    return _fact(run(["rustc", "-vV"], crate), "host")
+
+
+def toolchain_for(crate: Path, target: str = "") -> Toolchain:
+    """Find out how to compile a crate for a target ("" is this machine).
+
+    For wasm: the target that rustup has or can add, else Debian's compiler and sources for the web. Raises
+    CargoError that names the command to run when there is neither.
+    """
+    settings = configuration(crate)
+    compiler = _compiler(settings)
+    version = run([compiler, "-vV"], crate)
+    if target == WASM_TARGET:
+        return _for_wasm(crate, settings, compiler, version)
+    triple = target or _fact(version, "host")
+    is_host = triple == _fact(version, "host")
+    # What the user set for other crates is not what was asked for here. Without a target cargo shares what it
+    # compiles with `cargo test`, so one is named only where the configuration does, which no variable undoes.
+    named = not is_host or "target" in settings.get("build", {})
+    libc = " ".join(platform.libc_ver()) if is_host else ""
+    return Toolchain(
+        triple,
+        ("--target", triple) if named else (),
+        {"CARGO_BUILD_TARGET": None},
+        (version, libc, *_decisive(crate, settings)),
+    )
+
+
+def _for_wasm(crate: Path, settings: dict[str, Any], compiler: str, version: str) -> Toolchain:
+    sysroot = Path(run([compiler, "--print", "sysroot"], crate).strip())
+    tools = sysroot / "lib" / "rustlib" / _fact(version, "host") / "bin"
+    arguments: tuple[str, ...] = ("--target", WASM_TARGET)
+    environment: dict[str, str | None] = {"CARGO_BUILD_TARGET": None}
+    if _has_wasm_library(sysroot) or _add_wasm_library(crate, sysroot):
+        # A toolchain with the sources of std installed would write their place into panic messages.
+        std = f"{sysroot}/lib/rustlib/src/rust=/rustc/{_fact(version, 'commit-hash')}"
+    else:
+        library = _debian_library(crate)
+        compiler, std = str(DEBIAN_RUSTC), f"{library}=/rust"
+        version = run([compiler, "-vV"], crate)
+        arguments += ("-Zbuild-std=std,panic_abort",)
+        environment |= {"RUSTC": compiler, "RUSTC_BOOTSTRAP": "1"}
+    # Of several prefixes that match, the last one is used: a file is named by its place relative to the
+    # crate, so that the same sources in another directory, also a dependency beside it, give the same bytes.
+    places = [f"{directory}=/build{level or ''}" for level, directory in enumerate(crate.parents)][-2::-1]
+    flags = [
+        *_users_flags(crate, settings, compiler),
+        f"-Clinker={tools / 'wasm-component-ld'}",
+        f"-Clink-arg=--wasm-ld-path={tools / 'gcc-ld' / 'wasm-ld'}",
+        *(f"--remap-path-prefix={place}" for place in (*places, f"{_cargo_home()}=/cargo", std)),
+    ]
+    environment["CARGO_ENCODED_RUSTFLAGS"] = "\x1f".join(flags)
+    return Toolchain(WASM_TARGET, arguments, environment, (version, *_decisive(crate, settings)))
+
+
+def _compiler(settings: dict[str, Any]) -> str:
+    named = os.environ.get("RUSTC") or os.environ.get("CARGO_BUILD_RUSTC")
+    configured = str(settings.get("build", {}).get("rustc", "rustc"))
+    # A relative path is one from the file that says it, which cargo does not tell; it is a fact all the same.
+    return named or (configured if Path(configured).is_absolute() or "/" not in configured else "rustc")
+
+
+def _decisive(crate: Path, settings: dict[str, Any]) -> list[str]:
+    """List what of configuration, environment and toolchain files may decide about what is compiled."""
+    tables = {name: table for name, table in settings.items() if not UNRELATED_TABLES.fullmatch(name)}
+    build = {k: v for k, v in tables.pop("build", {}).items() if k not in UNRELATED_BUILD_KEYS}
+    facts = [json.dumps({**tables, "build": build}, sort_keys=True)]
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(("CARGO", "RUST")) and not UNRELATED_VARIABLES.fullmatch(name):
+            facts.append(f"{name}={value}")
+    for directory in (crate, *crate.parents):
+        for name in ("rust-toolchain.toml", "rust-toolchain"):
+            if (directory / name).is_file():
+                # The file stands above the crate; how far above does not matter.
+                return [*facts, (directory / name).read_text(encoding="utf-8", errors="backslashreplace")]
+    return facts
+
+
+def _users_flags(crate: Path, settings: dict[str, Any], compiler: str) -> list[str]:
+    """Give the flags that cargo would compile for wasm with, by its own order: ours come after them.
+
+    https://doc.rust-lang.org/cargo/reference/config.html#buildrustflags
+    """
+    if "CARGO_ENCODED_RUSTFLAGS" in os.environ:
+        return [flag for flag in os.environ["CARGO_ENCODED_RUSTFLAGS"].split("\x1f") if flag]
+    if "RUSTFLAGS" in os.environ:
+        return os.environ["RUSTFLAGS"].split()
+    tables: dict[str, Any] = settings.get("target", {})
+    facts: set[str] = set()
+    if any(name.startswith("cfg(") for name in tables):
+        facts = set(run([compiler, "--print", "cfg", "--target", WASM_TARGET], crate).splitlines())
+    flags = _list(tables.get(WASM_TARGET, {}).get("rustflags", []))
+    flags += os.environ.get("CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUSTFLAGS", "").split()
+    for name, table in tables.items():
+        if name.startswith("cfg(") and holds(name, facts):
+            flags += _list(table.get("rustflags", []))
+    if flags:
+        return flags
+    return (
+        _list(settings.get("build", {}).get("rustflags", []))
+        + os.environ.get("CARGO_BUILD_RUSTFLAGS", "").split()
+    )
+
+
+def _list(value: str | list[str]) -> list[str]:
+    return value.split() if isinstance(value, str) else list(value)
+
+
+def holds(expression: str, facts: set[str]) -> bool:
+    """Say whether `cfg(…)` holds for a target of which `rustc --print cfg` gives these lines."""
+    tokens = re.findall(r'"[^"]*"|\w+|[(),=]', expression)
+    kinds: dict[str, Callable[[list[bool]], bool]] = {
+        "cfg": all,
+        "all": all,
+        "any": any,
+        "not": lambda found: not any(found),
+    }
+
+    def predicate() -> bool:
+        name = tokens.pop(0)
+        if tokens[:1] == ["="]:
+            tokens.pop(0)
+            return f"{name}={tokens.pop(0)}" in facts
+        if tokens[:1] != ["("]:
+            return name == "true" or name in facts
+        tokens.pop(0)
+        found = []
+        while tokens[0] != ")":
+            found.append(predicate())
+            if tokens[0] == ",":
+                tokens.pop(0)
+        tokens.pop(0)
+        return kinds[name](found)
+
+    try:
+        return predicate()
+    except (IndexError, KeyError):
+        return False  # cargo itself refuses it, with the place
+
+
+def _fact(version: str, name: str) -> str:
+    for line in version.splitlines():
+        if line.startswith(f"{name}: "):
+            return line.removeprefix(f"{name}: ")
+    raise CargoError(f"`rustc -vV` does not tell its {name}")
+
+
+def _cargo_home() -> Path:
+    return Path(os.environ.get("CARGO_HOME") or Path.home() / ".cargo")
+
+
+def _has_wasm_library(sysroot: Path) -> bool:
+    return any((sysroot / "lib" / "rustlib" / WASM_TARGET / "lib").glob("libstd-*"))
+
+
+def _add_wasm_library(crate: Path, sysroot: Path) -> bool:
+    if shutil.which("rustup") is None:
+        return False
+    subprocess.run(["rustup", "target", "add", WASM_TARGET], cwd=crate, capture_output=True, check=False)
+    return _has_wasm_library(sysroot)
+
+
+def _debian_library(crate: Path) -> Path:
+    """Give the directory of the standard library's sources that belong to Debian's compiler."""
+    if DEBIAN_RUSTC.is_file():
+        sysroot = Path(run([str(DEBIAN_RUSTC), "--print", "sysroot"], crate).strip())
+        library = sysroot / "lib" / "rustlib" / "src" / "rust"
+        if (library / "library" / "std" / "Cargo.toml").is_file():
+            return library
+    raise CargoError(
+        f"there is no standard library for {WASM_TARGET}: run `rustup target add {WASM_TARGET}`, "
+        f"or on Debian `apt-get install {DEBIAN_PACKAGES}` as root"
+    )
