@@ -38,6 +38,11 @@ REPOSITORIES = f"/artifactregistry/v1/projects/{PROJECT}/locations/{REGION}/repo
 ARCHITECTURE = "wasm32-wasi"
 TOLERATIONS = [{"key": "kubernetes.io/arch", "operator": "Equal", "value": ARCHITECTURE}]
 PULL_SECRET = "registry"
+# That the machine's own disk is nearly full is no matter, unless a flag of the test says otherwise.
+AGENT_ENVIRONMENT = {
+    "RUST_LOG": "info,krustlet=debug",
+    "KRUSTLET_EVICTION_HARD": "nodefs.available<1%,nodefs.inodesFree<1%",
+}
 
 Manifest = dict[str, Any]
 
@@ -347,7 +352,7 @@ class Agent:
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
                 self.command(),
-                env=environment | {"RUST_LOG": "info,krustlet=debug"} | self.environment,
+                env=environment | AGENT_ENVIRONMENT | self.environment,
                 cwd=self.directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
