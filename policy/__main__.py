@@ -6,6 +6,7 @@ As a program: a directory is run by newer language hosts only than the one that 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pulumi_policy import (
@@ -22,10 +23,21 @@ _secrets: dict[str, set[str]] = {}
 """Which metadata of a VM are secret, by its URN. Only a remediation is told, which the engine asks first."""
 
 
+def _plain(value: Any) -> Any:
+    """A value without the proxies around each part of it, in which what is not known yet is an exception."""
+    if isinstance(value, Mapping):
+        items = value if isinstance(value, dict) else value["__target"]
+        return {key: _plain(item) for key, item in items.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        items = value if isinstance(value, list) else value["__target"]
+        return [_plain(item) for item in items]
+    return value
+
+
 def _note_secrets(args: Any) -> None:
-    metadata = args.props["__target"].get("metadata")
+    metadata = _plain(args.props).get("metadata")
     if isinstance(metadata, Secret):
-        _secrets[args.urn] = set(metadata.value)
+        _secrets[args.urn] = set(_plain(metadata.value))
     elif isinstance(metadata, dict):
         _secrets[args.urn] = {key for key, value in metadata.items() if isinstance(value, Secret)}
 
@@ -33,9 +45,8 @@ def _note_secrets(args: Any) -> None:
 def _policy(name: str, rule: Rule) -> ResourceValidationPolicy:
     def validate(args: ResourceValidationArgs, report: ReportViolation) -> None:
         stack = args.urn.split(":", 3)[2]
-        # As they are: what is not known yet is an exception otherwise.
-        props = args.props["__target"]
-        for violation in rule(Resource(args.resource_type, props, stack, _secrets.get(args.urn, ()))):
+        secrets = _secrets.get(args.urn, ())
+        for violation in rule(Resource(args.resource_type, _plain(args.props), stack, secrets)):
             report(violation)
 
     return ResourceValidationPolicy(

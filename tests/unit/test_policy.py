@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc  # type: ignore[import-untyped]
 import pytest
+from google.protobuf import struct_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pulumi.runtime.proto import analyzer_pb2, analyzer_pb2_grpc
 
+from scripts.lib import venv
 from tests.unit.conftest import REPOSITORY
 
+SECRET = {"4dabf18193072939515e22adb298388d": "1b47061264138c4ac30d75fd1eb44270"}
 DIGEST = "registry.example/app@sha256:" + "0a" * 32
 
 
@@ -209,3 +217,51 @@ def test_a_stack_of_production_keeps_its_cluster(stack: str, value: object) -> N
 def test_any_other_may_lose_it(stack: str, value: object) -> None:
     props = {"deletionProtection": value}
     assert not judged("deletion-protection-in-production", rules.CLUSTER, props, stack)
+
+
+@pytest.fixture(scope="module")
+def pack() -> Iterator[Any]:
+    """The pack as the engine runs it."""
+    environment = {**os.environ, "PYTHONPATH": str(venv.policies())}
+    command = [sys.executable, "-W", "ignore", str(REPOSITORY / "policy" / "__main__.py"), "127.0.0.1:9"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            with grpc.insecure_channel(f"127.0.0.1:{int(process.stdout.readline())}") as channel:
+                yield analyzer_pb2_grpc.AnalyzerStub(channel)
+        finally:
+            process.kill()
+
+
+def asked(pack: Any, type_: str, props: dict[str, Any]) -> dict[str, str]:
+    """What the engine is told of a resource: the policies that it breaks, and the first message of each."""
+    given = struct_pb2.Struct()
+    given.update(props)
+    what = {"type": type_, "properties": given, "urn": f"urn:pulumi:prod::p::{type_}::n", "name": "n"}
+    pack.Remediate(analyzer_pb2.AnalyzeRequest(**what))
+    answer = pack.Analyze(analyzer_pb2.AnalyzeRequest(**what))
+    levels = {diagnostic.enforcementLevel for diagnostic in answer.diagnostics}
+    assert levels <= {analyzer_pb2.MANDATORY}
+    return {diagnostic.policyName: diagnostic.message for diagnostic in answer.diagnostics}
+
+
+def test_the_engine_is_told_what_a_resource_breaks(pack: Any) -> None:
+    opened = {"allows": [{"protocol": "tcp", "ports": ["10250"]}], "sourceRanges": ["0.0.0.0/0"]}
+    assert "open to 0.0.0.0/0" in asked(pack, rules.FIREWALL, opened)["no-agent-port-to-the-world"]
+    found = asked(pack, "kubernetes:core/v1:Pod", pod(image="app:latest", resources={}))
+    assert set(found) == {"images-by-digest", "limits-set"}
+    assert asked(pack, "kubernetes:core/v1:Pod", pod()) == {}
+    assert asked(pack, "kubernetes:core/v1:Pod", pod(image=rules.UNKNOWN)) == {}
+    assert set(asked(pack, rules.CLUSTER, {"deletionProtection": False})) == {
+        "deletion-protection-in-production"
+    }
+
+
+@pytest.mark.parametrize("value", ["token: abcdef.0123456789abcdef", rules.UNKNOWN])
+def test_the_engine_tells_a_secret_of_a_vm_from_what_is_in_clear(pack: Any, value: str) -> None:
+    secret = {**SECRET, "value": value}
+    clear = asked(pack, rules.INSTANCE, {"metadata": {"note": value, "other": "x"}})
+    assert set(clear) == (set() if value == rules.UNKNOWN else {"no-secret-in-metadata"})
+    assert asked(pack, rules.INSTANCE, {"metadata": {"note": secret, "other": "x"}}) == {}
+    whole = {**SECRET, "value": {"note": value}}
+    assert asked(pack, rules.INSTANCE, {"metadata": whole}) == {}
