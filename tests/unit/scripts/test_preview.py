@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts.lib import commands, comment, paths, plan, preview
+from scripts.lib import commands, comment, drift, paths, plan, preview
 from scripts.lib.plan import Report, Step
 
 DATA = Path(__file__).with_name("data")
@@ -224,3 +224,20 @@ def test_another_stack_than_ours_is_asked_for_with_the_environment_of_google() -
     assert commands._stack([]) == "local"
     assert commands._stack(["--base", "x", "--stack", "dev"]) == "dev"
     assert commands._stack(["--stack=dev", "--json"]) == "dev"
+
+
+@pytest.mark.parametrize(
+    ("name", "ended", "status"), [("refresh-drift", 0, 2), ("preview-node", 0, 0), ("refresh-drift", 255, 1)]
+)
+def test_a_cron_job_is_told_by_the_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, ended: int, status: int
+) -> None:
+    monkeypatch.setattr("sys.argv", ["drift", "--json"])
+    monkeypatch.setattr(drift, "known_secrets", lambda _stack: ["krustlet-1-app"])
+    monkeypatch.setattr(drift, "events", lambda _command: (recorded(name), ended, "krustlet-1-app is locked"))
+    assert drift.main() == status
+    said = capsys.readouterr()
+    assert "krustlet-1-app" not in said.out + said.err
+    assert ("[secret] is locked" in said.err) == (status == 1)
+    if status != 1:
+        assert bool(json.loads(said.out)) == (status == 2)
