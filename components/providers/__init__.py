@@ -8,6 +8,7 @@ Pulumi.
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -56,6 +57,20 @@ def changed(olds: dict[str, Any], news: dict[str, Any], *, replace: set[str], up
     """
     differs = {key for key in replace | update if olds.get(key) != news.get(key)}
     return DiffResult(changes=bool(differs), replaces=sorted(differs & replace))
+
+
+class Lazy:
+    """A module that is imported when something of it is first asked for.
+
+    The program and the providers' host import every provider at each preview, which seldom needs the clients
+    of what lies outside.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
 
 
 def gone() -> ReadResult:

@@ -9,12 +9,15 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import wasmtime
-from wasmtime import component
+from components.providers import Lazy, ProviderError
 
-from components.providers import ProviderError
+if TYPE_CHECKING:
+    import wasmtime
+    from wasmtime import component
+else:
+    wasmtime, component = Lazy("wasmtime"), Lazy("wasmtime.component")
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 WASM_CONFIG = "application/vnd.wasm.config.v0+json"

@@ -15,9 +15,6 @@ import threading
 import time
 from typing import Any
 
-import google.auth
-import google.auth.exceptions
-import google.auth.transport.requests
 import oras.container
 import oras.provider
 import pulumi
@@ -67,6 +64,10 @@ def access_token() -> str:
     """Get a Google access token: GOOGLE_OAUTH_ACCESS_TOKEN, else the application default credentials."""
     if given := os.environ.get("GOOGLE_OAUTH_ACCESS_TOKEN"):
         return given
+    # Where the variable is set they are not needed, and are long to import.
+    import google.auth.exceptions  # noqa: PLC0415
+    import google.auth.transport.requests  # noqa: PLC0415
+
     try:
         credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
         credentials.refresh(google.auth.transport.requests.Request())  # type: ignore[no-untyped-call]

@@ -17,12 +17,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import kubernetes
 import pulumi
-import urllib3.exceptions
-from kubernetes.client.exceptions import ApiException
 from pulumi.dynamic import (
     CheckFailure,
     CheckResult,
@@ -33,8 +30,14 @@ from pulumi.dynamic import (
     UpdateResult,
 )
 
-from components.providers import ProviderError, changed, gone, is_unknown, operation
+from components.providers import Lazy, ProviderError, changed, gone, is_unknown, operation
 from components.providers.certificates import BOOTSTRAP_GROUP, Machine, Request, Verdict, judge
+
+if TYPE_CHECKING:
+    import kubernetes
+    import urllib3
+else:
+    kubernetes, urllib3 = Lazy("kubernetes"), Lazy("urllib3")
 
 # The VM has to boot, fetch the agent and start it within this time; the token ends on its own a little later.
 TIMEOUT = timedelta(minutes=10)
@@ -107,7 +110,7 @@ class Cluster:
         )
         try:
             self.core.create_namespaced_secret("kube-system", body)
-        except ApiException as error:
+        except kubernetes.client.ApiException as error:
             if error.status != 409:
                 raise
             self.core.replace_namespaced_secret(name, "kube-system", body)
@@ -139,7 +142,7 @@ class Cluster:
         item.status.conditions = [*(item.status.conditions or []), condition]
         try:
             self.certificates.replace_certificate_signing_request_approval(item.metadata.name, item)
-        except ApiException as error:
+        except kubernetes.client.ApiException as error:
             if error.status not in (404, 409):
                 raise
 
@@ -203,7 +206,7 @@ class Cluster:
 def _gone_is_fine() -> Iterator[None]:
     try:
         yield
-    except ApiException as error:
+    except kubernetes.client.ApiException as error:
         if error.status != 404:
             raise
 
@@ -225,7 +228,7 @@ def _api_errors(what: str) -> Iterator[None]:
     """Say in one line what the API server did not do."""
     try:
         yield
-    except ApiException as error:
+    except kubernetes.client.ApiException as error:
         raise RegistrationError(f"{what}: the API server answers {error.status} {_message(error)}") from None
     except (urllib3.exceptions.HTTPError, kubernetes.config.ConfigException) as error:
         raise UnreachableError(f"{what}: the API server cannot be reached: {error}") from None
@@ -263,7 +266,7 @@ def _changed(olds: dict[str, Any], news: dict[str, Any], **keys: set[str]) -> Di
     return changed(olds, news, replace=keys["replace"] | moved, update=keys["update"] | {"kubeconfig"})
 
 
-def _message(error: ApiException) -> str:
+def _message(error: kubernetes.client.ApiException) -> str:
     try:
         return str(json.loads(error.body or "")["message"])
     except (ValueError, KeyError, TypeError):

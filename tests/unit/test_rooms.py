@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,3 +61,14 @@ def test_configuration_is_read_in_one_place(path: Path) -> None:
         if isinstance(node, ast.Attribute) and ast.unparse(node) == "pulumi.Config"
     ]
     assert not reads or path.name == "config.py"
+
+
+def test_a_preview_imports_no_client_of_what_it_does_not_ask() -> None:
+    components = ("artifact", "cluster", "node", "registry", "workload")
+    code = f"import {', '.join(f'components.{name}' for name in components)}, sys; print(*sys.modules)"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    loaded = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "pulumi" in loaded
+    assert not {"kubernetes", "wasmtime", "google.auth"} & set(loaded)
