@@ -24,7 +24,7 @@ CLUSTER = "gcp:container/cluster:Cluster"
 _DIGEST = re.compile(r"\S+@sha256:[0-9a-f]{64}")
 _PRODUCTION = re.compile(r"(^|[-_.])prod(uction)?([-_.\d]|$)", re.IGNORECASE)
 # A private key, a bootstrap token, and what a kubeconfig or a service account's file calls its secrets.
-_CREDENTIAL = re.compile(
+CREDENTIAL = re.compile(
     r"PRIVATE KEY-----|\b[a-z0-9]{6}\.[a-z0-9]{16}\b|\bya29\.|\beyJ[\w-]+\.eyJ"
     r"|[\"']?(token|password|client-key-data|private_key|secret)[\"']?\s*[:=]\s*[\"']?[\w/][\w+/.=-]{5,}",
     re.IGNORECASE,
@@ -129,7 +129,7 @@ def no_secret_in_metadata(resource: Resource) -> Iterator[str]:
         return
     script = {"metadataStartupScript": resource.props.get("metadataStartupScript")}
     for key, value in (script | _map(resource.props.get("metadata"))).items():
-        if key not in resource.secrets and isinstance(value, str) and _CREDENTIAL.search(value):
+        if key not in resource.secrets and isinstance(value, str) and CREDENTIAL.search(value):
             yield f"the metadata {key} hold what looks like a credential and are no secret"
 
 

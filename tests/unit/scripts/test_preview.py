@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,23 @@ def reported() -> Report:
     return report
 
 
+def broken() -> Report:
+    """The preview of an agent's port for everybody, an image by its tag and a token in a VM's metadata."""
+    return plan.read("local", recorded("preview-policy"))
+
+
+@pytest.mark.parametrize(("name", "of"), [("preview-node", reported), ("preview-policy", broken)])
 @pytest.mark.parametrize("kind", ["md", "html", "json"])
-def test_the_report_of_recorded_events_is_the_golden_one(kind: str) -> None:
-    report = reported()
+def test_the_report_of_recorded_events_is_the_golden_one(
+    name: str, of: Callable[[], Report], kind: str
+) -> None:
+    report = of()
     made = {
         "md": comment.markdown(report),
         "html": comment.page(report),
         "json": json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False) + "\n",
     }[kind]
-    golden = DATA / f"preview-node.{kind}"
+    golden = DATA / f"{name}.{kind}"
     if os.environ.get("UPDATE_GOLDEN"):
         golden.write_text(made)
     assert made == golden.read_text(), "look at the difference; UPDATE_GOLDEN=1 writes the file"
@@ -57,6 +66,18 @@ def test_what_is_replaced_is_loud_says_why_and_for_how_long() -> None:
     assert vm.startswith("- **REPLACED** ")
     assert "because of `bootDisk`" in vm
     assert vm.endswith("the app is away for a new VM's boot")
+
+
+def test_what_breaks_a_policy_is_said_and_what_looks_like_a_credential_is_not() -> None:
+    report = broken()
+    text = comment.markdown(report)
+    assert report.failed
+    for policy in ("no-agent-port-to-the-world", "no-secret-in-metadata", "images-by-digest"):
+        assert f"| **mandatory** | `{policy}` |" in text
+    assert "abcdef.0123456789abcdef" not in text + comment.page(report) + json.dumps(
+        dataclasses.asdict(report)
+    )
+    assert "+   metadata.note: [looks like a credential]" in text
 
 
 def _step(name: str, kind: str, *diff: str) -> Step:
