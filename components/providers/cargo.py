@@ -39,6 +39,7 @@ from components.providers.compiler import WASM_TARGET, CargoError, Toolchain, ru
 
 # Raised when the way of building changes in a manner that the other facts do not show.
 RECIPE = "2"
+WRAPPER = Path(__file__).resolve().with_name("rustc_wrapper.sh")
 WASM = b"\0asm"
 COMPONENT = WASM + b"\x0d\0\1\0"
 # e_machine of ELF (https://refspecs.linuxfoundation.org/elf/gabi4+/ch4.eheader.html) and cputype of Mach-O.
@@ -74,12 +75,16 @@ def target_directory(target: str) -> Path:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The one artifact that is wanted of a crate, in cargo's words, and the directory of its lock file."""
+    """The one artifact that is wanted of a crate, in cargo's words, and the directory of its lock file.
+
+    A crate is spread when it depends on a directory outside of its workspace.
+    """
 
     package: str
     kind: str
     name: str
     workspace: Path
+    is_spread: bool
 
     @property
     def arguments(self) -> list[str]:
@@ -112,12 +117,16 @@ def choose(crate: Path, target: str = "", example: str = "") -> Chosen:
         )
     if not (workspace / "Cargo.lock").is_file():
         raise CargoError(f"{workspace} has no Cargo.lock: run `cargo generate-lockfile` there and commit it")
+    places = [
+        Path(one["path"]) for member in found["packages"] for one in member["dependencies"] if "path" in one
+    ]
+    is_spread = not all(place.is_relative_to(workspace) for place in places)
     if example:
-        return Chosen(package["id"], "example", example, workspace)
+        return Chosen(package["id"], "example", example, workspace, is_spread)
     if target == WASM_TARGET:
         for one in package["targets"]:
             if "cdylib" in one["kind"]:
-                return Chosen(package["id"], "lib", one["name"], workspace)
+                return Chosen(package["id"], "lib", one["name"], workspace, is_spread)
     binaries = [one for one in package["targets"] if one["kind"] == ["bin"]]
     # One that asks for features is not built without them.
     names = [one["name"] for one in binaries if not one.get("required-features")]
@@ -130,7 +139,7 @@ def choose(crate: Path, target: str = "", example: str = "") -> Chosen:
         )
     if not names:
         raise CargoError(f"{crate} has neither a binary nor a cdylib: there is nothing to run")
-    return Chosen(package["id"], "bin", names[0], workspace)
+    return Chosen(package["id"], "bin", names[0], workspace, is_spread)
 
 
 def build(
@@ -191,7 +200,15 @@ class Job:
         """Give the directory of what builds have read that differ in nothing but that."""
         place = os.path.relpath(self.chosen.workspace, self.crate)
         facts = [RECIPE, self.chosen.kind, self.chosen.name, place, self.profile, self.toolchain.triple]
+        if self.wrapper:
+            facts.append(WRAPPER.read_text(encoding="utf-8"))
         return cache_directory() / "inputs" / _hash(*facts, *self.toolchain.arguments, *self.toolchain.facts)
+
+    @property
+    def wrapper(self) -> dict[str, str | None]:
+        """Give what lets a component whose sources are spread be the same wherever they are."""
+        is_needed = self.chosen.is_spread and self.toolchain.triple == WASM_TARGET
+        return {"RUSTC_WRAPPER": str(WRAPPER)} if is_needed else {}
 
     def kept(self) -> Built | None:
         """Find a build whose inputs are unchanged, and whose file is there and what it is said to be."""
@@ -236,6 +253,7 @@ class Job:
         settings: dict[str, str | None] = {
             **self.environment,
             **self.toolchain.environment,
+            **self.wrapper,
             "CARGO_TARGET_DIR": str(self.outputs),
             # Whatever the user's configuration says: what is written there is read here.
             "CARGO_BUILD_BUILD_DIR": str(self.outputs),

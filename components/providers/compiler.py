@@ -142,6 +142,9 @@ def _for_wasm(crate: Path, settings: dict[str, Any], compiler: str, version: str
         *(f"--remap-path-prefix={place}" for place in (*places, f"{_cargo_home()}=/cargo", std)),
     ]
     environment["CARGO_ENCODED_RUSTFLAGS"] = "\x1f".join(flags)
+    # What rustc_wrapper.sh runs, where that takes its place.
+    own = os.environ.get("RUSTC_WRAPPER") or os.environ.get("CARGO_BUILD_RUSTC_WRAPPER")
+    environment["AWESOME_WASM_RUSTC_WRAPPER"] = own or settings.get("build", {}).get("rustc-wrapper")
     return Toolchain(WASM_TARGET, arguments, environment, (version, *_decisive(crate, settings)))
 
 

@@ -114,9 +114,10 @@ def collect(build: Build) -> Inputs | None:
     local = build.local_packages()
     anchor = Path(os.path.commonpath([_checkout(build.workspace), build.crate, *local]))
     asked, sources = _of_build_scripts(build, local), _of_sources(build)
-    if asked is None or sources is None:
+    dep_info = build.result.with_suffix(".d")
+    if asked is None or sources is None or not dep_info.is_file():
         return None
-    named = {Path("/", name) for name in _makefile(build.result.with_suffix(".d"))} | asked[0]
+    named = {Path("/", name) for name in _makefile(dep_info)} | asked[0]
     paths = {Path(os.path.normpath(path)) for path in named}
     home = Path(build.environment.get("CARGO_HOME") or Path.home() / ".cargo")
     paths = {path for path in paths if not any(path.is_relative_to(made) for made in (build.outputs, home))}

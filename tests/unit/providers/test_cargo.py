@@ -34,6 +34,11 @@ const PARTS: &[&str] = &[
 pub extern "C" fn part(index: usize, other: usize) -> *const u8 {
     shared::choose(PARTS, index + other).as_ptr()
 }
+
+#[unsafe(no_mangle)]
+pub extern "C" fn identity() -> usize {
+    format!("{:?}", shared::identity()).len()
+}
 """
 SCRIPT = """
 fn main() {
@@ -67,7 +72,8 @@ TREE = {
     "elsewhere/text.txt": "linked",
     "shared/Cargo.toml": PACKAGE.format(name="shared") + "[features]\nmore = []\n",
     "shared/src/lib.rs": 'pub const TEXT: &str = if cfg!(feature = "more") { "more" } else { "shared" };\n'
-    "pub fn choose<'a>(parts: &[&'a str], index: usize) -> &'a str { parts[index] }\n",
+    "pub fn choose<'a>(parts: &[&'a str], index: usize) -> &'a str { parts[index] }\n"
+    "pub struct Own;\npub fn identity() -> std::any::TypeId { std::any::TypeId::of::<Own>() }\n",
 }
 
 

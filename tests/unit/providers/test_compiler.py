@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from components.providers import compiler
+from components.providers import cargo, compiler
 
 VERSION = "rustc 1.95.0 (abc)\nhost: x86_64-unknown-linux-gnu\ncommit-hash: abc\n"
 WASM_FACTS = {'target_arch="wasm32"', 'panic="abort"', "debug_assertions"}
@@ -198,3 +199,30 @@ def test_a_variable_of_cargo_s_decides_unless_it_is_known_not_to(
     before = compiler.toolchain_for(tmp_path).facts
     monkeypatch.setenv(name, "1")
     assert (compiler.toolchain_for(tmp_path).facts != before) is decides
+
+
+@pytest.mark.parametrize(
+    ("package", "own", "given"),
+    [
+        ("/home/me/shared", "", "-C metadata=a-1.0-a -C opt-level=2 it's me.rs"),
+        ("/home/me/shared", "echo", "echo -C metadata=a-1.0-a -C opt-level=2 it's me.rs"),
+        ("/home/me/.cargo/registry/src/a", "", "-C metadata=7f -C opt-level=2 it's me.rs"),
+        ("/usr/lib/rustlib/src/rust/library/std", "", "-C metadata=7f -C opt-level=2 it's me.rs"),
+        (None, "", "-C metadata=7f -C opt-level=2 it's me.rs"),
+    ],
+)
+def test_a_local_crate_is_identified_by_its_name_and_the_user_s_wrapper_still_runs(
+    package: str | None, own: str, given: str
+) -> None:
+    variables = {
+        "HOME": "/home/me",
+        "CARGO_PKG_NAME": "a",
+        "CARGO_PKG_VERSION": "1.0",
+        "CARGO_CRATE_NAME": "a",
+    }
+    variables |= {"PATH": "/usr/bin:/bin", "AWESOME_WASM_RUSTC_WRAPPER": own}
+    if package is not None:
+        variables["CARGO_MANIFEST_DIR"] = package
+    command = [str(cargo.WRAPPER), "echo", "-C", "metadata=7f", "-C", "opt-level=2", "it's me.rs"]
+    answer = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    assert answer.stdout == given + "\n"
