@@ -63,7 +63,8 @@ def test_capacity_is_the_machines_and_allocatable_is_what_it_leaves_to_pods(agen
     disk = os.statvfs(agent.data_dir)
     assert _bytes(capacity["ephemeral-storage"]) == disk.f_blocks * disk.f_frsize // KIBI * KIBI
     ratio = _bytes(allocatable["ephemeral-storage"]) / _bytes(capacity["ephemeral-storage"])
-    assert ratio == pytest.approx(0.9, abs=0.001)
+    # The tests' agents are to keep 1 % of the disk free (AGENT_ENVIRONMENT).
+    assert ratio == pytest.approx(0.99, abs=0.001)
     assert capacity["pods"] == allocatable["pods"] == "500"
 
 
