@@ -17,8 +17,15 @@ CONFIG=$SYSCONFDIR/krustlet
 UNIT=$SYSTEMD_UNIT_PATH/krustlet.service
 WATCH_UNIT=$SYSTEMD_UNIT_PATH/krustlet-metadata.service
 
+# What was just made takes its time: a role reaches the registry within minutes, a network may come up after this script
+# has started. So long each thing is waited for, and so long it may be silent.
+WAIT_SECONDS=${WAIT_SECONDS:-600}
+RETRY_SECONDS=${RETRY_SECONDS:-2}
+STALL_SECONDS=${STALL_SECONDS:-20}
+
+exec 3>&2
 say() {
-    echo "krustlet: $*" >&2
+    echo "krustlet: $*" >&3
 }
 
 die() {
@@ -26,13 +33,53 @@ die() {
     exit 1
 }
 
-# A VM's network may come up after this script has started.
-fetch() {
-    curl --fail --silent --show-error --location --connect-timeout 5 --retry 10 --retry-delay 2 --retry-connrefused "$@"
+# A clock that nobody sets: a VM's jumps when it first hears the time.
+seconds() {
+    cut -d . -f 1 /proc/uptime 2>/dev/null || date +%s
+}
+
+# patiently WHAT COMMAND...: runs a command until it succeeds, and says what is waited for and why.
+patiently() {
+    what=$1
+    shift
+    end=$(($(seconds) + WAIT_SECONDS))
+    pause=$RETRY_SECONDS
+    code=
+    until "$@" 2>"$scratch/why"; do
+        why=$(tail -n 1 "$scratch/why")
+        case $code in
+        401 | 403) why="$why (a role that was just given takes some minutes)" ;;
+        esac
+        [ "$(seconds)" -lt "$end" ] || die "gave up on $what after $WAIT_SECONDS s: $why"
+        say "waiting for $what: $why"
+        sleep "$pause"
+        pause=$((pause * 2 < 30 ? pause * 2 : 30))
+        code=
+    done
+}
+
+# get FILE OPTION... URL: one attempt; the answer's status is in `code`. Slower than 1 kB/s is a stall.
+get() {
+    into=$1
+    shift
+    code=$(curl --fail --silent --show-error --location --connect-timeout 10 --speed-limit 1000 \
+        --speed-time "$STALL_SECONDS" --output "$into" --write-out '%{http_code}' "$@")
+}
+
+# A value, or nothing where the metadata server says that there is none: it will not come.
+get_metadata() {
+    : >"$scratch/value"
+    get "$scratch/value" --header 'Metadata-Flavor: Google' "$METADATA/$1" || [ "$code" = 404 ]
+}
+
+optional_metadata() {
+    patiently "the metadata server's $1" get_metadata "$1"
+    cat "$scratch/value"
 }
 
 metadata() {
-    fetch --header 'Metadata-Flavor: Google' "$METADATA/$1" || die "the metadata server does not give $1"
+    optional_metadata "$1"
+    [ "$code" != 404 ] || die "the metadata server does not give $1"
 }
 
 # The first string value of a key of a JSON document on stdin.
@@ -53,28 +100,63 @@ parameter() {
     sed -n 's/.*[ ,]'"$1"'="\([^"]*\)".*/\1/p'
 }
 
-# A registry token for what a URL's challenge asks for; nothing if the registry asks for none.
+# Asks for the registry token that a URL's challenge wants: a line of curl's configuration, empty if it wants none.
 # Secrets go through curl's standard input, because arguments can be seen by every process.
-registry_token() {
-    challenge=$(curl --silent --show-error --output /dev/null --dump-header - --connect-timeout 5 --retry 10 \
-        --retry-delay 2 --retry-connrefused "$1" | tr -d '\r' | sed -n 's/^[Ww][Ww][Ww]-[Aa]uthenticate: *[Bb]earer/ /p')
+authorize() {
+    authorization=
+    rm -f "$scratch/headers" "$scratch/account" "$scratch/token"
+    curl --silent --show-error --connect-timeout 10 --speed-limit 1000 --speed-time "$STALL_SECONDS" \
+        --output /dev/null --dump-header "$scratch/headers" "$1" || return 1
+    challenge=$(tr -d '\r' <"$scratch/headers" | sed -n 's/^[Ww][Ww][Ww]-[Aa]uthenticate: *[Bb]earer/ /p')
     [ -n "$challenge" ] || return 0
-    account=$(metadata instance/service-accounts/default/token | json_string access_token)
-    [ -n "$account" ] || die "the metadata server gives no token of the VM's service account"
-    answer=$(printf 'user = "oauth2accesstoken:%s"\n' "$account" | fetch --config - --get \
-        --data-urlencode "service=$(echo "$challenge" | parameter service)" \
-        --data-urlencode "scope=$(echo "$challenge" | parameter scope)" \
-        "$(echo "$challenge" | parameter realm)") || die "the registry gives no token to the VM's service account"
-    token=$(echo "$answer" | json_string token)
-    [ -n "$token" ] || token=$(echo "$answer" | json_string access_token)
-    echo "$token"
+    get "$scratch/account" --header 'Metadata-Flavor: Google' "$METADATA/instance/service-accounts/default/token" ||
+        return 1
+    account=$(json_string access_token <"$scratch/account")
+    if [ -z "$account" ]; then
+        echo "the metadata server gives no token of the VM's service account" >&2
+        return 1
+    fi
+    get "$scratch/token" --config - --get --data-urlencode "service=$(echo "$challenge" | parameter service)" \
+        --data-urlencode "scope=$(echo "$challenge" | parameter scope)" "$(echo "$challenge" | parameter realm)" <<EOF ||
+user = "oauth2accesstoken:$account"
+EOF
+        return 1
+    token=$(json_string token <"$scratch/token")
+    [ -n "$token" ] || token=$(json_string access_token <"$scratch/token")
+    authorization="header = \"Authorization: Bearer $token\""
 }
 
-# download URL FILE: what a registry has under a URL, without its token on a command line.
+# download FILE SHA256 URL: goes on where the last attempt was interrupted, be it before a reboot. The registry is asked
+# for a token each time, since an account's rights may be new.
 download() {
-    printf '%s\n' "${TOKEN:+header = \"Authorization: Bearer $TOKEN\"}" |
-        fetch --config - --header 'Accept: application/vnd.oci.image.manifest.v1+json, */*' --output "$2" "$1" ||
-        die "the registry does not give $1"
+    [ ! -e "$1" ] || [ "$(sha256 "$1")" != "$2" ] || return 0
+    authorize "$registry/manifests/$digest" || return 1
+    get "$1" --continue-at - --config - --header 'Accept: application/vnd.oci.image.manifest.v1+json, */*' "$3" <<EOF
+$authorization
+EOF
+    status=$?
+    # 33: the server cannot go on in the middle.
+    [ "$status" != 33 ] || rm -f "$1"
+    [ "$status" = 0 ] || return 1
+    [ "$(sha256 "$1" 2>/dev/null)" != "$2" ] || return 0
+    rm -f "$1"
+    echo "what the registry gives is not sha256:$2" >&2
+    return 1
+}
+
+# A power cut may come at any time: what has its name is there as a whole, and stays.
+place() {
+    chmod "$2" "$1.new"
+    sync "$1.new"
+    mv -f "$1.new" "$1"
+    sync "$(dirname "$1")"
+}
+
+# Puts a file in the place of another one, which may be running.
+put() {
+    mkdir -p "$(dirname "$1")"
+    cat >"$1.new"
+    place "$1" "$2"
 }
 
 install_agent() {
@@ -92,22 +174,12 @@ install_agent() {
     *) scheme=https ;;
     esac
     registry=$scheme://$host/v2/${repository#*/}
-    scratch=$(mktemp -d)
-    trap 'rm -rf "$scratch"' EXIT
     say "pulling $image"
-    TOKEN=$(registry_token "$registry/manifests/$digest")
-    download "$registry/manifests/$digest" "$scratch/manifest"
-    [ "sha256:$(sha256 "$scratch/manifest")" = "$digest" ] || die "the registry's manifest is not $digest"
+    patiently "the agent's manifest" download "$scratch/manifest" "${digest#sha256:}" "$registry/manifests/$digest"
     grep -q "sha256:$wanted" "$scratch/manifest" || die "$image does not have the agent $wanted"
-    download "$registry/blobs/sha256:$wanted" "$scratch/krustlet"
-    [ "$(sha256 "$scratch/krustlet")" = "$wanted" ] || die "the registry's agent is not $wanted"
     mkdir -p "$PREFIX/bin"
-    chmod 755 "$scratch/krustlet"
-    # Beside the old one and then renamed: a program that runs cannot be written to.
-    cp -p "$scratch/krustlet" "$AGENT.new"
-    mv -f "$AGENT.new" "$AGENT"
-    rm -rf "$scratch"
-    trap - EXIT
+    patiently "the agent" download "$AGENT.new" "$wanted" "$registry/blobs/sha256:$wanted"
+    place "$AGENT" 755
 }
 
 # A word of a unit's line: systemd splits at blanks, and has a meaning of its own for % and quotes.
@@ -136,18 +208,22 @@ write_configuration() {
     zone=$(metadata instance/zone)
     project=$(metadata project/project-id)
     address=$(metadata instance/network-interfaces/0/ip)
-    external=$(metadata instance/network-interfaces/0/access-configs/0/external-ip)
-    mkdir -p "$CONFIG"
+    # A VM without one leaves by Cloud NAT.
+    external=$(optional_metadata instance/network-interfaces/0/access-configs/0/external-ip)
     # Readable by the service's own user, as is the metadata server that it comes from. The token in it ends within
     # minutes and is deleted once the node has joined.
-    printf '%s\n' "$bootstrap" >"$CONFIG/bootstrap.kubeconfig"
-    printf '%s\n' "$key" >"$CONFIG/verification.pem"
-    cat >"$CONFIG/krustlet.env" <<EOF
+    put "$CONFIG/bootstrap.kubeconfig" 644 <<EOF
+$bootstrap
+EOF
+    put "$CONFIG/verification.pem" 644 <<EOF
+$key
+EOF
+    put "$CONFIG/krustlet.env" 644 <<EOF
 GCE_METADATA_HOST=${GCE_METADATA_HOST:-metadata.google.internal}
 KRUSTLET_ADDRESS=$address
 KRUSTLET_PORT=10250
 KRUSTLET_NODE_IP=$address
-KRUSTLET_EXTERNAL_IP=$external
+${external:+KRUSTLET_EXTERNAL_IP=$external}
 KRUSTLET_NODE_NAME=$name
 KRUSTLET_HOSTNAME=$hostname
 KRUSTLET_PROVIDER_ID=gce://$project/${zone##*/}/$name
@@ -169,8 +245,7 @@ write_unit() {
     if [ "$port" -lt 1024 ]; then
         capabilities=CAP_NET_BIND_SERVICE
     fi
-    mkdir -p "$SYSTEMD_UNIT_PATH"
-    cat >"$UNIT" <<EOF
+    put "$UNIT" 644 <<EOF
 [Unit]
 Description=Krustlet, a Kubernetes node agent that runs WebAssembly
 Wants=network-online.target
@@ -219,16 +294,8 @@ WantedBy=multi-user.target
 EOF
 }
 
-# Puts a file in the place of another one, which may be running.
-put() {
-    cat >"$1.new"
-    chmod "$2" "$1.new"
-    mv -f "$1.new" "$1"
-}
-
 # What is changed in the metadata of a running VM reaches the agent without a reboot.
 write_watch() {
-    mkdir -p "$PREFIX/sbin"
     put "$WATCH" 755 <<'EOF'
 #!/bin/sh
 # Runs the VM's startup script when it starts and whenever the VM's metadata change.
@@ -246,7 +313,7 @@ again() {
 
 # The name of what the attributes are; with `wait_for_change` not before they are something else.
 etag() {
-    ask --output /dev/null --dump-header - "$attributes?recursive=true$1" | tr -d '\r' | sed -n 's/^[Ee][Tt][Aa][Gg]: *//p'
+    ask --max-time 330 --output /dev/null --dump-header - "$attributes?recursive=true$1" | tr -d '\r' | sed -n 's/^[Ee][Tt][Aa][Gg]: *//p'
 }
 
 seen=$(etag '')
@@ -277,11 +344,16 @@ UMask=0022
 EOF
 }
 
+scratch=$(mktemp -d)
+# However this run ends, the next one comes with a change of the metadata, and after a failure by itself. Not enabled: it
+# would run this script at boot too, beside the one that boots.
+trap 'rm -rf "$scratch"; systemctl start krustlet-metadata' EXIT
 before=$(fingerprint)
+write_watch
+systemctl daemon-reload
 install_agent
 write_configuration
 write_unit
-write_watch
 systemctl daemon-reload
 systemctl enable krustlet
 # At a second boot it runs already, with what was written at the first. Started anew for nothing, it would start its pods
@@ -291,6 +363,4 @@ if [ "$(fingerprint)" = "$before" ]; then
 else
     systemctl restart krustlet
 fi
-# Not enabled: it would run this script at boot too, beside the one that boots.
-systemctl start krustlet-metadata
 say "started"
