@@ -57,7 +57,7 @@ def find(name: str) -> Path | None:
     executable = f"pulumi-resource-{name}"
     for home in filter(None, homes):
         path = Path(home) / "plugins" / f"resource-{name}-v{wanted(name)}" / executable
-        if path.is_file():
+        if path.is_file() and not _is_stand_in(path):
             return path
     outside = [
         entry

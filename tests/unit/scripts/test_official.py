@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -44,6 +45,11 @@ def test_a_stand_in_is_no_official_plugin(machine: Path) -> None:
     for name in official.PLUGINS:
         own = REPOSITORY / "localcloud" / "plugins" / name / f"pulumi-resource-{name}"
         _plugin(machine / own.name, own.read_text())
+        assert official.find(name) is None
+        # where `localcloud env` links it to
+        place = Path(os.environ["PULUMI_HOME"], "plugins", f"resource-{name}-v{official.wanted(name)}")
+        place.mkdir(parents=True)
+        (place / own.name).symlink_to(own)
         assert official.find(name) is None
 
 
