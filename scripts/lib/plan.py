@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from policy.rules import CREDENTIAL
-from tests.e2e.changes import ALL, BOOT, CHANGES, NONE, POD, VM, Change
+from tests.e2e.changes import AGENT, ALL, BOOT, CHANGES, NONE, POD, VM, Change
 
 Event = dict[str, Any]
 SECRET = "[secret]"  # noqa: S105 - what stands in its place
@@ -24,7 +24,7 @@ _ENDED = ("delete", "delete-replaced", "discard", "discard-replaced")
 _OPS = {"create": "created", "import": "created", "update": "updated", "replace": "replaced"}
 _OPS |= dict.fromkeys(_ENDED, "deleted")
 KINDS = ("created", "updated", "replaced", "deleted")
-_DOWNTIMES = (NONE, POD, "the agent's restart", BOOT, VM, ALL)
+_DOWNTIMES = (NONE, POD, AGENT, BOOT, VM, ALL)
 
 
 @dataclass
