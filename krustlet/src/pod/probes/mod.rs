@@ -8,9 +8,12 @@ pub use tracker::{ProbeEvent, ProbeKind};
 
 use super::http_get::HttpGet;
 use super::ports;
+use crate::panics::message_of;
 use crate::telemetry::{ProbeLabels, metrics};
+use futures::FutureExt as _;
 use k8s_openapi::api::core::v1::{Container, Probe};
 use std::net::{IpAddr, Ipv4Addr};
+use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
@@ -87,7 +90,12 @@ struct Task {
 #[derive(Debug, Clone)]
 enum Action {
     Http(HttpGet),
-    Tcp { host: String, port: u16 },
+    Tcp {
+        host: String,
+        port: u16,
+    },
+    #[cfg(test)]
+    Bug,
 }
 
 impl Plan {
@@ -218,13 +226,19 @@ impl Action {
                     Ok(_) => Ok(()),
                     Err(error) => Err(format!("dial tcp {host}:{port}: {error}")),
                 },
+                #[cfg(test)]
+                Self::Bug => std::panic::panic_any("not thought of"),
             }
         };
-        match tokio::time::timeout(timeout, attempt).await {
-            Ok(result) => result,
+        match tokio::time::timeout(timeout, AssertUnwindSafe(attempt).catch_unwind()).await {
+            Ok(Ok(result)) => result,
+            // Without the probe, the container would stay for ever what it was told last.
+            Ok(Err(panic)) => Err(format!("a bug in the node agent: {}", message_of(&*panic))),
             Err(_) => Err(match self {
                 Self::Http(get) => format!("{get}: no answer within {timeout:?}"),
                 Self::Tcp { host, port } => format!("dial tcp {host}:{port}: no answer within {timeout:?}"),
+                #[cfg(test)]
+                Self::Bug => String::new(),
             }),
         }
     }
@@ -260,6 +274,24 @@ mod tests {
         let why = refused(json!({"readinessProbe": {"periodSeconds": 1}}));
         assert!(why.starts_with("container app: readinessProbe: "), "{why}");
         assert!(validate(&container(json!({}))).is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_try_that_panics_has_failed_and_the_probe_goes_on() {
+        let (sender, mut events) = mpsc::channel(8);
+        let probes = json!({"livenessProbe": {"tcpSocket": {"port": 1}, "periodSeconds": 1, "failureThreshold": 2}});
+        let mut plan = Plan::of(&container(probes), "127.0.0.1".parse().unwrap()).unwrap();
+        plan.liveness.as_mut().unwrap().action = Action::Bug;
+        let probing = tokio::spawn(plan.run(Events { name: "app".into(), events: sender }));
+        let mut said = Vec::new();
+        while let Some((_, event)) = events.recv().await {
+            said.push(event);
+            if said.last() == Some(&failed(ProbeKind::Liveness)) {
+                break;
+            }
+        }
+        assert!(format!("{said:?}").contains("a bug in the node agent: not thought of"), "{said:?}");
+        probing.abort();
     }
 
     /// A server whose paths answer as they are called.
