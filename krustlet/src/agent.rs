@@ -9,6 +9,7 @@ use crate::events::{Recorder, Severity};
 use crate::eviction::Evictor;
 use crate::google::MetadataServer;
 use crate::image_gc::ImageGc;
+use crate::memory::Memory;
 use crate::node::{self, Keeper, Machine, NodeConfig, Readiness};
 use crate::panics::message_of;
 use crate::pod::context::NodeContext;
@@ -19,6 +20,7 @@ use crate::pod::sources::Objects;
 use crate::pod::volumes::HostPaths;
 use crate::pods::Pods;
 use crate::ports::Ports;
+use crate::pressure::Signals;
 use crate::reasons::event;
 use crate::telemetry::metrics;
 use anyhow::{Context, bail};
@@ -108,7 +110,9 @@ async fn serve(
         max_pods: options.max_pods,
     };
     let disk = Disk::watch(names.data_dir.clone()).await;
-    let machine = Machine::measure(disk.clone(), names.eviction);
+    let transition = options.eviction_pressure_transition_period;
+    let signals = Arc::new(Signals::new(Memory::this(), disk.clone(), names.eviction, transition));
+    let machine = Machine::measure(signals.clone());
     let facts = PodFacts {
         node_name: names.node_name.clone(),
         host_ip: address.to_string(),
@@ -177,6 +181,7 @@ async fn serve(
         ports: Ports::default(),
         roster,
         evictions: Arc::default(),
+        signals: signals.clone(),
         shutdown: shutdown.clone(),
     });
     let (taken_up, mut all_taken_up) = watch::channel(false);
@@ -193,8 +198,8 @@ async fn serve(
         roster: context.roster.clone(),
         evictions: context.evictions.clone(),
         data_dir: names.data_dir.clone(),
+        signals,
         disk,
-        thresholds: names.eviction,
         images: image_gc.clone(),
         measuring: Duration::ZERO,
     };

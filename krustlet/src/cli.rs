@@ -1,8 +1,9 @@
 //! The command line: Krustlet's own flags and environment variables, and those that this agent adds.
 
-use crate::eviction;
 use crate::image_gc::Thresholds;
 use crate::pod::fields::nanos;
+use crate::pod::limits;
+use crate::pressure;
 use anyhow::{Context, bail, ensure};
 use clap::{Parser, ValueEnum};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
@@ -10,6 +11,7 @@ use krustlet_runtime::{EgressConfig, IpNet, PublicKey, Verification};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// A Kubernetes node agent that runs WebAssembly.
 #[derive(Debug, Clone, Parser)]
@@ -55,9 +57,14 @@ pub struct Options {
     #[arg(long, env = "IMAGE_GC_LOW_THRESHOLD", default_value_t = 80, value_parser = clap::value_parser!(u8).range(..=100))]
     image_gc_low_threshold: u8,
 
-    /// How little of the disk may be left before pods are evicted [default: nodefs.available<10%,nodefs.inodesFree<5%]
+    /// How little may be left before pods are evicted [default:
+    /// memory.available<100Mi,nodefs.available<10%,nodefs.inodesFree<5%]
     #[arg(long, env = "KRUSTLET_EVICTION_HARD")]
     eviction_hard: Option<String>,
+
+    /// How long the node tells of a pressure, and keeps pods out, after it was last under it
+    #[arg(long, env = "KRUSTLET_EVICTION_PRESSURE_TRANSITION_PERIOD", default_value = "5m", value_parser = parse_duration)]
+    pub eviction_pressure_transition_period: Duration,
 
     /// Directory for keys, images, compiled code, volumes and logs [default: ~/.krustlet]
     #[arg(long, env = "KRUSTLET_DATA_DIR")]
@@ -139,7 +146,7 @@ pub struct Names {
     pub data_dir: PathBuf,
     pub kubeconfig: PathBuf,
     pub image_gc: Thresholds,
-    pub eviction: eviction::Thresholds,
+    pub eviction: pressure::Thresholds,
 }
 
 impl Options {
@@ -173,7 +180,7 @@ impl Options {
             Some(path) => path.clone(),
             None => data_dir.join("config").join("kubeconfig"),
         };
-        let eviction = eviction::Thresholds::parse(self.eviction_hard.as_deref().unwrap_or_default())
+        let eviction = pressure::Thresholds::parse(self.eviction_hard.as_deref().unwrap_or_default())
             .context("--eviction-hard is unusable")?;
         Ok(Names { hostname, node_name, data_dir, kubeconfig, image_gc: self.image_gc()?, eviction })
     }
@@ -240,6 +247,10 @@ fn parse_label(text: &str) -> Result<(String, String), String> {
 }
 
 /// A network, or an address alone.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    limits::duration(text).ok_or_else(|| format!("{text:?} is no duration, such as 5m or 30s"))
+}
+
 fn parse_network(text: &str) -> Result<IpNet, String> {
     let text = text.trim();
     let network = match text.parse::<IpAddr>() {

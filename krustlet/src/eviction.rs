@@ -1,16 +1,15 @@
-//! Ends pods that take more of the node's disk than they may, or than it has: what the kubelet's eviction manager does for
-//! ephemeral storage, with its thresholds, its order and its messages.
+//! Ends pods that take more of the node's memory or disk than it has, or more of the disk than they may: what the kubelet's
+//! eviction manager does, with its thresholds, its order and its messages.
 
-use crate::disk::{Disk, Figures};
+use crate::disk::Disk;
 use crate::image_gc::ImageGc;
 use crate::logs;
-use crate::pod::fields::nanos;
 use crate::pod::roster::Roster;
-use crate::pod::{Role, containers, full_name, is_finished, uid};
+use crate::pod::{Role, containers, full_name, is_critical, is_finished, priority, uid};
+use crate::pressure::{Resource, Signals, Starved, bytes};
 use crate::trees::{self, Usage};
 use crate::view::View as _;
-use anyhow::{Context as _, bail, ensure};
-use k8s_openapi::api::core::v1::{Container, Pod};
+use k8s_openapi::api::core::v1::{Container, Pod, ResourceRequirements};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -25,94 +24,11 @@ const PERIOD: Duration = Duration::from_secs(10);
 const SHARE: u32 = 10;
 /// How long a pod that was evicted may take to be gone before the next one follows.
 const CLEANUP: Duration = Duration::from_secs(30);
-/// From this priority on, a pod is the cluster's own and is never evicted for the node's sake.
-const SYSTEM_CRITICAL: i32 = 2_000_000_000;
-const RESOURCE: &str = "ephemeral-storage";
-
-/// How little of something the node may have left.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Threshold {
-    Amount(u64),
-    /// In percent.
-    Share(u8),
-}
-
-impl Threshold {
-    /// The amount, of so many in all.
-    pub fn of(self, total: u64) -> u64 {
-        match self {
-            Self::Amount(amount) => amount,
-            Self::Share(percent) => u64::try_from(u128::from(total) * u128::from(percent) / 100).unwrap_or(u64::MAX),
-        }
-    }
-}
-
-/// Below which the node is under disk pressure.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Thresholds {
-    pub available: Threshold,
-    pub inodes_free: Threshold,
-}
-
-impl Default for Thresholds {
-    fn default() -> Self {
-        Self { available: Threshold::Share(10), inodes_free: Threshold::Share(5) }
-    }
-}
-
-impl Thresholds {
-    /// Reads the kubelet's spelling, `nodefs.available<10%,nodefs.inodesFree<5%`; what is not named keeps its default.
-    ///
-    /// Fails for signals that this node does not watch, and for what is no amount.
-    pub fn parse(text: &str) -> anyhow::Result<Self> {
-        let mut thresholds = Self::default();
-        for entry in text.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
-            let (signal, amount) = entry.split_once('<').with_context(|| format!("{entry:?} is not SIGNAL<AMOUNT"))?;
-            let threshold = match amount.strip_suffix('%') {
-                Some(percent) => {
-                    let percent: u8 = percent.parse().with_context(|| format!("{amount:?} is no share"))?;
-                    ensure!(percent <= 100, "{amount:?} is more than there is");
-                    Threshold::Share(percent)
-                }
-                None => Threshold::Amount(bytes(amount).with_context(|| format!("{amount:?} is no amount"))?),
-            };
-            match signal {
-                "nodefs.available" => thresholds.available = threshold,
-                "nodefs.inodesFree" => thresholds.inodes_free = threshold,
-                _ => bail!("{signal:?} is no signal of this node: nodefs.available, nodefs.inodesFree"),
-            }
-        }
-        Ok(thresholds)
-    }
-
-    /// What the node has too little of, if anything.
-    pub fn starved(self, disk: Figures) -> Option<Starved> {
-        let bytes = self.available.of(disk.total);
-        let inodes = self.inodes_free.of(disk.inodes);
-        if disk.total > 0 && disk.available < bytes {
-            return Some(Starved { resource: RESOURCE, threshold: bytes, available: disk.available });
-        }
-        // Some file systems have no number of inodes.
-        (disk.inodes > 0 && disk.inodes_free < inodes).then_some(Starved {
-            resource: "inodes",
-            threshold: inodes,
-            available: disk.inodes_free,
-        })
-    }
-}
-
-fn bytes(quantity: &str) -> Option<u64> {
-    let quantity = k8s_openapi::apimachinery::pkg::api::resource::Quantity(quantity.to_owned());
-    u64::try_from(nanos(&quantity)? / 1_000_000_000).ok()
-}
-
-/// Something that the node has too little of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Starved {
-    pub resource: &'static str,
-    threshold: u64,
-    available: u64,
-}
+/// How often it is looked whether it is gone.
+const CLEANUP_LOOK: Duration = Duration::from_millis(200);
+/// A pod that holds less memory is not evicted for the sake of it. Most pods here are that small, and where something else has
+/// taken the machine's memory, their end would bring nothing back.
+const WORTHWHILE: u64 = 4 * 1024 * 1024;
 
 /// The pods that are to end, and why. Written by [`Evictor`], followed by the pods' workers.
 #[derive(Debug, Default)]
@@ -196,13 +112,13 @@ pub fn over_limit(pod: &Pod, usage: &PodUsage) -> Option<String> {
             return Some(format!("Usage of EmptyDir volume {:?} exceeds the limit {:?}. ", volume.name, limit.0));
         }
     }
-    if let Some(limit) = pod_limit(pod)
+    if let Some(limit) = of_pod(pod, Resource::EphemeralStorage, Kind::Limit)
         && exceeds(usage.total(), limit)
     {
         return Some(format!("Pod ephemeral local storage usage exceeds the total limit of containers {limit}. "));
     }
     containers(spec).find_map(|(_, container)| {
-        let limit = resource(container, Kind::Limit)?;
+        let limit = resource(container, Resource::EphemeralStorage, Kind::Limit)?;
         let used = usage.logs.get(&container.name)?;
         exceeds(*used, limit)
             .then(|| format!("Container {} exceeded its local ephemeral storage limit \"{limit}\". ", container.name))
@@ -218,7 +134,8 @@ fn exceeds(usage: Usage, limit: u64) -> bool {
 fn is_limited(pod: &Pod) -> bool {
     let empty_dirs = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
     let mut empty_dirs = empty_dirs.filter_map(|volume| volume.empty_dir.as_ref());
-    empty_dirs.any(|source| source.size_limit.is_some()) || pod_limit(pod).is_some()
+    empty_dirs.any(|source| source.size_limit.is_some())
+        || of_pod(pod, Resource::EphemeralStorage, Kind::Limit).is_some()
 }
 
 #[derive(Clone, Copy)]
@@ -227,87 +144,113 @@ enum Kind {
     Request,
 }
 
-fn resource(container: &Container, kind: Kind) -> Option<u64> {
-    let resources = container.resources.as_ref()?;
+fn resource(container: &Container, resource: Resource, kind: Kind) -> Option<u64> {
+    listed(container.resources.as_ref()?, resource, kind)
+}
+
+fn listed(resources: &ResourceRequirements, resource: Resource, kind: Kind) -> Option<u64> {
     let list = match kind {
         Kind::Limit => &resources.limits,
         Kind::Request => &resources.requests,
     };
-    bytes(&list.as_ref()?.get(RESOURCE)?.0)
+    bytes(&list.as_ref()?.get(resource.name())?.0)
 }
 
-/// The sum over the containers that run at the same time; none when no container has a limit.
-fn pod_limit(pod: &Pod) -> Option<u64> {
+/// A pod's own, or the sum over the containers that run at the same time; none when no container has any.
+fn of_pod(pod: &Pod, name: Resource, kind: Kind) -> Option<u64> {
     let spec = pod.spec.as_ref()?;
+    if let Some(own) = spec.resources.as_ref().and_then(|resources| listed(resources, name, kind)) {
+        return Some(own);
+    }
     let (mut sum, mut sidecars, mut highest_init, mut any) = (0u64, 0u64, 0u64, false);
     for (role, container) in containers(spec) {
-        let limit = resource(container, Kind::Limit);
-        any |= limit.is_some();
-        let limit = limit.unwrap_or(0);
+        let amount = resource(container, name, kind);
+        any |= amount.is_some();
+        let amount = amount.unwrap_or(0);
         match role {
-            Role::Main => sum = sum.saturating_add(limit),
+            Role::Main => sum = sum.saturating_add(amount),
             Role::Sidecar => {
-                sum = sum.saturating_add(limit);
-                sidecars = sidecars.saturating_add(limit);
+                sum = sum.saturating_add(amount);
+                sidecars = sidecars.saturating_add(amount);
                 highest_init = highest_init.max(sidecars);
             }
-            Role::Init => highest_init = highest_init.max(sidecars.saturating_add(limit)),
+            Role::Init => highest_init = highest_init.max(sidecars.saturating_add(amount)),
         }
     }
-    any.then_some(sum.max(highest_init)).filter(|limit| *limit > 0)
+    any.then_some(sum.max(highest_init)).filter(|amount| *amount > 0)
 }
 
-fn requested(pod: &Pod) -> u64 {
-    let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
-    containers.filter_map(|container| resource(container, Kind::Request)).sum()
+/// What a pod takes of what the node is short of.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Consumption {
+    used: u64,
+    /// It could not be counted to its end.
+    more: bool,
+    request: u64,
+    /// By container, with its request.
+    containers: Vec<(String, u64, u64)>,
 }
 
-fn is_critical(pod: &Pod) -> bool {
-    priority(pod) >= SYSTEM_CRITICAL
+impl Consumption {
+    fn of_memory(pod: &Pod, used: impl Fn(&str) -> u64) -> Self {
+        let spec = pod.spec.iter().flat_map(containers);
+        let containers: Vec<_> = spec
+            .map(|(_, container)| {
+                let request = resource(container, Resource::Memory, Kind::Request).unwrap_or(0);
+                (container.name.clone(), used(&container.name), request)
+            })
+            .collect();
+        let used = containers.iter().map(|(_, used, _)| used).sum();
+        let request = of_pod(pod, Resource::Memory, Kind::Request).unwrap_or(0);
+        Self { used, more: false, request, containers }
+    }
+
+    /// Of bytes, or of files, which nobody can request.
+    fn of_disk(pod: &Pod, usage: &PodUsage, short: Resource) -> Self {
+        let amount = |usage: Usage| if short == Resource::Inodes { usage.files } else { usage.bytes };
+        let logs = |name: &str| usage.logs.get(name).map_or(0, |usage| amount(*usage));
+        let spec = pod.spec.iter().flat_map(|spec| &spec.containers);
+        let containers = spec.map(|container| {
+            let request = resource(container, short, Kind::Request).unwrap_or(0);
+            (container.name.clone(), logs(&container.name), request)
+        });
+        let total = usage.total();
+        let request = of_pod(pod, short, Kind::Request).unwrap_or(0);
+        Self { used: amount(total), more: total.more, request, containers: containers.collect() }
+    }
 }
 
-fn priority(pod: &Pod) -> i32 {
-    pod.spec.as_ref().and_then(|spec| spec.priority).unwrap_or(0)
-}
-
-/// The kubelet's order under disk pressure: pods that take more than they requested first, then those of lower priority,
-/// then those that take most above their request. Critical ones never.
-pub fn rank(mut pods: Vec<(Arc<Pod>, PodUsage)>, starved: Starved) -> Vec<(Arc<Pod>, PodUsage)> {
+/// The kubelet's order under pressure: pods that take more than they requested first, then those of lower priority, then those
+/// that take most above their request. Critical ones never.
+pub fn rank(mut pods: Vec<(Arc<Pod>, Consumption)>) -> Vec<(Arc<Pod>, Consumption)> {
     pods.retain(|(pod, _)| !is_critical(pod));
-    pods.sort_by_cached_key(|(pod, usage)| {
-        let (total, request) = (usage.total(), requested(pod));
-        let above = if starved.resource == RESOURCE { total.bytes.saturating_sub(request) } else { total.files };
-        (Reverse(total.more || total.bytes > request), priority(pod), Reverse((total.more, above)))
+    pods.sort_by_cached_key(|(pod, Consumption { used, more, request, .. })| {
+        let above = i128::from(*used) - i128::from(*request);
+        (Reverse(*more || used > request), priority(pod), Reverse((*more, above)))
     });
     pods
 }
 
 /// What a pod is told that has to go for the node.
-fn low_on(starved: Starved, pod: &Pod, usage: &PodUsage) -> String {
+fn low_on(starved: Starved, taken: &Consumption) -> String {
     let Starved { resource: name, threshold, available } = starved;
     let mut message =
         format!("The node was low on resource: {name}. Threshold quantity: {threshold}, available: {available}. ");
-    let spec = pod.spec.iter();
-    for container in spec.flat_map(|spec| &spec.containers) {
-        let used = usage.logs.get(&container.name).map_or(0, |usage| usage.bytes);
-        let request = resource(container, Kind::Request).unwrap_or(0);
-        if used > request {
-            message += &format!(
-                "Container {} was using {used}, request is {request}, has larger consumption of {name}. ",
-                container.name
-            );
-        }
+    for (container, used, request) in taken.containers.iter().filter(|(_, used, request)| used > request) {
+        message += &format!(
+            "Container {container} was using {used}, request is {request}, has larger consumption of {name}. "
+        );
     }
     message
 }
 
-/// Looks after the disk for as long as the agent runs.
+/// Looks after memory and disk for as long as the agent runs.
 pub struct Evictor {
     pub roster: Arc<Roster>,
     pub evictions: Arc<Evictions>,
     pub data_dir: PathBuf,
+    pub signals: Arc<Signals>,
     pub disk: Disk,
-    pub thresholds: Thresholds,
     pub images: Arc<ImageGc>,
     /// How long the present round has measured.
     pub measuring: Duration,
@@ -317,8 +260,15 @@ impl Evictor {
     pub async fn run(mut self) {
         loop {
             self.keep_limits().await;
-            if let Some(starved) = self.thresholds.starved(self.disk.last()) {
-                self.relieve(starved).await;
+            // As with the kubelet, one pod at a time, and memory first: it does not wait.
+            while let Some(starved) = self.signals.starved_memory() {
+                let taken = self.memory();
+                if !self.evict_first(starved, taken).await {
+                    break;
+                }
+            }
+            if let Some(starved) = self.signals.starved_disk() {
+                self.relieve_disk(starved).await;
             }
             self.evictions.retain(|uid| self.roster.has_pod(uid));
             tokio::time::sleep(PERIOD.max(std::mem::take(&mut self.measuring) * SHARE)).await;
@@ -342,30 +292,55 @@ impl Evictor {
         }
     }
 
+    /// What the pods hold that hold enough.
+    fn memory(&self) -> Vec<(Arc<Pod>, Consumption)> {
+        let usage = self.roster.usage();
+        let mut by_pod: HashMap<&str, HashMap<&str, u64>> = HashMap::new();
+        for used in &usage {
+            by_pod.entry(&used.pod_uid).or_default().insert(&used.container, used.stats.memory_bytes);
+        }
+        let pods = self.active().into_iter().filter_map(|pod| {
+            let used = by_pod.get(uid(&pod))?;
+            let taken = Consumption::of_memory(&pod, |container| used.get(container).copied().unwrap_or(0));
+            Some((pod, taken))
+        });
+        pods.filter(|(_, taken)| taken.used >= WORTHWHILE).collect()
+    }
+
     /// Makes room: images that nobody uses go first, then one pod.
-    async fn relieve(&mut self, starved: Starved) {
+    async fn relieve_disk(&mut self, starved: Starved) {
         warn!(
             "the node is low on {}: {} are left of at least {}",
             starved.resource, starved.available, starved.threshold
         );
         self.images.remove_unused().await;
-        let Some(starved) = self.thresholds.starved(self.disk.next().await) else { return };
+        self.disk.next().await;
+        let Some(starved) = self.signals.starved_disk() else { return };
         let mut pods = Vec::new();
         for pod in self.active() {
             let usage = self.measure(pod.clone()).await;
-            pods.push((pod, usage));
+            let taken = Consumption::of_disk(&pod, &usage, starved.resource);
+            pods.push((pod, taken));
         }
-        let Some((pod, usage)) = rank(pods, starved).into_iter().next() else {
-            warn!("the node is low on {}, and has no pod that may be evicted", starved.resource);
-            return;
-        };
-        info!(pod = full_name(&pod), "evicting a pod: the node is low on {}", starved.resource);
-        self.evictions.evict(uid(&pod), low_on(starved, &pod, &usage));
-        // What it had is free only when it has ended.
-        let begin = Instant::now();
-        while begin.elapsed() < CLEANUP && self.active().iter().any(|active| uid(active) == uid(&pod)) {
+        if self.evict_first(starved, pods).await {
+            // What it had is free in the next figures only.
             self.disk.next().await;
         }
+    }
+
+    /// Evicts the pod that comes first, and waits until it has ended, when what it had is free. Gives whether there was one.
+    async fn evict_first(&self, starved: Starved, pods: Vec<(Arc<Pod>, Consumption)>) -> bool {
+        let Some((pod, taken)) = rank(pods).into_iter().next() else {
+            warn!("the node is low on {}, and has no pod that may be evicted", starved.resource);
+            return false;
+        };
+        info!(pod = full_name(&pod), "evicting a pod: the node is low on {}", starved.resource);
+        self.evictions.evict(uid(&pod), low_on(starved, &taken));
+        let begin = Instant::now();
+        while begin.elapsed() < CLEANUP && self.active().iter().any(|active| uid(active) == uid(&pod)) {
+            tokio::time::sleep(CLEANUP_LOOK).await;
+        }
+        true
     }
 
     async fn measure(&mut self, pod: Arc<Pod>) -> PodUsage {
@@ -409,7 +384,7 @@ mod tests {
         }
     }
 
-    const STARVED: Starved = Starved { resource: RESOURCE, threshold: 10, available: 1 };
+    const STARVED: Starved = Starved { resource: Resource::EphemeralStorage, threshold: 10, available: 1 };
 
     #[test]
     fn an_empty_dir_is_held_to_its_size_limit_and_what_cannot_be_counted_is_more() {
@@ -440,7 +415,10 @@ mod tests {
             container["restartPolicy"] = json!("Always");
             container
         };
-        let limit = |init: Value, main: Value| pod_limit(&pod(json!({"initContainers": init, "containers": main})));
+        let limit = |init: Value, main: Value| {
+            let pod = pod(json!({"initContainers": init, "containers": main}));
+            of_pod(&pod, Resource::EphemeralStorage, Kind::Limit)
+        };
         assert_eq!(limit(json!([]), json!([{}])), None);
         assert_eq!(limit(json!([]), json!([limited("a", "3"), {}, limited("b", "4")])), Some(7));
         assert_eq!(limit(json!([limited("i", "9")]), json!([limited("a", "3")])), Some(9));
@@ -455,45 +433,87 @@ mod tests {
                 spec["containers"] = json!([{"resources": {"requests": {"ephemeral-storage": "100"}}}]);
                 let mut pod = pod(spec);
                 pod.metadata.name = Some(name.to_owned());
-                (Arc::new(pod), usage(used, 0))
+                let taken = Consumption::of_disk(&pod, &usage(used, 0), Resource::EphemeralStorage);
+                (Arc::new(pod), taken)
             });
-            rank(pods.collect(), STARVED).into_iter().map(|(pod, _)| pod.metadata.name.clone().unwrap()).collect()
+            rank(pods.collect()).into_iter().map(|(pod, _)| pod.metadata.name.clone().unwrap()).collect()
         };
         let order = ranked(vec![
             ("within", json!({"priority": -5}), 90),
             ("most", json!({}), 900),
             ("important", json!({"priority": 1000}), 5000),
             ("some", json!({}), 200),
-            ("critical", json!({"priority": SYSTEM_CRITICAL}), 9000),
+            ("critical", json!({"priority": 2_000_000_000}), 9000),
             ("least-important", json!({"priority": -1}), 101),
         ]);
         assert_eq!(order, ["least-important", "most", "some", "important", "within"]);
     }
 
     #[test]
-    fn thresholds_have_the_kubelets_spelling_and_defaults() {
-        let disk = |available, inodes_free| Figures { total: 1000, available, inodes: 200, inodes_free };
-        let default = Thresholds::parse("").unwrap();
-        assert_eq!(default, Thresholds::default());
-        assert_eq!(default.starved(disk(100, 10)), None);
-        assert_eq!(default.starved(disk(99, 10)).unwrap().resource, RESOURCE);
-        assert_eq!(default.starved(disk(100, 9)).unwrap().resource, "inodes");
-        assert_eq!(default.starved(Figures::default()), None, "a disk that does not answer");
-        let given = Thresholds::parse("nodefs.available<1Ki, nodefs.inodesFree<0%").unwrap();
-        assert_eq!(given, Thresholds { available: Threshold::Amount(1024), inodes_free: Threshold::Share(0) });
-        for wrong in ["nodefs.available", "nodefs.available<x", "nodefs.available<101%", "pid.available<5", "<5%"] {
-            assert!(Thresholds::parse(wrong).is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
     fn a_pod_that_goes_for_the_node_is_told_what_it_took() {
-        let message = low_on(STARVED, &pod(json!({"containers": [{}]})), &usage(0, 7));
+        let resources = json!({"requests": {"memory": "5"}});
+        let pod = pod(json!({"containers": [{}, {"name": "within", "resources": resources}]}));
+        let message = low_on(STARVED, &Consumption::of_disk(&pod, &usage(0, 7), Resource::EphemeralStorage));
         assert!(
             message
                 .starts_with("The node was low on resource: ephemeral-storage. Threshold quantity: 10, available: 1. ")
         );
         assert!(message.contains("Container app was using 7, request is 0"), "{message}");
+        let starved = Starved { resource: Resource::Memory, ..STARVED };
+        let message = low_on(starved, &Consumption::of_memory(&pod, |_| 5));
+        assert!(
+            message.contains("Container app was using 5, request is 0, has larger consumption of memory"),
+            "{message}"
+        );
+        assert!(!message.contains("Container within"), "{message}");
+    }
+
+    #[test]
+    fn a_pods_request_is_its_own_or_that_of_the_containers_that_run_at_the_same_time() {
+        let requests = |bytes: &str| json!({"requests": {"memory": bytes}});
+        let mut spec = json!({
+            "initContainers": [{"name": "init", "resources": requests("9")}],
+            "containers": [{"resources": requests("3")}, {"name": "b", "resources": requests("4")}],
+        });
+        assert_eq!(Consumption::of_memory(&pod(spec.clone()), |_| 1).request, 9);
+        spec["resources"] = requests("100");
+        let taken = Consumption::of_memory(&pod(spec), |_| 1);
+        assert_eq!((taken.request, taken.used), (100, 3));
+    }
+
+    /// Pods with any priority, request and usage: of each two neighbours in the order, the kubelet would take the first.
+    #[test]
+    fn whatever_pods_there_are_the_first_to_go_is_the_one_that_the_kubelet_takes() {
+        let mut state = 0x9E37_79B9_7F4A_7C15_u64;
+        let mut random = |below: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) % below
+        };
+        for _ in 0..2_000 {
+            let pods: Vec<(Arc<Pod>, Consumption)> = (0..random(12))
+                .map(|number| {
+                    let priority = [-1, 0, 0, 1000, 2_000_000_000][random(5) as usize];
+                    let mut pod = pod(json!({"containers": [{}], "priority": priority}));
+                    pod.metadata.name = Some(number.to_string());
+                    let taken =
+                        Consumption { used: random(4), more: random(9) == 0, request: random(4), ..Default::default() };
+                    (Arc::new(pod), taken)
+                })
+                .collect();
+            let evictable = pods.iter().filter(|(pod, _)| !is_critical(pod)).count();
+            let order = rank(pods);
+            assert_eq!(order.len(), evictable, "none is lost, and no critical one is there");
+            for pair in order.windows(2) {
+                let [(first, a), (second, b)] = pair else { continue };
+                let exceeds = |taken: &Consumption| taken.more || taken.used > taken.request;
+                let above = |taken: &Consumption| (taken.more, taken.used as i64 - taken.request as i64);
+                assert!(exceeds(a) || !exceeds(b), "{pair:?}");
+                if exceeds(a) == exceeds(b) {
+                    assert!(priority(first) <= priority(second), "{pair:?}");
+                    assert!(priority(first) < priority(second) || above(a) >= above(b), "{pair:?}");
+                }
+            }
+        }
     }
 
     #[test]

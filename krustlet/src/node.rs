@@ -2,8 +2,7 @@
 
 use crate::backoff::Backoff;
 use crate::client::{describe, status_code};
-use crate::disk::Disk;
-use crate::eviction::Thresholds;
+use crate::pressure::{Pressure, Signals};
 use crate::reasons::node as reasons;
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
@@ -20,6 +19,7 @@ use serde_json::json;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
@@ -33,9 +33,6 @@ const LEASE_NAMESPACE: &str = "kube-node-lease";
 const STATUS_REPORT: Duration = Duration::from_secs(300);
 /// How often pressure is measured.
 const MEASURE: Duration = Duration::from_secs(10);
-
-/// Less memory than this and the node is under pressure; as much is kept from pods. The kubelet's default.
-const MEMORY_RESERVED: u64 = 100 * 1024 * 1024;
 
 pub const ARCHITECTURE: &str = "wasm32-wasi";
 pub const OPERATING_SYSTEM: &str = "wasi";
@@ -169,63 +166,25 @@ fn label_keys(labels: &BTreeMap<String, String>) -> String {
 /// The machine's size, and what of it is left.
 #[derive(Debug)]
 pub struct Machine {
-    system: Option<sysinfo::System>,
-    /// What the disk has, and how little of it may be left.
-    disk: Disk,
-    thresholds: Thresholds,
+    pub signals: Arc<Signals>,
     pub cpus: u64,
-    /// Bytes, here and below.
-    pub memory: u64,
-    free_memory: u64,
 }
 
 impl Machine {
-    /// Measures the machine; its disk is the one that `disk` tells of.
-    pub fn measure(disk: Disk, thresholds: Thresholds) -> Self {
+    pub fn measure(signals: Arc<Signals>) -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let mut machine = Self {
-            system: sysinfo::System::new().ok(),
-            disk,
-            thresholds,
-            cpus: u64::try_from(cpus).unwrap_or(1),
-            memory: 0,
-            free_memory: 0,
-        };
-        machine.refresh();
-        machine
+        Self { signals, cpus: u64::try_from(cpus).unwrap_or(1) }
     }
 
-    fn refresh(&mut self) {
-        if let Some(system) = &mut self.system {
-            system.refresh_memory();
-            self.memory = system.total_memory();
-            self.free_memory = system.available_memory();
-            // What counts is what the agent's own control group may use.
-            if let Some(limits) = system.cgroup_limits()
-                && limits.total_memory > 0
-                && limits.total_memory < self.memory
-            {
-                self.memory = limits.total_memory;
-                self.free_memory = self.free_memory.min(limits.free_memory);
-            }
-        }
-    }
-
+    /// What pods may take, in bytes, here and below: what the node is not to go below is kept from them.
     pub fn allocatable_memory(&self) -> u64 {
-        self.memory.saturating_sub(MEMORY_RESERVED)
+        let total = self.signals.memory().total;
+        total.saturating_sub(self.signals.thresholds.memory_available.of(total))
     }
 
-    /// What pods may take: the kubelet's default keeps from them what it does not let the node go below.
     fn allocatable_disk(&self) -> u64 {
-        let total = self.disk.last().total;
-        total.saturating_sub(self.thresholds.available.of(total))
-    }
-
-    fn pressure(&self) -> Pressure {
-        Pressure {
-            memory: self.memory > 0 && self.free_memory < MEMORY_RESERVED,
-            disk: self.thresholds.starved(self.disk.last()).is_some(),
-        }
+        let total = self.signals.disk().last().total;
+        total.saturating_sub(self.signals.thresholds.nodefs_available.of(total))
     }
 
     fn resources(cpus: u64, memory: u64, disk: u64, pods: u32) -> BTreeMap<String, Quantity> {
@@ -236,12 +195,6 @@ impl Machine {
             ("pods".to_owned(), Quantity(pods.to_string())),
         ])
     }
-}
-
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Pressure {
-    memory: bool,
-    disk: bool,
 }
 
 /// Whether the node takes work, and why not.
@@ -364,7 +317,7 @@ impl Keeper {
     /// Sends the node's status, whole.
     async fn report(&mut self) -> kube::Result<()> {
         let readiness = self.readiness.borrow_and_update().clone();
-        let conditions = conditions(&readiness, self.machine.pressure(), &self.sent, now());
+        let conditions = conditions(&readiness, self.machine.signals.pressure(), &self.sent, now());
         let mut status = serde_json::to_value(self.status(conditions.clone())).map_err(kube::Error::SerdeError)?;
         // Addresses would be merged by type, and one that is gone from the flags would stay.
         if let Some(addresses) = status.get_mut("addresses").and_then(serde_json::Value::as_array_mut) {
@@ -383,7 +336,12 @@ impl Keeper {
         let pods = self.config.max_pods;
         NodeStatus {
             addresses: Some(self.config.addresses()),
-            capacity: Some(Machine::resources(machine.cpus, machine.memory, machine.disk.last().total, pods)),
+            capacity: Some(Machine::resources(
+                machine.cpus,
+                machine.signals.memory().total,
+                machine.signals.disk().last().total,
+                pods,
+            )),
             allocatable: Some(Machine::resources(
                 machine.cpus,
                 machine.allocatable_memory(),
@@ -423,10 +381,7 @@ impl Keeper {
                     }
                     true
                 }
-                _ = measure.tick() => {
-                    self.machine.refresh();
-                    self.is_due()
-                }
+                _ = measure.tick() => self.is_due(),
                 event = futures::StreamExt::next(&mut events) => match event {
                     Some(Ok(Event::Init)) => { present = false; false }
                     Some(Ok(Event::InitApply(node) | Event::Apply(node))) => {
@@ -460,7 +415,7 @@ impl Keeper {
 
     /// Whether the API's Node differs from the truth, or has not heard from us for long.
     fn is_due(&self) -> bool {
-        let current = conditions(&self.readiness.borrow(), self.machine.pressure(), &self.sent, now());
+        let current = conditions(&self.readiness.borrow(), self.machine.signals.pressure(), &self.sent, now());
         let states = |conditions: &[NodeCondition]| -> Vec<(String, String, Option<String>)> {
             let mut states: Vec<_> = conditions
                 .iter()
@@ -501,7 +456,12 @@ fn conditions(
         }
     };
     let memory = if pressure.memory {
-        condition(reasons::MEMORY_PRESSURE, true, reasons::INSUFFICIENT_MEMORY, "less than 100 MiB are available")
+        condition(
+            reasons::MEMORY_PRESSURE,
+            true,
+            reasons::INSUFFICIENT_MEMORY,
+            "less memory is available than the node keeps free (--eviction-hard)",
+        )
     } else {
         condition(reasons::MEMORY_PRESSURE, false, reasons::SUFFICIENT_MEMORY, "node has sufficient memory")
     };
@@ -510,7 +470,7 @@ fn conditions(
             reasons::DISK_PRESSURE,
             true,
             reasons::DISK_PRESSURE_REASON,
-            "the data directory's disk is filled, or has no files left",
+            "less of the data directory's disk is left than the node keeps free (--eviction-hard)",
         )
     } else {
         condition(reasons::DISK_PRESSURE, false, reasons::NO_DISK_PRESSURE, "node has no disk pressure")
@@ -656,7 +616,9 @@ fn system_info() -> NodeSystemInfo {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::Figures;
+    use crate::disk::{self, Disk};
+    use crate::memory::{self, Memory};
+    use crate::pressure::Thresholds;
 
     fn config(labels: &[(&str, &str)]) -> NodeConfig {
         NodeConfig {
@@ -717,20 +679,14 @@ mod tests {
     }
 
     #[test]
-    fn pressure_shows_when_memory_or_disk_run_short() {
-        let machine = |free_memory, available| Machine {
-            system: None,
-            disk: Disk::with(Figures { total: 100 << 30, available, ..Figures::default() }),
-            thresholds: Thresholds::default(),
-            cpus: 2,
-            memory: 8 << 30,
-            free_memory,
-        };
-        assert_eq!(machine(1 << 30, 50 << 30).pressure(), Pressure::default());
-        assert!(machine(50 << 20, 50 << 30).pressure().memory);
-        assert!(machine(1 << 30, 5 << 30).pressure().disk);
-        let resources = Machine::resources(2, machine(0, 0).allocatable_memory(), machine(0, 0).allocatable_disk(), 9);
+    fn what_the_node_keeps_free_is_not_the_pods() {
+        let memory = Memory::with(memory::Figures { total: 8 << 30, available: 0 });
+        let disk = Disk::with(disk::Figures { total: 100 << 30, ..disk::Figures::default() });
+        let signals = Signals::new(memory, disk, Thresholds::default(), Duration::ZERO);
+        let machine = Machine::measure(Arc::new(signals));
+        let resources = Machine::resources(2, machine.allocatable_memory(), machine.allocatable_disk(), 9);
         assert_eq!(resources["memory"].0, format!("{}Ki", (8u64 << 20) - 100 * 1024));
+        assert_eq!(resources["ephemeral-storage"].0, format!("{}Ki", 90u64 << 20));
         assert_eq!(resources["pods"].0, "9");
     }
 }

@@ -166,14 +166,17 @@ impl Pods {
     /// Why the node cannot take the pod. The scheduler counts too; this is for pods that it did not place.
     fn rejection(&self, pod: &Pod) -> Option<Failure> {
         let new = pod.status.as_ref().is_none_or(|status| status.start_time.is_none());
-        let active = self.active();
-        (new && !is_finished(pod) && active > usize::try_from(self.max_pods).unwrap_or(usize::MAX)).then(|| {
-            info!(pod = full_name(pod), "the node is full");
-            Failure {
-                reason: reasons::OUT_OF_PODS.to_owned(),
-                message: format!("Node takes {} pods and has them; raise --max-pods or add a node", self.max_pods),
-            }
-        })
+        if !new || is_finished(pod) {
+            return None;
+        }
+        let (reason, message) = if self.active() > usize::try_from(self.max_pods).unwrap_or(usize::MAX) {
+            let message = format!("Node takes {} pods and has them; raise --max-pods or add a node", self.max_pods);
+            (reasons::OUT_OF_PODS, message)
+        } else {
+            (reasons::EVICTED, self.node.signals.pressure().keeps_out(pod)?)
+        };
+        info!(pod = full_name(pod), "refusing a pod: {message}");
+        Some(Failure { reason: reason.to_owned(), message })
     }
 
     fn active(&self) -> usize {
@@ -260,18 +263,22 @@ async fn remove_leftovers(paths: Vec<PathBuf>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::{self, Disk};
     use crate::events::Recorder;
+    use crate::memory::{self, Memory};
     use crate::pod::fields::PodFacts;
     use crate::pod::images::PullSecrets;
     use crate::pod::roster::Roster;
     use crate::pod::sources::Objects;
     use crate::pod::volumes::HostPaths;
     use crate::ports::Ports;
+    use crate::pressure::{Signals, Thresholds};
     use krustlet_runtime::{NoCredentials, OperatorsRegistries, PullLimits, Runtime, RuntimeConfig, Verification};
     use parking_lot::Mutex;
+    use std::time::Duration;
     use tokio_util::sync::CancellationToken;
 
-    fn node(directory: &Path) -> Arc<NodeContext> {
+    fn node(directory: &Path, memory: memory::Figures) -> Arc<NodeContext> {
         let config = RuntimeConfig {
             data_dir: directory.to_owned(),
             verification: Verification::AllowUnsigned,
@@ -296,6 +303,12 @@ mod tests {
             client,
             host_paths: Arc::new(HostPaths { allowed: Vec::new(), data_dir: directory.to_owned() }),
             evictions: Arc::default(),
+            signals: Arc::new(Signals::new(
+                Memory::with(memory),
+                Disk::with(disk::Figures::default()),
+                Thresholds::default(),
+                Duration::ZERO,
+            )),
             ports: Ports::default(),
             roster: Arc::new(Roster::default()),
             shutdown: CancellationToken::new(),
@@ -305,7 +318,7 @@ mod tests {
     /// Works on one pod, which panics so often; tells what it was rejected for each time.
     async fn rejections(panics: usize) -> Vec<Option<String>> {
         let directory = tempfile::tempdir().unwrap();
-        let mut pods = Pods::new(node(directory.path()), 10, watch::Sender::new(false));
+        let mut pods = Pods::new(node(directory.path(), memory::Figures::default()), 10, watch::Sender::new(false));
         let seen = Arc::<Mutex<Vec<Option<String>>>>::default();
         let told = seen.clone();
         pods.work = Box::new(move |_, _, _, rejected| {
@@ -336,6 +349,23 @@ mod tests {
         let failed = Some("PodWorkerFailed".to_owned());
         assert_eq!(rejections(4).await, [None, None, None, None, failed.clone()]);
         assert_eq!(rejections(usize::MAX).await, [None, None, None, None, failed]);
+    }
+
+    #[tokio::test]
+    async fn a_node_under_pressure_refuses_new_pods_and_keeps_those_that_it_has() {
+        let directory = tempfile::tempdir().unwrap();
+        let pods = |available| {
+            let memory = memory::Figures { total: 8 << 30, available };
+            Pods::new(node(directory.path(), memory), 10, watch::Sender::new(false))
+        };
+        let pod = |status: serde_json::Value| -> Pod {
+            serde_json::from_value(serde_json::json!({"metadata": {}, "status": status})).unwrap()
+        };
+        let new = pod(serde_json::json!({"qosClass": "BestEffort"}));
+        let old = pod(serde_json::json!({"qosClass": "BestEffort", "startTime": "2026-01-01T00:00:00Z"}));
+        assert_eq!(pods(0).rejection(&new).unwrap().reason, "Evicted");
+        assert!(pods(0).rejection(&old).is_none());
+        assert!(pods(1 << 30).rejection(&new).is_none());
     }
 
     #[tokio::test]

@@ -9,6 +9,7 @@ use super::volumes::HostPaths;
 use crate::events::Recorder;
 use crate::eviction::Evictions;
 use crate::ports::Ports;
+use crate::pressure::Signals;
 use k8s_openapi::api::core::v1::Pod;
 use krustlet_runtime::Runtime;
 use std::net::IpAddr;
@@ -29,6 +30,7 @@ pub struct NodeContext {
     pub ports: Ports,
     pub roster: Arc<Roster>,
     pub evictions: Arc<Evictions>,
+    pub signals: Arc<Signals>,
     /// The agent is to stop.
     pub shutdown: CancellationToken,
 }

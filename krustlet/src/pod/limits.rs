@@ -106,7 +106,7 @@ pub fn pod_memory(pod: &Pod, default: u64) -> u64 {
 /// longer than Go's longest (292 years).
 ///
 /// kube's own type for it panics where a number is too large.
-fn duration(text: &str) -> Option<Duration> {
+pub fn duration(text: &str) -> Option<Duration> {
     let mut rest = text.strip_prefix('+').unwrap_or(text);
     let mut total: u128 = 0;
     while !rest.is_empty() {

@@ -70,6 +70,18 @@ pub fn is_finished(pod: &Pod) -> bool {
     matches!(phase(pod), "Succeeded" | "Failed")
 }
 
+/// From this priority on, a pod is the cluster's own.
+const SYSTEM_CRITICAL: i32 = 2_000_000_000;
+
+pub fn priority(pod: &Pod) -> i32 {
+    pod.spec.as_ref().and_then(|spec| spec.priority).unwrap_or(0)
+}
+
+/// Whether the pod is one of the cluster's own, which a node does not evict for its own sake.
+pub fn is_critical(pod: &Pod) -> bool {
+    priority(pod) >= SYSTEM_CRITICAL
+}
+
 /// The place of a container in its pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {

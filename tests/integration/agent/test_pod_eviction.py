@@ -1,4 +1,4 @@
-"""Pod contract, the disk: what takes more than it may, or than the node has, is evicted, as by a kubelet."""
+"""Pod contract, memory and disk: what takes more than it may, or is left, is evicted, as by a kubelet."""
 
 from __future__ import annotations
 
@@ -115,3 +115,63 @@ def test_a_node_that_is_low_on_disk_says_so_and_evicts_the_largest_first(
     _wait_evicted(small, "The node was low on resource: ephemeral-storage.")
     assert condition(critical.read(), "Ready") == "True"
     assert agent.condition("Ready") == "True"
+
+
+EVERYTHING = [{"operator": "Exists"}]
+
+
+def _holds(space: Workspace, mib: int, request: str = "", **pod: Any) -> Pod:
+    """A pod that asked for so much memory, "" for none, and holds so much once it has a file /data/go."""
+    resources = {"requests": {"memory": request}} if request else {}
+    words = f"write /data/waits x then await /data/go then alloc {mib} then sleep 600000".split()
+    made = command(space.cli_image, *words, volumeMounts=MOUNTS, resources=resources)
+    return space.pod(made, volumes=[{"name": "data", "emptyDir": {}}], tolerations=EVERYTHING, **pod)
+
+
+def test_a_node_that_is_low_on_memory_evicts_in_the_kubelets_order_and_keeps_out_who_asks_for_none(
+    make_agent: Callable[..., Agent], make_workspace: Callable[[Agent], Workspace]
+) -> None:
+    # There is never as much free as there has to be, of memory.
+    short = "--eviction-hard=memory.available<100%,nodefs.available<1%,nodefs.inodesFree<1%"
+    agent = make_agent("short", short, "--eviction-pressure-transition-period=5s")
+    agent.start()
+    space = make_workspace(agent)
+    small = space.serve(pod={"tolerations": EVERYTHING})
+    critical = _holds(space, 16, priorityClassName="system-node-critical")
+    within = _holds(space, 8, "64Mi")
+    above, most = _holds(space, 8), _holds(space, 24)
+    holders = [critical, within, above, most]
+    small.wait_ready()
+    volumes = [agent.data_dir / "pods" / pod.uid / "volumes" / "data" for pod in holders]
+    until(lambda: all((volume / "waits").exists() for volume in volumes), "the pods to begin")
+    # Between two looks, so that the next one finds all of them.
+    looks = agent.log.count("has no pod that may be evicted")
+    until(
+        lambda: agent.log.count("has no pod that may be evicted") > looks, "a look at the memory", timeout=30
+    )
+    start = space.cluster.moment()
+    for volume in volumes:
+        (volume / "go").touch()
+    for pod in (most, above, within):
+        status = _wait_evicted(pod, "The node was low on resource: memory. Threshold quantity: ")
+        assert ("has larger consumption of memory" in status.message) == (pod is not within)
+    changes = space.cluster.changes(start, space.core.list_namespaced_pod, space.namespace)
+    evicted = [item["object"].metadata.name for item in changes if item["object"].status.reason == "Evicted"]
+    assert list(dict.fromkeys(evicted)) == [most.name, above.name, within.name]
+    assert agent.condition("MemoryPressure") == "True"
+
+    def tainted() -> bool:
+        return any(item.key == "node.kubernetes.io/memory-pressure" for item in agent.node().spec.taints)
+
+    until(tainted, "the taint")
+    refused = space.serve().wait_phase("Failed")
+    assert (refused.reason, refused.message) == ("Evicted", "The node had condition: [MemoryPressure]. ")
+    asks = space.serve(resources={"requests": {"memory": "1Mi"}}).wait_ready()
+    assert asks.get("/healthz").ok
+    # Its end would bring nothing back.
+    assert small.get("/healthz").ok
+    assert critical.read().status.phase == "Running"
+    agent.flags.remove(short)
+    agent.restart()
+    until(lambda: not tainted(), "the end of the pressure", timeout=30)
+    space.serve().wait_ready()
