@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import pulumi
 
-from components.providers.cargo import WASM_TARGET, CargoBuild
+from components.providers.cargo import CargoBuild
+from components.providers.compiler import WASM_TARGET
 from components.providers.oci import OciArtifact, OciSignature
 from components.providers.signature import Signature, SigningKey
 
