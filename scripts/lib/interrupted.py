@@ -1,8 +1,12 @@
-"""Settles what a killed pulumi left unfinished, so that the next run carries on.
+"""Settles what a pulumi that was killed or failed left unfinished, so that the next run carries on.
 
 A creation that was interrupted may have happened: Google or Kubernetes then answer a second one with "already
 exists". Those resources are taken into the state under the id that they would have, and the refresh drops the
 ones that turn out not to be there. The other kinds can simply be created again.
+
+An interrupted replacement leaves both halves: what lives, and what is still to be deleted, which pulumi
+does last. When the settings have changed back in between, what is still to be deleted is what is to be made,
+"already exists" again; it is taken up, and the other one goes in its place.
 """
 
 import json
@@ -42,18 +46,69 @@ def settle(deployment: dict[str, Any]) -> None:
             resources.append({**made, "delete": True})
 
 
-def main(stack: str) -> int:
-    """Settles the stack, if there is something to settle; gives the exit status."""
+def take_up(deployment: dict[str, Any], steps: list[dict[str, Any]]) -> list[str]:
+    """Exchanges what lives for what is to be deleted, where a preview's steps would make the latter again.
+
+    With it comes what is still to be deleted in it or through it: a cluster's pools, a provider's objects.
+    Gives the URNs of what was taken up.
+    """
+    wanted = {}
+    for step in steps:
+        if step["op"] in ("create", "replace", "create-replacement"):
+            made = step.get("newState", {})
+            wanted[step["urn"]] = identity(made.get("type", ""), made.get("inputs", {}))
+    taken: list[str] = []
+    resources = deployment.get("resources", [])
+    for resource in resources:
+        urn = resource["urn"]
+        if not resource.get("delete") or urn in taken:
+            continue
+        if wanted.get(urn) == resource.get("id") or not _leans_on(resource).isdisjoint(taken):
+            for other in resources:
+                if other["urn"] == urn and not other.get("delete"):
+                    other["delete"] = True
+            del resource["delete"]
+            taken.append(urn)
+    return taken
+
+
+def _leans_on(resource: dict[str, Any]) -> set[str]:
+    """The URNs without which a resource is not there."""
+    provider = resource.get("provider", "").rpartition("::")[0]
+    return {*resource.get("dependencies", []), resource.get("deletedWith", ""), provider} - {""}
+
+
+def main(stack: str, command: str) -> int:
+    """Settles the stack before `command` (up or destroy), if there is something; gives the exit status."""
     pulumi = ["pulumi", "stack", "--stack", stack]
-    state = json.loads(subprocess.run([*pulumi, "export"], capture_output=True, check=True).stdout)
-    if not state["deployment"].get("pending_operations"):
-        return 0
-    settle(state["deployment"])
-    # `pulumi refresh --import-pending-creates` is meant for this, but drops what it is told to import.
-    subprocess.run([*pulumi, "import"], input=json.dumps(state).encode(), check=True)
-    refresh = ["pulumi", "refresh", "--yes", "--stack", stack, "--color", "never"]
-    return subprocess.run(refresh, check=False).returncode
+
+    def export() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(
+            subprocess.run([*pulumi, "export"], capture_output=True, check=True).stdout
+        )
+        return found
+
+    def put(state: dict[str, Any]) -> None:
+        subprocess.run([*pulumi, "import"], input=json.dumps(state).encode(), check=True)
+
+    state = export()
+    if state["deployment"].get("pending_operations"):
+        settle(state["deployment"])
+        # `pulumi refresh --import-pending-creates` is meant for this, but drops what it is told to import.
+        put(state)
+        refresh = ["pulumi", "refresh", "--yes", "--stack", stack, "--color", "never"]
+        if failed := subprocess.run(refresh, check=False).returncode:
+            return failed
+        state = export()
+    if command == "up" and any(item.get("delete") for item in state["deployment"].get("resources", [])):
+        plan = ["pulumi", "preview", "--json", "--stack", stack]
+        previewed = subprocess.run(plan, capture_output=True, check=False)
+        # What cannot be previewed cannot be brought up either, and the up says why.
+        steps = json.loads(previewed.stdout).get("steps", []) if previewed.returncode == 0 else []
+        if take_up(state["deployment"], steps):
+            put(state)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -64,10 +64,10 @@ def _select(log: Log, env: Mapping[str, str]) -> None:
     log.run(["pulumi", "stack", "select", "--create", STACK], env=env)
 
 
-def _settle(log: Log, env: Mapping[str, str]) -> None:
-    """Clears up after a pulumi that was killed: its lock, and what it had begun."""
+def _settle(log: Log, env: Mapping[str, str], command: str) -> None:
+    """Clears up after a pulumi that was killed or failed: its lock, and what it had begun."""
     _clear_stale_lock(log, env)
-    log.run(["python", "-m", "scripts.lib.interrupted", STACK], env=env)
+    log.run(["python", "-m", "scripts.lib.interrupted", STACK, command], env=env)
 
 
 def _has_lost_its_cluster(env: Mapping[str, str]) -> bool:
@@ -101,7 +101,7 @@ def up(log: Log, env: Mapping[str, str], plan: str | None = None) -> None:
     _drop_salt()
     try:
         _select(log, env)
-        _settle(log, env)
+        _settle(log, env, "up")
         if _has_lost_its_cluster(env):
             env = {**env, "PULUMI_K8S_DELETE_UNREACHABLE": "true"}
         how = ["--refresh"]
@@ -118,7 +118,7 @@ def destroy(log: Log, env: Mapping[str, str]) -> None:
     _drop_salt()
     try:
         _select(log, env)
-        _settle(log, env)
+        _settle(log, env, "destroy")
         log.run(["pulumi", "destroy", "--yes", "--stack", STACK, "--color", "never"], env=env)
         log.run(["pulumi", "stack", "rm", "--yes", "--preserve-config", STACK], env=env)
     finally:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from scripts.lib.interrupted import identity, settle
+from scripts.lib.interrupted import identity, settle, take_up
 
 PLACE = {"project": "p", "zone": "z", "location": "l", "region": "r"}
 
@@ -74,3 +74,59 @@ def test_an_interrupted_replacement_leaves_neither_half_behind() -> None:
         ("urn:old", "old-2", True),
     ]
     assert "pendingReplacement" not in resources[0]
+
+
+CLUSTER = "gcp:container/cluster:Cluster"
+
+
+def _replaced() -> list[dict[str, Any]]:
+    """Cluster `a` was replaced by `b`, with what is in it; what is of `a` is still to be deleted."""
+    return [
+        {"urn": "urn:cluster", "id": "projects/p/locations/l/clusters/b", "type": CLUSTER},
+        {"urn": "urn:pool", "id": "b/pool", "dependencies": ["urn:cluster"]},
+        {"urn": "urn:provider", "id": "2", "dependencies": ["urn:cluster"]},
+        {"urn": "urn:space", "id": "wasm", "provider": "urn:provider::2"},
+        {"urn": "urn:other", "id": "new"},
+        {"urn": "urn:cluster", "id": "projects/p/locations/l/clusters/a", "type": CLUSTER, "delete": True},
+        {"urn": "urn:pool", "id": "a/pool", "dependencies": ["urn:cluster"], "delete": True},
+        {"urn": "urn:provider", "id": "1", "dependencies": ["urn:cluster"], "delete": True},
+        {"urn": "urn:space", "id": "wasm", "provider": "urn:provider::1", "delete": True},
+        {"urn": "urn:other", "id": "old", "delete": True},
+    ]
+
+
+def _preview(name: str, op: str = "replace") -> list[dict[str, Any]]:
+    state = {"type": CLUSTER, "inputs": {**PLACE, "name": name}}
+    return [{"op": op, "urn": "urn:cluster", "newState": state}, {"op": "delete", "urn": "urn:gone"}]
+
+
+@pytest.mark.parametrize("op", ["create", "replace", "create-replacement"])
+def test_what_is_to_be_deleted_and_wanted_again_is_taken_up_with_what_is_in_it(op: str) -> None:
+    deployment = {"resources": _replaced()}
+    taken = take_up(deployment, _preview("a", op))
+    assert taken == ["urn:cluster", "urn:pool", "urn:provider", "urn:space"]
+    lives = {r["urn"]: r["id"] for r in deployment["resources"] if not r.get("delete")}
+    goes = {r["urn"]: r["id"] for r in deployment["resources"] if r.get("delete")}
+    assert lives == {
+        "urn:cluster": "projects/p/locations/l/clusters/a",
+        "urn:pool": "a/pool",
+        "urn:provider": "1",
+        "urn:space": "wasm",
+        "urn:other": "new",
+    }
+    assert goes.keys() == lives.keys()
+    assert goes["urn:cluster"].endswith("/b")
+
+
+@pytest.mark.parametrize("steps", [_preview("c"), _preview("a", "same"), _preview("a", "update"), []])
+def test_what_nobody_wants_again_goes_as_it_was_planned(steps: list[dict[str, Any]]) -> None:
+    deployment = {"resources": _replaced()}
+    assert take_up(deployment, steps) == []
+    assert deployment["resources"] == _replaced()
+
+
+def test_what_vanished_meanwhile_is_taken_up_as_well() -> None:
+    old = [resource for resource in _replaced() if resource.get("delete")]
+    deployment = {"resources": old}
+    assert "urn:cluster" in take_up(deployment, _preview("a", "create"))
+    assert [r["urn"] for r in old if r.get("delete")] == ["urn:other"]
