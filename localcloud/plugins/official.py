@@ -95,7 +95,8 @@ def _says(executable: Path) -> str:
     """The version that a plugin says it is, asked as pulumi asks it."""
     import grpc  # type: ignore[import-untyped]  # noqa: PLC0415
     from google.protobuf import empty_pb2  # type: ignore[import-untyped]  # noqa: PLC0415
-    from pulumi.runtime.proto import provider_pb2_grpc  # noqa: PLC0415
+
+    from localcloud.plugins.messages import provider_pb2_grpc  # noqa: PLC0415
 
     try:
         process = subprocess.Popen(

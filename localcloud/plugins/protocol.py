@@ -24,7 +24,8 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc  # type: ignore[import-untyped]
 from google.protobuf import any_pb2, empty_pb2  # type: ignore[import-untyped]
-from pulumi.runtime.proto import (
+
+from localcloud.plugins.messages import (
     engine_pb2,
     engine_pb2_grpc,
     plugin_pb2,
@@ -32,7 +33,6 @@ from pulumi.runtime.proto import (
     provider_pb2_grpc,
     status_pb2,
 )
-
 from localcloud.plugins.values import (
     UNKNOWN,
     Change,
