@@ -1,0 +1,264 @@
+"""A random walk through a stack's life: settings change, things vanish, processes die; every up converges.
+
+    AWESOME_WASM_WALK_SECONDS=3600 AWESOME_WASM_WALK_SEED=7 python -m pytest -s tests/e2e/test_walk.py
+
+walks for an hour; without them it walks for two minutes, the same way each time. A failure prints
+the seed and the steps. A walk of more than ten minutes replaces the cluster and the node, too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+
+from components.providers import oci
+from components.providers.artifacts import signature_tag
+from tests.e2e.cloud import Cloud
+from tests.e2e.conftest import Stack, clone
+
+SECONDS = float(os.environ.get("AWESOME_WASM_WALK_SECONDS", "120"))
+SEED = int(os.environ.get("AWESOME_WASM_WALK_SEED", "1"))
+# Another value for each; the way back is to have none.
+SETTINGS = {
+    "memoryLimit": "32Mi",
+    "cpuLimit": "250m",
+    "maxPods": "50",
+    "clusterNodes": "2",
+    "diskSizeGb": "20",
+    "appName": "another",
+    "appPort": "8081",
+    "namespace": "elsewhere",
+    "registryName": "another",
+    "machineType": "e2-medium",
+    "releaseChannel": "RAPID",
+    "nodeName": "krustlet-2",
+    "podCidr": "10.50.0.0/16",
+    "clusterName": "renamed",
+    "gcp:zone": "europe-west1-c",
+}
+# These replace the cluster, which takes a while: a short walk leaves them out.
+SLOW = {"podCidr", "clusterName", "nodeName", "gcp:zone"}
+PROGRAMS = ("krustlet", "kube-apiserver", "etcd", "kube-controller-manager", "registry")
+
+
+@dataclass
+class World:
+    """The stack that walks, how long it may, and what was done to it."""
+
+    stack: Stack
+    end: float
+    steps: list[str] = field(default_factory=list)
+    before: dict[str, str] = field(default_factory=dict)
+    """The settings that the stack had."""
+    disturbed: bool = False
+    """Whether something was done since it was last brought up."""
+
+    @property
+    def cloud(self) -> Cloud:
+        """What localcloud has."""
+        return Cloud(self.stack.env)
+
+    def did(self, step: str) -> None:
+        """Remember a step, and show it."""
+        self.steps.append(step)
+        print(f"  {len(self.steps):3} {step}", flush=True)  # noqa: T201 - the way that it took, with pytest -s
+
+    def destroy(self) -> None:
+        """Destroy the stack as it is, and look whether anything is left."""
+        self.stack.run("python", "-m", "localcloud", "start")
+        self.stack.read_environment()
+        self.stack.run("python", "-m", "scripts.lib.interrupted", self.stack.env["PULUMI_STACK"])
+        self.stack.run("pulumi", "destroy", "--yes")
+        left = self.cloud.resources()
+        assert left == set(), f"a destroy leaves nothing, and left {left}"
+
+    def is_over(self) -> bool:
+        """Whether the time is over."""
+        return time.monotonic() > self.end
+
+    def pids(self, program: str) -> list[int]:
+        """This clone's processes of a program, by how their command line ends or what it begins with."""
+        found, home = [], str(self.stack.directory).encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                mine = home in b" ".join(words) or home in (process / "environ").read_bytes()
+            except OSError:
+                continue
+            line = b" ".join(words).decode(errors="replace").strip()
+            if mine and (Path(words[0].decode(errors="replace")).name == program or line.endswith(program)):
+                found.append(int(process.name))
+        return found
+
+    def converge(self) -> None:
+        """Bring the stack up and look whether all is as it should be."""
+        self.stack.run("./scripts/up")
+        self.stack.read_environment()
+        self.stack.run("./scripts/verify", "--wait", "60")
+        self.stack.run("pulumi", "preview", "--expect-no-changes")
+        has, knows = self.cloud.resources(), self.cloud.in_state(self.stack)
+        assert has == knows, f"only in the cloud: {has - knows}; only in the state: {knows - has}"
+
+
+class Walk(RuleBasedStateMachine):
+    """One step each; `up` looks whether the ones before it are healed."""
+
+    world: World
+
+    def _did(self, step: str) -> None:
+        self.world.did(step)
+        self.world.disturbed = True
+
+    @precondition(lambda self: not self.world.is_over())
+    @rule(
+        key=st.sampled_from([key for key in SETTINGS if SECONDS > 600 or key not in SLOW]),
+        back=st.booleans(),
+    )
+    def change(self, key: str, back: bool) -> None:
+        """Change a setting; a disk that has grown does not shrink again."""
+        before = self.world.before.get(key)
+        change = ("set", key, SETTINGS[key]) if not back or key == "diskSizeGb" else ("rm", key)
+        if back and before is not None:
+            change = ("set", key, before)
+        self._did(f"pulumi config {' '.join(change)}")
+        self.world.stack.run("pulumi", "config", *change)
+
+    @precondition(lambda self: not self.world.is_over())
+    @rule(what=st.sampled_from(["pod", "node", "vm", "image", "signature", "prepared pod"]))
+    def delete(self, what: str) -> None:
+        """Delete something by hand; what is gone already is gone."""
+        self._did(f"delete the {what}")
+        stack, outputs = self.world.stack, self.world.stack.outputs()
+        namespace = ("--namespace", str(outputs["namespace"]))
+        quickly = ("--ignore-not-found", "--wait=false")
+        repository, _, digest = str(outputs["image"]).partition("@")
+        deletions: dict[str, Callable[[], object]] = {
+            "pod": lambda: stack.kubectl("delete", "pod", outputs["pod"], *namespace, *quickly, check=False),
+            "prepared pod": lambda: stack.kubectl(
+                "delete", "pods", "--field-selector=status.phase=Succeeded", *namespace, *quickly, check=False
+            ),
+            "node": lambda: stack.kubectl("delete", "node", outputs["node"], *quickly, check=False),
+            "vm": lambda: self.world.cloud.delete_instance(str(outputs["node"])),
+            "image": lambda: self._registry(repository).delete_artifact(digest, "no-tag"),
+            "signature": lambda: self._delete_signature(repository, digest),
+        }
+        deletions[what]()
+
+    def _registry(self, repository: str) -> oci.Client:
+        os.environ["GOOGLE_OAUTH_ACCESS_TOKEN"] = self.world.stack.env["GOOGLE_OAUTH_ACCESS_TOKEN"]
+        return oci.Client(repository)
+
+    def _delete_signature(self, repository: str, digest: str) -> None:
+        registry, tag = self._registry(repository), signature_tag(digest)
+        found = registry.manifest_digest(tag)
+        if found is not None:
+            registry.delete_artifact(found, tag)
+
+    @precondition(lambda self: not self.world.is_over())
+    @rule(program=st.sampled_from([*PROGRAMS, "localcloud serve"]))
+    def kill(self, program: str) -> None:
+        """Kill a part without warning."""
+        self._did(f"kill {program}")
+        for pid in self.world.pids(program):
+            os.kill(pid, signal.SIGKILL)
+
+    @precondition(lambda self: not self.world.is_over())
+    @rule(after=st.floats(0.5, 20))
+    def interrupt(self, after: float) -> None:
+        """Kill pulumi itself in the middle of an up."""
+        self._did(f"pulumi up, killed after {after:.1f} s")
+        process = subprocess.Popen(
+            ["pulumi", "up", "--yes", "--skip-preview"],
+            cwd=self.world.stack.directory,
+            env=self.world.stack.env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            process.wait(after)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    @precondition(lambda self: not self.world.is_over())
+    @rule(
+        kind=st.sampled_from(["error", "lost-answer", "failed-operation", "latency", "refused deletes"]),
+        after=st.integers(0, 20),
+        times=st.integers(1, 3),
+    )
+    def fault(self, kind: str, after: int, times: int) -> None:
+        """Let Google's answers go wrong during an up."""
+        method = "*"
+        options = ["--after", str(after), "--times", str(times), "--seed", str(after)]
+        options += {"error": ["--status", "503"], "latency": ["--seconds", "3"]}.get(kind, [])
+        if kind == "refused deletes":
+            kind, method, options = "error", "*.delete", ["--status", "403", "--times", "0"]
+        self._did(f"pulumi up, with localcloud faults add {kind} --method '{method}' {' '.join(options)}")
+        stack = self.world.stack
+        stack.run("python", "-m", "localcloud", "start")
+        stack.read_environment()
+        stack.run("python", "-m", "localcloud", "faults", "add", kind, "--method", method, *options)
+        stack.run("pulumi", "up", "--yes", "--skip-preview", check=False)
+        stack.run("python", "-m", "localcloud", "faults", "clear")
+
+    @precondition(lambda self: self.world.disturbed)
+    @rule()
+    def up(self) -> None:
+        """Bring it up: everything that was done before is healed."""
+        self.world.did("./scripts/up")
+        self.world.converge()
+        self.world.disturbed = False
+
+    @precondition(lambda self: self.world.is_over())
+    @rule()
+    def rest(self) -> None:
+        """Do nothing, for the time is over."""
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in Linux's /proc")
+def test_every_up_converges_and_nothing_is_lost_or_left(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> None:
+    made = clone(tmp_path_factory.mktemp("walk"))
+    outside = Stack(made.directory, dict(made.env))
+    request.addfinalizer(lambda: outside.run("./scripts/down", "--force"))
+    made.run("./scripts/up")
+    made.read_environment()
+    given = json.loads(made.run("pulumi", "config", "--json").stdout)
+    before = {
+        key.removeprefix("awesome-wasm:"): item["value"] for key, item in given.items() if "value" in item
+    }
+    world = World(made, time.monotonic() + SECONDS, before=before)
+    walk = type("Walk", (Walk,), {"world": world})
+    chosen = settings(
+        # They follow each other in the same world. The first is always the simplest that there is.
+        max_examples=int(SECONDS / 30) + 2,
+        stateful_step_count=4,
+        deadline=None,
+        database=None,
+        # The world is one and cannot be set back: what failed is told, and not tried again with fewer steps.
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    try:
+        run_state_machine_as_test(seed(SEED)(walk), settings=chosen)
+        home = Path(made.directory) / ".localcloud"
+        world.did("pulumi destroy, from wherever this is")
+        world.destroy()
+        outside.run("./scripts/down")
+        assert not home.exists()
+    except BaseException:
+        print(f"AWESOME_WASM_WALK_SEED={SEED} took these steps:", *world.steps, sep="\n  ")  # noqa: T201
+        raise
