@@ -66,8 +66,9 @@ CLUSTER = Tool(
     rename={"server": "etcd"},
 )
 REGISTRY = Tool("registry", ("registry",))
-# Peers for the tests: clients that we did not write.
+# Peers for the tests: clients that we did not write. cosign 2 and 3 write signatures in different formats.
 PEERS = Tool("peers", ("cosign", "crane", "oras"))
+COSIGN3 = Tool("cosign3", ("cosign3",), rename={"cosign": "cosign3"})
 
 # The oldest pulumi of the user's own that is taken instead of building one.
 OLDEST_PULUMI = (3, 220)
@@ -143,7 +144,7 @@ def needed(*, tests: bool) -> list[Tool]:
     tools = [CLUSTER, REGISTRY]
     if not _users_pulumi():
         tools += [PULUMI, LANGUAGE_HOST]
-    return [*tools, PEERS] if tests else tools
+    return [*tools, PEERS, COSIGN3] if tests else tools
 
 
 def ensure(*, tests: bool) -> list[Path]:
