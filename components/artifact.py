@@ -67,6 +67,7 @@ class WasmArtifact(pulumi.ComponentResource):
             repository=args.repository,
             digest=artifact.digest,
             signature=signature.signature,
+            bundle_signature=signature.bundle_signature,
             opts=child,
         )
         self.image = artifact.image

@@ -28,6 +28,8 @@ AGENT_LAYER = "application/vnd.krustlet.agent.v1.binary"
 IMAGE_CONFIG = "application/vnd.oci.image.config.v1+json"
 SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json"
 SIGNATURE_ANNOTATION = "dev.cosignproject.cosign/signature"
+BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+COSIGN_SIGN = "https://sigstore.dev/cosign/sign/v1"
 
 Kind = Literal["wasm", "agent"]
 
@@ -99,13 +101,18 @@ def interface(wasm: bytes) -> Interface:
 
 
 def _manifest(
-    config: Blob, layers: list[dict[str, Any]], blobs: list[Blob], artifact_type: str | None = None
+    config: Blob,
+    layers: list[dict[str, Any]],
+    blobs: list[Blob],
+    artifact_type: str | None = None,
+    **more: Any,
 ) -> Artifact:
     document: dict[str, Any] = {
         "schemaVersion": 2,
         "mediaType": MANIFEST,
         "config": config.descriptor(),
         "layers": layers,
+        **more,
     }
     if artifact_type:
         document["artifactType"] = artifact_type
@@ -146,6 +153,23 @@ def signature_artifact(payload: str, signature: str) -> Artifact:
     }
     described = layer.descriptor({SIGNATURE_ANNOTATION: signature})
     return _manifest(Blob(IMAGE_CONFIG, canonical(config)), [described], [layer])
+
+
+def bundle_artifact(bundle: str, subject: dict[str, Any]) -> Artifact:
+    """Lay a Sigstore bundle out as cosign 3 does, but for the time: a referrer of what is described."""
+    layer = Blob(BUNDLE, bundle.encode())
+    annotations = {
+        "dev.sigstore.bundle.content": "dsse-envelope",
+        "dev.sigstore.bundle.predicateType": COSIGN_SIGN,
+    }
+    return _manifest(
+        Blob(EMPTY_CONFIG, b"{}"),
+        [layer.descriptor()],
+        [layer],
+        BUNDLE,
+        subject=subject,
+        annotations=annotations,
+    )
 
 
 def signature_tag(digest: str) -> str:

@@ -1,4 +1,4 @@
-"""Pushes artifacts and their cosign signatures to an OCI registry, with the oras package.
+"""Pushes artifacts and their signatures in cosign's formats to an OCI registry, with the oras package.
 
 Everything pushed is a function of the file's bytes: a push that was interrupted, or is repeated, ends the
 same. Credentials are looked up when a request is made and are in no input, output or state.
@@ -36,10 +36,13 @@ from components.providers.artifacts import (
     Kind,
     OciError,
     artifact,
+    bundle_artifact,
     read_file,
     signature_artifact,
     signature_tag,
 )
+from components.providers.referrers import Referrers, subject_descriptor
+from components.providers.signature import bundle as signed_bundle
 from components.providers.signature import payload as signed_document
 
 REPOSITORY = re.compile(r"[^/\s]+(/[a-z0-9]+([._-]+[a-z0-9]+)*)+")
@@ -141,15 +144,15 @@ class Client(oras.provider.Registry):  # type: ignore[misc]
 
     def _get_location(self, r: requests.Response, container: oras.container.Container) -> str:
         """Give where to upload to; what the registry says instead is the error."""
-        _expect(r, 202)
+        self.expect(r, 202)
         return str(super()._get_location(r, container))
 
-    def manifest_digest(self, reference: str) -> str | None:
+    def manifest_digest(self, reference: str, media_type: str = MANIFEST) -> str | None:
         """Give the digest of a tag's or digest's manifest, None when there is none."""
-        response = self._manifest_request(reference, "HEAD")
+        response = self.manifest_request(reference, "HEAD", media_type=media_type)
         if response.status_code == 404:
             return None
-        _expect(response, 200)
+        self.expect(response, 200)
         return response.headers.get("Docker-Content-Digest") or reference
 
     def push_artifact(self, artifact: Artifact, tag: str) -> str:
@@ -161,11 +164,11 @@ class Client(oras.provider.Registry):  # type: ignore[misc]
             with tempfile.NamedTemporaryFile() as file:
                 file.write(blob.content)
                 file.flush()
-                _expect(self.put_upload(file.name, self.container, descriptor), 201)
+                self.expect(self.put_upload(file.name, self.container, descriptor), 201)
         digest = artifact.manifest.digest
         if self.manifest_digest(tag) != digest or self.manifest_digest(digest) is None:
-            response = self._manifest_request(tag, "PUT", artifact.manifest.content)
-            _expect(response, 201, 200)
+            response = self.manifest_request(tag, "PUT", artifact.manifest.content)
+            self.expect(response, 201, 200)
             said = response.headers.get("Docker-Content-Digest", digest)
             if said != digest:
                 raise OciError(f"{self.container.uri}: the registry stored {said} where {digest} was pushed")
@@ -175,10 +178,10 @@ class Client(oras.provider.Registry):  # type: ignore[misc]
         """Say whether a tag points to the manifest, and every blob that the manifest names is there."""
         if self.manifest_digest(tag) != digest:
             return False
-        response = self._manifest_request(digest, "GET")
+        response = self.manifest_request(digest, "GET")
         if response.status_code == 404:
             return False
-        _expect(response, 200)
+        self.expect(response, 200)
         manifest = response.json()
         blobs = [manifest["config"], *manifest["layers"]]
         return all(self.blob_exists(descriptor, self.container) for descriptor in blobs)
@@ -187,15 +190,23 @@ class Client(oras.provider.Registry):  # type: ignore[misc]
         """Remove a tag that still points to the manifest, then the manifest, where the registry lets us."""
         if self.manifest_digest(tag) == digest:
             # Not every registry can remove a tag alone; removing the manifest takes its tags along there.
-            _expect(self._manifest_request(tag, "DELETE"), 202, 200, 204, 400, 404, 405)
-        _expect(self._manifest_request(digest, "DELETE"), 202, 200, 204, 400, 404, 405)
+            self.expect(self.manifest_request(tag, "DELETE"), 202, 200, 204, 400, 404, 405)
+        self.expect(self.manifest_request(digest, "DELETE"), 202, 200, 204, 400, 404, 405)
 
-    def _manifest_request(
-        self, reference: str, method: str, content: bytes | None = None
+    def manifest_request(
+        self, reference: str, method: str, content: bytes | None = None, *, media_type: str = MANIFEST
     ) -> requests.Response:
+        """Ask for, write or remove a manifest of this type."""
         url = f"{self.prefix}://{self.container.manifest_url(reference)}"
-        headers = {"Content-Type": MANIFEST} if content is not None else {"Accept": MANIFEST}
+        headers = {"Content-Type" if content is not None else "Accept": media_type}
         return self.do_request(url, method, data=content, headers=headers)
+
+    @staticmethod
+    def expect(response: requests.Response, *allowed: int) -> None:
+        """Raise OciError with the registry's words for any other status."""
+        if response.status_code not in allowed:
+            said = f"{response.status_code}: {_said(response)}"
+            raise OciError(f"{response.request.method} {response.url}: {said}")
 
 
 def _reason(error: requests.RequestException) -> str:
@@ -209,11 +220,6 @@ def _said(response: requests.Response) -> str:
         return "; ".join(f"{error['code']} {error.get('message', '')}".strip() for error in errors)
     except (ValueError, KeyError, TypeError):
         return response.reason or str(response.status_code)
-
-
-def _expect(response: requests.Response, *allowed: int) -> None:
-    if response.status_code not in allowed:
-        raise OciError(f"{response.request.method} {response.url}: {response.status_code}: {_said(response)}")
 
 
 def digest_of(kind: Kind, path: str, sha256: str) -> str:
@@ -232,8 +238,14 @@ def tag_for(sha256: str) -> str:
 
 
 def push_signature(repository: str, digest: str, payload: str, signature: str) -> str:
-    """Push the signature of an image to where cosign looks for it; give the signature manifest's digest."""
+    """Push the signature of an image to where cosign 2 looks for it; give the signature manifest's digest."""
     return Client(repository).push_artifact(signature_artifact(payload, signature), signature_tag(digest))
+
+
+def push_bundle(repository: str, digest: str, bundle: str) -> str:
+    """Push a Sigstore bundle as a referrer of an image in the registry; give the bundle manifest's digest."""
+    client = Client(repository)
+    return Referrers(client, digest).push(bundle_artifact(bundle, subject_descriptor(client, digest)))
 
 
 class Needed:
@@ -358,13 +370,32 @@ class OciArtifact(pulumi.dynamic.Resource, module="oci", name="Artifact"):
         )
 
 
-def _push_signature(props: dict[str, Any]) -> str:
+def _push_signatures(props: dict[str, Any]) -> dict[str, str]:
+    """Push a signature in both formats; give the digests of the manifests by the outputs that they are."""
     repository, digest = props["repository"], props["digest"]
-    return push_signature(repository, digest, signed_document(repository, digest), props["signature"])
+    document = signed_document(repository, digest)
+    pushed = {
+        "signature_digest": push_signature(repository, digest, document, props["signature"]),
+        "bundle_digest": push_bundle(repository, digest, signed_bundle(digest, props["bundle_signature"])),
+    }
+    for made in pushed.values():
+        NEEDED.keep(repository, made)
+    return pushed
+
+
+def _remove_signatures(props: dict[str, Any]) -> None:
+    """Remove what no resource of the new state stands for."""
+    repository, digest, client = props["repository"], props["digest"], Client(props["repository"])
+    if not NEEDED.has(repository, props["signature_digest"]):
+        client.delete_artifact(props["signature_digest"], signature_tag(digest))
+    # An older program's has none.
+    bundle = props.get("bundle_digest")
+    if bundle and not NEEDED.has(repository, bundle):
+        Referrers(client, digest).remove(bundle)
 
 
 class OciSignatureProvider(ResourceProvider):
-    """CRUD of a cosign signature in a registry."""
+    """CRUD of an image's signature in a registry, in both of cosign's formats."""
 
     serialize_as_secret_always = False
 
@@ -375,50 +406,47 @@ class OciSignatureProvider(ResourceProvider):
 
     @operation
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
-        """A new signature of the same image takes the old one's place at its tag."""
-        result = changed(olds, news, replace={"repository", "digest"}, update={"signature"})
+        """A new signature of the same image takes the old one's place."""
+        update = {"signature", "bundle_signature"}
+        result = changed(olds, news, replace={"repository", "digest"}, update=update)
         if not result.changes:
             NEEDED.keep(olds["repository"], olds["signature_digest"])
+            NEEDED.keep(olds["repository"], olds["bundle_digest"])
         return result
 
     @operation
     def create(self, props: dict[str, Any]) -> CreateResult:
         """Push."""
-        signed = _push_signature(props)
-        NEEDED.keep(props["repository"], signed)
-        return CreateResult(
-            f"{props['repository']}:{signature_tag(props['digest'])}", {**props, "signature_digest": signed}
-        )
+        pushed = _push_signatures(props)
+        return CreateResult(f"{props['repository']}:{signature_tag(props['digest'])}", {**props, **pushed})
 
     @operation
     def read(self, id_: str, props: dict[str, Any]) -> ReadResult:
-        """Look whether the signature is at its tag; a registry that is away is an error."""
-        there = Client(props["repository"]).holds(props["signature_digest"], signature_tag(props["digest"]))
+        """Look whether both are where they are looked for; a registry that is away is an error."""
+        client, digest = Client(props["repository"]), props["digest"]
+        there = client.holds(props["signature_digest"], signature_tag(digest))
+        if there and (bundle := props.get("bundle_digest")):
+            there = Referrers(client, digest).has(bundle)
         return ReadResult(id_, props) if there else gone()
 
     @operation
     def update(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
-        """Push the new one, which takes over the tag, and remove the old one."""
-        signed = _push_signature(news)
-        NEEDED.keep(news["repository"], signed)
-        if olds["signature_digest"] != signed:
-            Client(news["repository"]).delete_artifact(
-                olds["signature_digest"], signature_tag(news["digest"])
-            )
-        return UpdateResult({**news, "signature_digest": signed})
+        """Push the new ones, then remove the old ones."""
+        pushed = _push_signatures(news)
+        _remove_signatures(olds)
+        return UpdateResult({**news, **pushed})
 
     @operation
     def delete(self, _id: str, props: dict[str, Any]) -> None:
-        """Remove tag and manifest, unless another resource has the same."""
-        if not NEEDED.has(props["repository"], props["signature_digest"]):
-            client = Client(props["repository"])
-            client.delete_artifact(props["signature_digest"], signature_tag(props["digest"]))
+        """Remove both, unless another resource has the same."""
+        _remove_signatures(props)
 
 
 class OciSignature(pulumi.dynamic.Resource, module="oci", name="Signature"):
-    """A cosign signature in a registry."""
+    """An image's signature in a registry."""
 
     signature_digest: pulumi.Output[str]
+    bundle_digest: pulumi.Output[str]
 
     def __init__(
         self,
@@ -427,9 +455,10 @@ class OciSignature(pulumi.dynamic.Resource, module="oci", name="Signature"):
         repository: pulumi.Input[str],
         digest: pulumi.Input[str],
         signature: pulumi.Input[str],
+        bundle_signature: pulumi.Input[str],
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
-        """Push the `signature` for `repository`@`digest`."""
+        """Push the signatures over payload and bundle for `repository`@`digest`."""
         super().__init__(
             OciSignatureProvider(),
             resource_name,
@@ -437,7 +466,9 @@ class OciSignature(pulumi.dynamic.Resource, module="oci", name="Signature"):
                 "repository": repository,
                 "digest": digest,
                 "signature": signature,
+                "bundle_signature": bundle_signature,
                 "signature_digest": None,
+                "bundle_digest": None,
             },
             opts,
         )

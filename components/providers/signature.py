@@ -1,7 +1,7 @@
-"""The signing key and signatures in cosign's format, so that `cosign verify --key` accepts what is pushed.
+"""The signing key and signatures in cosign's formats, so that `cosign verify --key` accepts what is pushed.
 
-Sources: cosign's `specs/SIGNATURE_SPEC.md` (payload, tag, annotation) and its `pkg/cosign/keys.go` (encrypted
-keys).
+Sources: cosign's `specs/SIGNATURE_SPEC.md` (payload, tag, annotation), its `signDigestBundle` (statement and
+bundle of cosign 3) and `pkg/cosign/keys.go` (encrypted keys), and DSSE's `protocol.md` (what is signed).
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from pulumi.dynamic import (
 )
 
 from components.providers import ProviderError, changed, is_unknown, operation
+from components.providers.artifacts import BUNDLE, COSIGN_SIGN, canonical
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+IN_TOTO = "application/vnd.in-toto+json"
 COSIGN_LABELS = ("ENCRYPTED SIGSTORE PRIVATE KEY", "ENCRYPTED COSIGN PRIVATE KEY")
 
 
@@ -50,10 +52,18 @@ class KeyPair:
 
 @dataclass(frozen=True)
 class Signed:
-    """A payload, exactly as signed, and its signature (ASN.1 DER in base64, as cosign writes it)."""
+    """An image's signatures in both of cosign's formats (ASN.1 DER in base64, as cosign writes them).
+
+    `signature` is over `payload`, exactly as it stands; `bundle_signature` is for a Sigstore bundle.
+    """
 
     payload: str
     signature: str
+    bundle_signature: str
+
+    def outputs(self) -> dict[str, str]:
+        """Give what a state keeps: payload and bundle are functions of the image's name."""
+        return {"signature": self.signature, "bundle_signature": self.bundle_signature}
 
 
 def generate_key() -> KeyPair:
@@ -118,17 +128,54 @@ def payload(repository: str, digest: str) -> str:
     return json.dumps(document, separators=(",", ":"), sort_keys=True)
 
 
+def statement(digest: str) -> bytes:
+    """Give the in-toto statement by which cosign 3 signs an image."""
+    document = {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"digest": {"sha256": digest.removeprefix("sha256:")}}],
+        "predicateType": COSIGN_SIGN,
+        "predicate": {},
+    }
+    return canonical(document)
+
+
+def pre_authentication_encoding(payload_type: str, body: bytes) -> bytes:
+    """Give what DSSE signs of an envelope."""
+    return b"DSSEv1 %d %s %d %s" % (len(payload_type), payload_type.encode(), len(body), body)
+
+
 def sign(private_key: str, repository: str, digest: str) -> Signed:
     """Sign an image.
 
-    The nonce is derived from key and payload (RFC 6979), so that signing twice is signing once.
+    The nonce is derived from key and message (RFC 6979), so that signing twice is signing once.
     """
     key = serialization.load_pem_private_key(private_key.encode(), None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise SignatureError("the signing key is no ECDSA key")
-    document = payload(repository, digest)
-    raw = key.sign(document.encode(), ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
-    return Signed(document, base64.b64encode(raw).decode())
+    algorithm = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
+
+    def signed(message: bytes) -> str:
+        return base64.b64encode(key.sign(message, algorithm)).decode()
+
+    document, body = payload(repository, digest), statement(digest)
+    return Signed(document, signed(document.encode()), signed(pre_authentication_encoding(IN_TOTO, body)))
+
+
+def bundle(digest: str, bundle_signature: str) -> str:
+    """Give the Sigstore bundle for an image; the same image and signature give the same bytes.
+
+    It hints at no key: who verifies has the key, and a hint proves nothing.
+    """
+    document = {
+        "mediaType": BUNDLE,
+        "verificationMaterial": {"publicKey": {}},
+        "dsseEnvelope": {
+            "payload": base64.b64encode(statement(digest)).decode(),
+            "payloadType": IN_TOTO,
+            "signatures": [{"sig": bundle_signature}],
+        },
+    }
+    return canonical(document).decode()
 
 
 def key_id(public_key: str) -> str:
@@ -220,20 +267,21 @@ class SignatureProvider(ResourceProvider):
 
     @operation
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
-        """Another image or another key is another signature."""
-        return changed(olds, news, replace={"repository", "digest", "private_key"}, update=set())
+        """Another image or another key is another signature; an older program's has no bundle yet."""
+        result = changed(olds, news, replace={"repository", "digest", "private_key"}, update=set())
+        return result if result.changes or olds.get("bundle_signature") else DiffResult(changes=True)
 
     @operation
     def create(self, props: dict[str, Any]) -> CreateResult:
         """Sign."""
         signed = sign(props["private_key"], props["repository"], props["digest"])
-        return CreateResult(props["digest"], {**props, "signature": signed.signature})
+        return CreateResult(props["digest"], {**props, **signed.outputs()})
 
     @operation
     def update(self, _id: str, _olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
-        """Keep what was signed; every input that matters is a replacement."""
+        """Sign again, which gives the same; every input that matters is a replacement."""
         signed = sign(news["private_key"], news["repository"], news["digest"])
-        return UpdateResult({**news, "signature": signed.signature})
+        return UpdateResult({**news, **signed.outputs()})
 
     @operation
     def read(self, id_: str, props: dict[str, Any]) -> ReadResult:
@@ -242,9 +290,10 @@ class SignatureProvider(ResourceProvider):
 
 
 class Signature(pulumi.dynamic.Resource, module="signature", name="Signature"):
-    """The signature of an image by digest; what is signed is a function of its name (see `payload`)."""
+    """The signatures of an image by digest; what is signed (`payload`, `bundle`) follows from its name."""
 
     signature: pulumi.Output[str]
+    bundle_signature: pulumi.Output[str]
 
     def __init__(
         self,
@@ -263,6 +312,7 @@ class Signature(pulumi.dynamic.Resource, module="signature", name="Signature"):
                 "digest": digest,
                 "private_key": pulumi.Output.secret(private_key),
                 "signature": None,
+                "bundle_signature": None,
             },
             opts,
         )

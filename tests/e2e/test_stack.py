@@ -60,13 +60,18 @@ def test_the_registry_gives_nothing_to_the_anonymous(stack: Stack) -> None:
     assert answer.status_code == 401
 
 
-def test_cosign_finds_the_signature_valid(stack: Stack, tmp_path: Path, peers: dict[str, str]) -> None:
-    key = tmp_path / "cosign.pub"
+@pytest.mark.parametrize("program", ["cosign", "cosign3"])
+def test_cosign_finds_the_signature_valid(
+    program: str, stack: Stack, tmp_path: Path, peers: dict[str, str]
+) -> None:
+    key, root = tmp_path / "cosign.pub", tmp_path / "trusted_root.json"
     key.write_text(stack.outputs()["public_key"])
+    # cosign 2 would ask the internet for one.
+    root.write_text('{"mediaType": "application/vnd.dev.sigstore.trustedroot+json;version=0.1"}')
     env = {**stack.env, **peers}
     image = stack.outputs()["image"]
-    flags = ["--insecure-ignore-tlog=true", "--private-infrastructure=true"]
-    Stack(stack.directory, env).run("cosign", "verify", *flags, "--key", str(key), image)
+    flags = ["--insecure-ignore-tlog=true", "--private-infrastructure=true", f"--trusted-root={root}"]
+    Stack(stack.directory, env).run(program, "verify", *flags, "--key", str(key), image)
 
 
 def test_kubectl_sees_the_node_and_the_pod_on_it(stack: Stack) -> None:

@@ -19,7 +19,7 @@ import pytest
 import requests
 import wasmtime
 
-from components.providers import artifacts, oci, signature
+from components.providers import artifacts, oci, referrers, signature
 
 REGISTRY = shutil.which("registry")
 pytestmark = pytest.mark.skipif(
@@ -78,10 +78,10 @@ def component(tmp_path: Path) -> File:
     return File(str(path), hashlib.sha256(COMPONENT).hexdigest())
 
 
-def get(repository: str, path: str) -> requests.Response:
+def get(repository: str, path: str, accept: str = artifacts.MANIFEST) -> requests.Response:
     """Ask the registry as any client would."""
     host, _, name = repository.partition("/")
-    return requests.get(f"http://{host}/v2/{name}/{path}", headers={"Accept": artifacts.MANIFEST}, timeout=10)
+    return requests.get(f"http://{host}/v2/{name}/{path}", headers={"Accept": accept}, timeout=10)
 
 
 def test_what_is_pushed_is_the_wasm_artifact_layout_under_its_digest(
@@ -151,51 +151,97 @@ def test_the_agent_travels_as_an_artifact_of_its_own_type(repository: str, tmp_p
     assert [layer["digest"] for layer in manifest["layers"]] == [f"sha256:{sum_}"]
 
 
-@pytest.mark.skipif(shutil.which("cosign") is None, reason="cosign is not on PATH: ./scripts/test brings it")
+@pytest.mark.skipif(shutil.which("cosign3") is None, reason="cosign is not on PATH: ./scripts/test brings it")
+@pytest.mark.parametrize("program", ["cosign", "cosign3"])
+@pytest.mark.parametrize("formats", [("tag",), ("bundle",), ("tag", "bundle")])
 def test_cosign_verifies_what_was_signed_and_refuses_another_key(
-    repository: str, component: File, tmp_path: Path
+    repository: str, component: File, tmp_path: Path, program: str, formats: tuple[str, ...]
 ) -> None:
     digest = oci.push(repository, "wasm", component.path, component.sha256)
     pair, other = signature.generate_key(), signature.generate_key()
     signed = signature.sign(pair.private_key, repository, digest)
-    oci.push_signature(repository, digest, signed.payload, signed.signature)
-    assert _cosign(tmp_path, pair.public_key, f"{repository}@{digest}").returncode == 0
-    assert _cosign(tmp_path, other.public_key, f"{repository}@{digest}").returncode != 0
+    if "tag" in formats:
+        oci.push_signature(repository, digest, signed.payload, signed.signature)
+    if "bundle" in formats:
+        oci.push_bundle(repository, digest, signature.bundle(digest, signed.bundle_signature))
+    assert _cosign(program, tmp_path, pair.public_key, f"{repository}@{digest}")
+    assert not _cosign(program, tmp_path, other.public_key, f"{repository}@{digest}")
 
 
-def test_a_new_signature_of_an_image_leaves_nothing_of_the_old_one(repository: str, component: File) -> None:
+def test_a_new_signature_of_an_image_leaves_nothing_of_the_old_one(
+    repository: str, component: File, monkeypatch: pytest.MonkeyPatch
+) -> None:
     digest = oci.push(repository, "wasm", component.path, component.sha256)
     provider = oci.OciSignatureProvider()
     made: list[dict[str, Any]] = []
     for _ in range(2):
+        monkeypatch.setattr(oci, "NEEDED", oci.Needed())  # each run is a process of its own
         signed = signature.sign(signature.generate_key().private_key, repository, digest)
         props = {
             "repository": repository,
             "digest": digest,
             "signature": signed.signature,
+            "bundle_signature": signed.bundle_signature,
         }
         outs = provider.update("id", made[-1], props).outs if made else provider.create(props).outs
         assert outs
         made.append(outs)
-    old, new = (outs["signature_digest"] for outs in made)
-    assert get(repository, f"manifests/{old}").status_code == 404
+    for part in ("signature_digest", "bundle_digest"):
+        assert get(repository, f"manifests/{made[0][part]}").status_code == 404
     tagged = get(repository, f"manifests/{artifacts.signature_tag(digest)}")
-    assert tagged.headers["Docker-Content-Digest"] == new
+    assert tagged.headers["Docker-Content-Digest"] == made[1]["signature_digest"]
+    assert _referrers(repository, digest) == [made[1]["bundle_digest"]]
+    monkeypatch.setattr(oci, "NEEDED", oci.Needed())
+    provider.delete("id", made[1])
+    assert get(repository, f"manifests/{digest.replace(':', '-')}").status_code == 404
+    assert get(repository, "tags/list").json()["tags"] == [oci.tag_for(component.sha256)]
 
 
-def _cosign(directory: Path, public_key: str, image: str) -> subprocess.CompletedProcess[str]:
+def test_what_others_have_refer_to_an_image_stays_when_its_signature_goes(
+    repository: str, component: File, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = oci.push(repository, "wasm", component.path, component.sha256)
+    client = oci.Client(repository)
+    subject = referrers.subject_descriptor(client, digest)
+    others = referrers.Referrers(client, digest).push(artifacts.bundle_artifact("{}", subject))
+    signed = signature.sign(signature.generate_key().private_key, repository, digest)
+    provider = oci.OciSignatureProvider()
+    props = {"repository": repository, "digest": digest, **signed.outputs()}
+    made = provider.create(props).outs
+    assert made
+    assert provider.create(props).outs == made
+    assert _referrers(repository, digest) == [others, made["bundle_digest"]]
+    provider.delete("id", made)
+    assert provider.read("id", made).id == "id"
+    monkeypatch.setattr(oci, "NEEDED", oci.Needed())  # the next run's process
+    provider.delete("id", made)
+    assert _referrers(repository, digest) == [others]
+    assert get(repository, f"manifests/{others}").ok
+    assert not provider.read("id", made).id
+
+
+def _referrers(repository: str, digest: str) -> list[str]:
+    answer = get(repository, f"manifests/{digest.replace(':', '-')}", referrers.INDEX)
+    return [item["digest"] for item in answer.json()["manifests"]]
+
+
+def _cosign(program: str, directory: Path, public_key: str, image: str) -> bool:
+    # cosign 2 wants Sigstore's root before it looks at a bundle, also for a key, and would ask the internet.
+    root = directory / "trusted_root.json"
+    root.write_text('{"mediaType": "application/vnd.dev.sigstore.trustedroot+json;version=0.1"}')
     key = directory / "key.pub"
     key.write_text(public_key)
     command = [
-        "cosign",
+        program,
         "verify",
         "--insecure-ignore-tlog",
         "--allow-http-registry",
+        f"--trusted-root={root}",
         "--key",
         str(key),
         image,
     ]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False).returncode == 0
 
 
 def test_a_file_that_is_no_component_is_not_pushed(repository: str, tmp_path: Path) -> None:

@@ -77,7 +77,11 @@ class Cloud(mocks.Mocks):
             },
             "pulumi-python:dynamic/oci:Signature": {"signature_digest": "sha256:" + "34" * 32},
             "pulumi-python:dynamic/signature:Key": {"private_key": "PRIVATE", "public_key": "PUBLIC"},
-            "pulumi-python:dynamic/signature:Signature": {"payload": "{}", "signature": "c2ln"},
+            "pulumi-python:dynamic/signature:Signature": {
+                "payload": "{}",
+                "signature": "c2ln",
+                "bundle_signature": "c2ln",
+            },
             "pulumi-python:dynamic/registration:BootstrapToken": {"token": "abcdef.0123456789abcdef"},
             "pulumi-python:dynamic/registration:NodeRegistration": {"uid": "node-uid"},
         }
