@@ -145,7 +145,7 @@ fn check_component(digest: &Digest, wasm: &[u8], types: TypesRef<'_>) -> Result<
             });
         }
     }
-    if !exports.iter().any(|name| name.starts_with(HANDLER) || name.starts_with(RUN)) {
+    if !exports.iter().any(|name| [HANDLER, RUN].iter().any(|interface| is_release(name.strip_prefix(interface)))) {
         let exports: Vec<String> = exports.iter().map(|name| shown(name)).collect();
         return Err(invalid(
             digest,
@@ -186,7 +186,12 @@ fn newer_wasi(name: &str) -> Option<&str> {
 }
 
 fn is_offered(name: &str) -> bool {
-    name.split_once('@').is_some_and(|(interface, version)| version.starts_with("0.2.") && OFFERED.contains(&interface))
+    name.split_once("@0.2.").is_some_and(|(interface, patch)| OFFERED.contains(&interface) && is_release(Some(patch)))
+}
+
+/// Whether it is the last number of a release of WASI 0.2: those are compatible with each other, the drafts before are not.
+fn is_release(patch: Option<&str>) -> bool {
+    patch.is_some_and(|patch| !patch.is_empty() && patch.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 /// Types need nobody to define them.

@@ -366,6 +366,22 @@ mod tests {
     use super::*;
 
     #[tokio::test]
+    async fn components_of_every_release_of_wasi_0_2_are_linked_and_those_of_its_drafts_refused() {
+        let executor = Executor::for_tests().unwrap();
+        let linked = |version: &str| {
+            let guest = include_str!("../tests/guest.wat").replace("@0.2.0", &format!("@{version}"));
+            compile_and_link(&executor, &wat::parse_str(guest).unwrap())
+        };
+        for patch in (0..=13).chain([99]) {
+            assert_eq!(linked(&format!("0.2.{patch}")).unwrap().kind(), Kind::HttpProxy, "0.2.{patch}");
+        }
+        for draft in ["0.2.0-rc-2023-12-05", "0.2.0-draft"] {
+            let error = linked(draft).unwrap_err().to_string();
+            assert!(error.contains(draft), "{error}");
+        }
+    }
+
+    #[tokio::test]
     async fn a_refused_module_is_looked_at_once_and_only_so_many_are_remembered() {
         let directory = tempfile::tempdir().unwrap();
         let executor = Arc::new(Executor::for_tests().unwrap());
