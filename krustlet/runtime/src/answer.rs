@@ -5,6 +5,7 @@ use crate::connection::OpenRequest;
 use crate::cpu::Sliced;
 use crate::guest::{Container, Failure};
 use crate::logs::LogStream;
+use crate::memory::{Budget, Reservation};
 use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
 use hyper::{HeaderMap, Response, StatusCode, header};
@@ -173,6 +174,8 @@ pub struct Whole {
     first: Option<Bytes>,
     rest: VecDeque<Bytes>,
     trailers: Option<HeaderMap>,
+    /// The container's memory that it takes until the client has it; the guest, which it counted for before, is gone.
+    memory: Option<Reservation>,
 }
 
 /// A body that its guest still writes.
@@ -227,7 +230,11 @@ pub trait GuestResponse {
     fn head_only(&self, method_is_head: bool) -> bool;
     fn map_into_streaming(self, running: Running, head_only: bool) -> Response<Answer>;
     /// Reads a body whose guest has ended. The error says why it cannot be sent.
-    fn map_into_whole(self, head_only: bool) -> impl Future<Output = Result<Response<Answer>, String>> + Send;
+    fn map_into_whole(
+        self,
+        head_only: bool,
+        memory: &Arc<Budget>,
+    ) -> impl Future<Output = Result<Response<Answer>, Failure>> + Send;
 }
 
 impl GuestResponse for Response<HyperOutgoingBody> {
@@ -253,14 +260,17 @@ impl GuestResponse for Response<HyperOutgoingBody> {
         })
     }
 
-    async fn map_into_whole(self, head_only: bool) -> Result<Response<Answer>, String> {
+    async fn map_into_whole(self, head_only: bool, memory: &Arc<Budget>) -> Result<Response<Answer>, Failure> {
         if head_only {
             return Ok(without_length_of_nothing(self).map(|_| Answer::empty()));
         }
         let (head, mut body) = self.into_parts();
         let mut whole = Whole::default();
+        let mut kept = Reservation::empty(memory.clone());
         while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
-            let frame = frame.map_err(|error| format!("its answer's body is not usable: {error}"))?;
+            let frame = frame.map_err(|error| Failure::Trap(format!("its answer's body is not usable: {error}")))?;
+            let bytes = frame.data_ref().map_or(0, Bytes::len) as u64;
+            kept.grow(bytes).map_err(|exceeded| Failure::MemoryTaken(exceeded.to_string()))?;
             match frame.into_data() {
                 Ok(data) if data.is_empty() => {}
                 Ok(data) if whole.first.is_none() => whole.first = Some(data),
@@ -271,8 +281,10 @@ impl GuestResponse for Response<HyperOutgoingBody> {
         let written: u64 = whole.chunks().map(|chunk| chunk.len() as u64).sum();
         // The next answer on the connection would begin in the middle of this one.
         if let Some(told) = length(&head.headers).filter(|told| *told != written) {
-            return Err(format!("its answer's content-length is {told}, and its body has {written} bytes"));
+            let cause = format!("its answer's content-length is {told}, and its body has {written} bytes");
+            return Err(Failure::Trap(cause));
         }
+        whole.memory = Some(kept);
         Ok(Response::from_parts(head, Answer::Whole(whole)))
     }
 }
@@ -319,7 +331,7 @@ impl Body for Answer {
     fn size_hint(&self) -> SizeHint {
         match self {
             // With trailers, HTTP/1 needs chunks.
-            Self::Whole(Whole { first, rest, trailers: None }) => {
+            Self::Whole(Whole { first, rest, trailers: None, .. }) => {
                 SizeHint::with_exact(first.iter().chain(rest).map(|chunk| chunk.len() as u64).sum())
             }
             _ => SizeHint::default(),

@@ -682,6 +682,16 @@ mod tests {
         .into();
         assert!(kept.iter().all(|response| response.status() == 200));
         assert_eq!(sender.send_request(request("/version")).await.unwrap().status(), 503);
+        // They are the container's memory until they are gone, as they were when its guests wrote them.
+        assert_eq!(node.server.stats().memory_bytes, 14);
+        drop(kept);
+        for _ in 0..TOO_LONG.as_millis() {
+            if node.server.stats().memory_bytes == 0 {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        panic!("answers that are gone still take memory");
     }
 
     #[tokio::test]

@@ -77,9 +77,9 @@ async fn answer(server: &Arc<Server>, flow: &Flow, request: Request<Incoming>, b
         (Progress::Ended, Some(Ok(response))) => {
             drop(running);
             let head_only = response.head_only(method_is_head);
-            match response.map_into_whole(head_only).await {
+            match response.map_into_whole(head_only, &container.memory).await {
                 Ok(response) => return response,
-                Err(error) => Failure::Trap(error),
+                Err(failure) => failure,
             }
         }
         (_, Some(Err(code))) => Failure::Trap(format!("it answered with error code {code:?}")),
