@@ -31,7 +31,7 @@ from pulumi.dynamic import (
 )
 
 from components.providers import Lazy, ProviderError, changed, gone, is_unknown, operation
-from components.providers.certificates import BOOTSTRAP_GROUP, Machine, Request, Verdict, judge
+from components.providers.certificates import BOOTSTRAP_GROUP, Machine, Request, Verdict, is_from, judge
 
 if TYPE_CHECKING:
     import kubernetes
@@ -51,11 +51,17 @@ WASM_LABELS = {"kubernetes.io/arch": "wasm32-wasi", "kubernetes.io/os": "wasi"}
 CONFIGURATION_LABEL = "krustlet.dev/configuration"
 # The Kubernetes plugin's own switch, for a cluster that is gone for good.
 DELETE_UNREACHABLE = "PULUMI_K8S_DELETE_UNREACHABLE"
+# The reason of our own denials.
+DENIED = "PulumiDenied"
 TOKEN = re.compile(r"[a-z0-9]{6}\.[a-z0-9]{16}")
 
 
 class RegistrationError(ProviderError):
     """The node did not join; the message has the last known condition."""
+
+
+class DeniedError(RegistrationError):
+    """Somebody else, as the cloud, denied what the node needs."""
 
 
 class UnreachableError(RegistrationError):
@@ -130,13 +136,21 @@ class Cluster:
                 continue
             yield item, _request(item)
 
+    def denials(self) -> Iterator[tuple[Any, Request, str]]:
+        """Give the certificate requests that others denied or could not sign, each with why."""
+        for item in self.certificates.list_certificate_signing_request().items:
+            for found in (item.status.conditions if item.status else None) or []:
+                if found.type in ("Denied", "Failed") and found.reason != DENIED:
+                    said = ": ".join(text for text in (found.reason, found.message) if text)
+                    yield item, _request(item), f"{found.type} ({said or 'no reason given'})"
+
     def decide(self, item: Any, verdict: Verdict) -> None:
         """Approve or deny a request; one that somebody else decided about in the meantime stays as it is."""
         kind = "Approved" if verdict.approve else "Denied"
         condition = {
             "type": kind,
             "status": "True",
-            "reason": "PulumiApproved" if verdict.approve else "PulumiDenied",
+            "reason": "PulumiApproved" if verdict.approve else DENIED,
             "message": verdict.reason,
         }
         item.status.conditions = [*(item.status.conditions or []), condition]
@@ -343,15 +357,20 @@ def _ready_node(
     end = time.monotonic() + timeout.total_seconds()
     denied = ""
     trouble = "nothing was heard of it"
+    # What an earlier attempt met is no news: the agent asks again.
+    known: set[str] | None = None
     while time.monotonic() < end:
         try:
             with _api_errors(f"{vm.name} is waited for"):
                 denied = _decide_all(cluster, vm, token_id, log) or denied
+                known = _no_new_denial(cluster, vm, token_id, known)
                 node = cluster.node(vm.name)
                 trouble = not_ready(node, cluster.renewed(vm.name), since, vm.configuration)
                 if not trouble:
                     cluster.name_role(vm.name)
                     return node
+        except DeniedError:
+            raise
         except RegistrationError as error:
             # An API server that restarts is no reason to give up before the time is over.
             trouble = str(error)
@@ -361,6 +380,22 @@ def _ready_node(
         f"{vm.name} is not Ready after {timeout.total_seconds():.0f} s: {last}. "
         "The VM's serial console has the log of its startup script"
     )
+
+
+def _no_new_denial(cluster: Cluster, vm: Machine, token_id: str, known: set[str] | None) -> set[str]:
+    """Give the uids of the machine's requests that others denied.
+
+    Raises DeniedError for one that is not `known`.
+    """
+    denials = {
+        item.metadata.uid: f"the request {item.metadata.name} for {request.signer} is {why}"
+        for item, request, why in cluster.denials()
+        if is_from(request, vm, token_id)
+    }
+    new = [said for uid, said in denials.items() if known is not None and uid not in known]
+    if new:
+        raise DeniedError(f"{vm.name} cannot join: {new[0]}; the cluster's own approver decided so")
+    return set(denials)
 
 
 def _decide_all(cluster: Cluster, vm: Machine, token_id: str, log: Callable[[str], None]) -> str:

@@ -400,6 +400,5 @@ def _approver_role() -> dict[str, Any]:
             },
             {"apiGroups": [group], "resources": ["certificatesigningrequests/approval"], "verbs": ["update"]},
             {"apiGroups": [group], "resources": ["signers"], "resourceNames": signer, "verbs": ["approve"]},
-            {"apiGroups": [""], "resources": ["nodes"], "verbs": ["get"]},
         ],
     }

@@ -1,9 +1,11 @@
-"""GKE's gcp-controller-manager in small: approves a node's requests to renew its serving certificate.
+"""GKE's gcp-controller-manager in small: decides about nodes' serving certificates as Google does.
 
 kube-controller-manager signs `kubernetes.io/kubelet-serving` but approves nothing of it: who may serve under
-which name is for the cloud to say. A request is approved if the node is Ready already (its first certificate
-is for whoever made the instance to check), it asks for itself, and it asks only for names and addresses of
-the instance of that name in localcloud's store. Any other request is left as it is, for a person to judge.
+which name is for the cloud to say. A node's request for itself is approved if it asks for addresses of the
+instance of its name, for at least one, and for no other DNS names than Google gives to that instance; with
+anything else among them it is denied, without a message. A request of another kind is left as it is, for a
+person to judge: so are those for client certificates. Source: cloud-provider-gcp,
+cmd/gcp-controller-manager/node_csr_approver.go.
 
     python -m localcloud.backends.csr_approver CLUSTER PROJECT
 """
@@ -11,6 +13,7 @@ the instance of that name in localcloud's store. Any other request is left as it
 from __future__ import annotations
 
 import base64
+import ipaddress
 import json
 import sys
 import time
@@ -27,6 +30,7 @@ from localcloud.home import LOOPBACK, Home
 from localcloud.store import Store
 
 SIGNER = "kubernetes.io/kubelet-serving"
+APPROVED = "Auto approving kubelet server certificate after SubjectAccessReview."
 _USAGES = frozenset({"digital signature", "key encipherment", "server auth"})
 _CSRS = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 _SELECTOR = f"spec.signerName={SIGNER}"
@@ -51,56 +55,79 @@ class Machine:
     addresses: frozenset[str]
 
 
-def machine_of(instance: dict[str, Any]) -> Machine:
+@dataclass(frozen=True)
+class Decision:
+    """`kind` is the condition to set, Approved or Denied, or "" to leave the request alone."""
+
+    kind: str
+    why: str
+
+
+def machine_of(instance: dict[str, Any], zone: str, project: str) -> Machine:
     """Names and addresses of a Compute Engine instance."""
     addresses = set()
     for interface in instance.get("networkInterfaces", []):
-        addresses.add(interface.get("networkIP", ""))
+        addresses |= {interface.get("networkIP", ""), interface.get("ipv6Address", "")}
         addresses |= {config.get("natIP", "") for config in interface.get("accessConfigs", [])}
-    names = {instance.get("name", ""), instance.get("hostname", "")}
-    return Machine(frozenset(names - {""}), frozenset(addresses - {""}))
+        addresses |= {config.get("externalIpv6", "") for config in interface.get("ipv6AccessConfigs", [])}
+    name, domain = instance["name"], f"c.{'.'.join(reversed(project.split(':')))}.internal"
+    names = {name, f"{name}.{domain}", f"{name}.{zone}.{domain}"}
+    return Machine(frozenset(names), frozenset(addresses - {""}))
 
 
-def objection(spec: dict[str, Any], machine: Machine) -> str:
-    """Why a request's spec may not be approved for the machine; empty if it may."""
+def decide(spec: dict[str, Any], machine: Machine | None) -> Decision:
+    """What becomes of a request's spec; `machine` is None where no instance has the node's name."""
+    user = spec.get("username", "")
+    try:
+        request = x509.load_pem_x509_csr(base64.b64decode(spec["request"], validate=True))
+        request.public_key()
+        other = _is_another_kind(spec, request)
+        if other:
+            return Decision("", other)
+        if machine is None:
+            return Decision("Denied", f"{user} has no instance")
+        lie = _names_objection(request, machine)
+    except _UNREADABLE:
+        return Decision("", "the request cannot be read")
+    return Decision("Denied", lie) if lie else Decision("Approved", "")
+
+
+def _is_another_kind(spec: dict[str, Any], request: x509.CertificateSigningRequest) -> str:
+    """Why a request is not a node's for its own serving certificate; empty if it is."""
     user = spec.get("username", "")
     usages = set(spec.get("usages", []))
     if spec.get("signerName") != SIGNER or not user.startswith("system:node:"):
         return "it is not a node's request for a serving certificate"
+    # Whom the cluster's roles allow `selfnodeclient`.
     if "system:nodes" not in spec.get("groups", []):
         return f"{user} is not in the group system:nodes"
     if not {"digital signature", "server auth"} <= usages <= _USAGES:
         return f"it asks for the usages {sorted(usages)}"
+    organizations = [item.value for item in request.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)]
+    common_names = [item.value for item in request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    if organizations != ["system:nodes"] or common_names[-1:] != [user]:
+        return f"the subject is {request.subject.rfc4514_string()}"
+    if any(isinstance(name, x509.RFC822Name | x509.UniformResourceIdentifier) for name in _names(request)):
+        return "it asks for more than DNS names and addresses"
+    return ""
+
+
+def _names(request: x509.CertificateSigningRequest) -> list[x509.GeneralName]:
     try:
-        request = x509.load_pem_x509_csr(base64.b64decode(spec["request"], validate=True))
-        return _subject_objection(request, user) or _names_objection(request, machine)
-    except _UNREADABLE:
-        return "the request cannot be read"
-
-
-def _subject_objection(request: x509.CertificateSigningRequest, user: str) -> str:
-    if not request.is_signature_valid:
-        return "the request's signature is wrong"
-    subject = sorted((attribute.oid.dotted_string, attribute.value) for attribute in request.subject)
-    wanted = [
-        (NameOID.COMMON_NAME.dotted_string, user),
-        (NameOID.ORGANIZATION_NAME.dotted_string, "system:nodes"),
-    ]
-    return "" if subject == sorted(wanted) else f"the subject is {request.subject.rfc4514_string()}"
+        return list(request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+    except x509.ExtensionNotFound:
+        return []
 
 
 def _names_objection(request: x509.CertificateSigningRequest, machine: Machine) -> str:
-    try:
-        names = request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return "it has no subject alternative names"
-    for name in names:
-        if isinstance(name, x509.DNSName) and name.value in machine.names:
-            continue
-        if isinstance(name, x509.IPAddress) and str(name.value) in machine.addresses:
-            continue
-        return f"{name.value} is not the instance's"
-    return ""
+    addresses = [name.value for name in _names(request) if isinstance(name, x509.IPAddress)]
+    if not addresses:
+        return "it has no address"
+    for name in _names(request):
+        if isinstance(name, x509.DNSName) and name.value not in machine.names:
+            return f"{name.value} is not the instance's"
+    own = {ipaddress.ip_address(address) for address in machine.addresses}
+    return next((f"{address} is not the instance's" for address in addresses if address not in own), "")
 
 
 class Approver:
@@ -110,7 +137,7 @@ class Approver:
         self._api = api
         self._store = store
         self._project = project
-        self._refused: set[str] = set()
+        self._left: set[str] = set()
 
     def run_once(self) -> str:
         """Judge every pending request; returns the resource version to watch from.
@@ -133,21 +160,19 @@ class Approver:
     def _judge(self, item: dict[str, Any]) -> None:
         name, spec = item["metadata"]["name"], item["spec"]
         node = spec.get("username", "").removeprefix("system:node:")
-        machine = self._machine(node)
-        if machine is None or not self._is_ready(node):
-            return
-        reason = objection(spec, machine)
-        if reason:
-            if name not in self._refused:
-                self._refused.add(name)
-                _log("left pending", request=name, node=node, reason=reason)
+        decision = decide(spec, self._machine(node))
+        if not decision.kind:
+            if name not in self._left:
+                self._left.add(name)
+                _log("left pending", request=name, node=node, reason=decision.why)
             return
         item.setdefault("status", {})["conditions"] = [
             {
-                "type": "Approved",
+                "type": decision.kind,
                 "status": "True",
-                "reason": "AutoApproved",
-                "message": f"renewal for the instance {node}",
+                "reason": f"Auto{decision.kind}",
+                # Google says nothing more to a denial than its log does.
+                "message": APPROVED if decision.kind == "Approved" else "",
             }
         ]
         try:
@@ -156,24 +181,15 @@ class Approver:
             if error.status not in (404, 409):  # deleted or approved meanwhile
                 raise
         else:
-            _log("approved", request=name, node=node)
+            _log(decision.kind.lower(), request=name, node=node, reason=decision.why)
 
     def _machine(self, node: str) -> Machine | None:
         prefix = f"projects/{self._project}/"
         for record in self._store.list("compute.instances", prefix):
             if record.name == node:
-                return machine_of({"hostname": f"{node}.c.{self._project}.internal", **record.body})
+                zone = record.key.removeprefix(f"{prefix}zones/").partition("/")[0]
+                return machine_of(record.body, zone, self._project)
         return None
-
-    def _is_ready(self, node: str) -> bool:
-        try:
-            found = self._api.request("GET", f"/api/v1/nodes/{node}")
-        except KubeError as error:
-            if error.status == 404:
-                return False
-            raise
-        conditions = found.get("status", {}).get("conditions", [])
-        return any(item["type"] == "Ready" and item["status"] == "True" for item in conditions)
 
 
 def main() -> None:

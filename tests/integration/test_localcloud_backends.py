@@ -552,19 +552,9 @@ def test_a_node_joins_with_a_bootstrap_token_and_its_certificate_is_signed(
     assert other.status_code == 403, "NodeRestriction holds a node to its own name"
 
 
-def test_a_nodes_serving_certificate_is_renewed_and_its_first_one_is_left_to_others(plane: Plane) -> None:
-    for name, address in (("vm-ready", "127.0.0.8"), ("vm-new", "127.0.0.9")):
-        body = {"name": name, "networkInterfaces": [{"networkIP": address}]}
-        plane.local.store.put(Record(instance_key(PROJECT, ZONE, name), "compute.instances", body))
-    plane.create("/api/v1/nodes", {"metadata": {"name": "vm-ready"}})
-    ready = {"status": {"conditions": [{"type": "Ready", "status": "True"}]}}
-    patched = plane.request(
-        "PATCH",
-        "/api/v1/nodes/vm-ready/status",
-        ready,
-        headers={"Content-Type": "application/strategic-merge-patch+json"},
-    )
-    assert patched.status_code == 200, patched.text
+def test_a_nodes_serving_certificate_is_decided_about_as_google_does(plane: Plane) -> None:
+    body = {"name": "vm-new", "networkInterfaces": [{"networkIP": "127.0.0.9"}]}
+    plane.local.store.put(Record(instance_key(PROJECT, ZONE, "vm-new"), "compute.instances", body))
 
     def ask(name: str, node: str, address: str) -> None:
         _, request = certificate_request(node, (address,))
@@ -572,16 +562,14 @@ def test_a_nodes_serving_certificate_is_renewed_and_its_first_one_is_left_to_oth
         body = signing_request(name, "kubernetes.io/kubelet-serving", request, "server auth")
         plane.create(CSRS, body, headers=as_node)
 
-    ask("first", "vm-new", "127.0.0.9")
-    ask("foreign", "vm-ready", "127.0.0.9")
-    ask("renewal", "vm-ready", "127.0.0.8")
-    until(lambda: plane.conditions("renewal") == ["Approved"], "the renewal to be approved", timeout=30)
-    until(
-        lambda: plane.request("GET", f"{CSRS}/renewal").json()["status"].get("certificate"), "its certificate"
-    )
-    # Requests are looked at in the order of their names: these two were seen before the approved one.
-    assert plane.conditions("first") == []
-    assert plane.conditions("foreign") == []
+    ask("foreign", "vm-new", "127.0.0.8")
+    ask("no-instance", "vm-gone", "127.0.0.9")
+    ask("own", "vm-new", "127.0.0.9")
+    # Its Node is not there yet, let alone Ready.
+    until(lambda: plane.conditions("own") == ["Approved"], "the request to be approved", timeout=30)
+    until(lambda: plane.request("GET", f"{CSRS}/own").json()["status"].get("certificate"), "its certificate")
+    for name in ("foreign", "no-instance"):
+        until(lambda name=name: plane.conditions(name) == ["Denied"], f"{name} to be denied")  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("part", ["etcd", "apiserver", "controller-manager"])

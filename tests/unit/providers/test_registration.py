@@ -131,7 +131,8 @@ def test_true_requests_are_approved() -> None:
         (replace(SERVING, pem=pem(names=(*NAMES, "DNS:kubernetes.default"))), "kubernetes.default"),
         (replace(SERVING, pem=pem(names=("IP:10.10.0.3",))), "10.10.0.3"),
         (replace(SERVING, pem=pem(names=(*NAMES, "MAIL:a@b.example"))), "a@b.example"),
-        (replace(SERVING, pem=pem()), "no alternative names"),
+        (replace(SERVING, pem=pem()), "no address"),
+        (replace(SERVING, pem=pem(names=NAMES[:1])), "no address"),
         (replace(SERVING, username=BOOTSTRAP), "may not ask"),
         (replace(SERVING, username="system:node:other"), "may not ask"),
         (replace(SERVING, groups=frozenset()), "may not ask"),
@@ -205,6 +206,7 @@ class FakeCluster(registration.Cluster):
         self.waiting = {f"csr-{number}": request for number, request in enumerate(requests)}
         self.decided: dict[str, certificates.Verdict] = {}
         self.token = ""
+        self.denied: list[list[tuple[Any, Request, str]]] = [[]]
         self.failures: list[Exception] = []
         self.role_failures: list[Exception] = []
         self.is_away = False
@@ -224,6 +226,10 @@ class FakeCluster(registration.Cluster):
             raise self.failures.pop()
         for name, request in list(self.waiting.items()):
             yield SimpleNamespace(metadata=SimpleNamespace(name=name)), request
+
+    def denials(self) -> Iterator[tuple[Any, Request, str]]:
+        """Give what was denied when it is asked once more, and the last of it from then on."""
+        yield from self.denied.pop(0) if len(self.denied) > 1 else self.denied[0]
 
     def decide(self, item: Any, verdict: certificates.Verdict) -> None:
         assert self.token
@@ -266,6 +272,65 @@ def test_a_lie_is_named_in_the_error_and_the_token_is_gone() -> None:
         join(cluster)
     assert [found.approve for found in cluster.decided.values()] == [True, False]
     assert cluster.token == ""
+
+
+def denial(uid: str, request: Request) -> tuple[Any, Request, str]:
+    """Make a request that somebody else denied."""
+    return (
+        SimpleNamespace(metadata=SimpleNamespace(name=f"csr-{uid}", uid=uid)),
+        request,
+        "Denied (AutoDenied)",
+    )
+
+
+def test_a_denial_by_the_cloud_ends_the_wait_at_once() -> None:
+    cluster = FakeCluster(CLIENT)
+    cluster.denied = [[], [denial("a", SERVING)]]
+    with pytest.raises(
+        registration.DeniedError, match=r"csr-a for .*kubelet-serving is Denied \(AutoDenied\)"
+    ):
+        registration.join(cluster, VM, f"{TOKEN_ID}.0123456789abcdef", NOW, timeout=timedelta(minutes=5))
+    assert cluster.token == ""
+
+
+@pytest.mark.parametrize(
+    "denied",
+    [
+        [[denial("old", SERVING)]],  # by an earlier attempt
+        [
+            [],
+            [denial("other", replace(SERVING, username="system:node:other"))],
+        ],  # another's that names this node
+    ],
+)
+def test_a_denial_that_is_old_or_anothers_ends_nothing(denied: list[Any]) -> None:
+    cluster = FakeCluster(CLIENT, SERVING)
+    cluster.denied = denied
+    assert join(cluster).metadata.uid == "u"
+
+
+@pytest.mark.parametrize(
+    ("reason", "message", "said"),
+    [
+        ("AutoDenied", "", "Denied (AutoDenied)"),
+        ("AutoDenied", "not yours", "Denied (AutoDenied: not yours)"),
+        (None, None, "Denied (no reason given)"),
+        (registration.DENIED, "by ourselves", None),
+    ],
+)
+def test_a_denial_is_given_with_what_its_condition_says(
+    reason: str | None, message: str | None, said: str | None
+) -> None:
+    condition = SimpleNamespace(type="Denied", reason=reason, message=message)
+    spec = SimpleNamespace(
+        signer_name="s", usages=[], username="u", groups=[], request="", expiration_seconds=None
+    )
+    item = SimpleNamespace(spec=spec, status=SimpleNamespace(conditions=[condition]))
+    cluster = registration.Cluster.__new__(registration.Cluster)
+    cluster.certificates = SimpleNamespace(
+        list_certificate_signing_request=lambda: SimpleNamespace(items=[item])
+    )
+    assert [why for _, _, why in cluster.denials()] == ([said] if said else [])
 
 
 def test_an_api_server_that_is_away_for_a_moment_is_waited_for() -> None:
