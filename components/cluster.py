@@ -13,11 +13,13 @@ import pulumi_kubernetes as kubernetes
 from components.config import ClusterConfig, NetworkConfig
 
 AUTH_PLUGIN = "gke-gcloud-auth-plugin"
-# Google's plugin gives a token of whoever calls it: nothing secret is in the kubeconfig itself.
+# Google's plugin gives a token of whoever calls it: nothing secret is in the kubeconfig itself. The token
+# is of the credentials that the gcp plugin and the pushes take, and not of gcloud's own login.
 EXEC_CREDENTIALS = {
     "exec": {
         "apiVersion": "client.authentication.k8s.io/v1beta1",
         "command": AUTH_PLUGIN,
+        "args": ["--use_application_default_credentials"],
         "installHint": f"gcloud components install {AUTH_PLUGIN}",
         "interactiveMode": "Never",
         "provideClusterInfo": True,

@@ -21,6 +21,15 @@ from components.providers.signature import SignatureError, read_key
 GCR_LOCATIONS = {"gcr.io": "us", "us.gcr.io": "us", "eu.gcr.io": "europe", "asia.gcr.io": "asia"}
 RELEASE_CHANNELS = ("RAPID", "REGULAR", "STABLE", "EXTENDED")
 
+# Registry and Kubernetes API are reached with the application default credentials; so then is all the rest.
+_LOGIN = "gcloud auth application-default login"
+_KEY_FILE = "set GOOGLE_APPLICATION_CREDENTIALS to the key's file, which every part reads"
+_CREDENTIALS = {
+    "credentials": _KEY_FILE,
+    "accessToken": f"run `{_LOGIN}`, whose credentials every part takes",
+    "impersonateServiceAccount": f"run `{_LOGIN} --impersonate-service-account=ACCOUNT`",
+}
+
 _DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 _CLUSTER_NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _LOCATION = re.compile(r"[a-z]+(-[a-z]+[0-9]+)?")
@@ -197,6 +206,11 @@ class _Reader:
             raise self.error(key, value, allowed)
         return value
 
+    def refuse(self, key: str, allowed: str) -> None:
+        """Take no value, which may be a secret, for a key."""
+        if self._config.get(key):
+            raise self.error(key, "[a value]", allowed)
+
     def secret(self, key: str) -> pulumi.Output[str] | None:
         return self._config.get_secret(key) if self._config.get(key) else None
 
@@ -251,6 +265,8 @@ def load() -> StackConfig:
 
 
 def _google(keys: _Reader) -> GoogleConfig:
+    for key, instead in _CREDENTIALS.items():
+        keys.refuse(key, f"nothing, because it would reach the gcp plugin alone; {instead}")
     project = keys.text("project", _PROJECT, "the id of a Google Cloud project")
     region = keys.text("region", _REGION, "a region, as in europe-west1")
     zone = keys.text("zone", _ZONE, "a zone of the region, as in europe-west1-b")

@@ -70,8 +70,8 @@ REGISTRY = Tool("registry", ("registry",))
 PEERS = Tool("peers", ("cosign", "crane", "oras"))
 COSIGN3 = Tool("cosign3", ("cosign3",), rename={"cosign": "cosign3"})
 
-# The oldest pulumi of the user's own that is taken instead of building one.
-OLDEST_PULUMI = (3, 220)
+# The oldest pulumi of the user's own that is taken instead of building one; as requiredPulumiVersion.
+OLDEST_PULUMI = (3, 259)
 
 
 def _go(*arguments: str, cwd: Path) -> str:

@@ -80,6 +80,15 @@ def test_a_wrong_value_is_one_line_that_names_key_value_and_what_is_allowed(
         assert value not in message
 
 
+@pytest.mark.parametrize("key", ["credentials", "accessToken", "impersonateServiceAccount"])
+def test_credentials_that_would_reach_one_plugin_alone_are_refused_unseen(
+    run: Run, defaults: dict[str, str], key: str
+) -> None:
+    with pytest.raises(config.ConfigError, match=f"gcp:{key}: .*(APPLICATION_CREDENTIALS|login)") as caught:
+        load(run, {**defaults, f"gcp:{key}": "SECRET"})
+    assert "SECRET" not in str(caught.value)
+
+
 def test_a_missing_value_is_named(run: Run, defaults: dict[str, str]) -> None:
     without = {key: value for key, value in defaults.items() if key != "gcp:project"}
     with pytest.raises(config.ConfigError, match="gcp:project: None was given"):

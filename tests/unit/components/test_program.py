@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import runpy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -123,7 +124,9 @@ def test_the_kubeconfig_is_a_secret_output_and_holds_no_credentials(program: Mon
     kubeconfig = program.outputs["cluster"]["kubeconfig"]
     assert pulumi.runtime.rpc.is_rpc_secret(kubeconfig)
     text = pulumi.runtime.rpc.unwrap_rpc_secret(kubeconfig)
-    assert "gke-gcloud-auth-plugin" in text
+    execution = json.loads(text)["users"][0]["user"]["exec"]
+    assert execution["command"] == "gke-gcloud-auth-plugin"
+    assert execution["args"] == ["--use_application_default_credentials"]
     assert "token" not in text
 
 
