@@ -27,6 +27,7 @@ from localcloud.api.compute.networks import (
     subnetwork_of,
     taken_addresses,
 )
+from localcloud.api.compute.ranges import allocate_aliases
 from localcloud.api.errors import ApiError, invalid_value, not_found, not_ready
 from localcloud.api.iam import default_service_account, find_account
 from localcloud.api.service import TABLE, Call, fingerprint
@@ -244,6 +245,7 @@ def _fill_subnetwork(call: Call, interface: Json, region: str) -> None:
         subnetwork = found
     interface["network"] = network.body["selfLink"]
     interface["subnetwork"] = subnetwork.body["selfLink"]
+    allocate_aliases(call.store, subnetwork, interface)
 
 
 def _reserved(call: Call, address: str, region: str) -> Record:

@@ -118,6 +118,49 @@ def choose(store: Store, network: str, wanted: str, prefix: int, others: list[IP
     raise ApiError(400, f"The network has no free range of the size /{prefix}.")
 
 
+def allocate_aliases(store: Store, subnetwork: Record, interface: Json) -> None:
+    """Give an instance's interface its alias ranges: the ones that it names, or for a mask (`/24`) free ones.
+
+    Raises:
+        ApiError: 400, a range is malformed, outside of the subnetwork's range, or another instance's.
+    """
+    taken = [
+        IPv4Network(alias["ipCidrRange"])
+        for instance in store.list("compute.instances")
+        for other in instance.body["networkInterfaces"]
+        if other["subnetwork"] == subnetwork.body["selfLink"]
+        for alias in other.get("aliasIpRanges", [])
+    ]
+    for index, alias in enumerate(interface.get("aliasIpRanges", [])):
+        field = f"resource.networkInterfaces[0].aliasIpRanges[{index}]"
+        name, wanted = alias.get("subnetworkRangeName", ""), alias.get("ipCidrRange", "")
+        within = secondary(subnetwork.body).get(name) if name else subnetwork.body["ipCidrRange"]
+        if within is None:
+            raise invalid_value(f"{field}.subnetworkRangeName", name, "The subnetwork has no such range.")
+        chosen = _alias(IPv4Network(within), wanted, taken, f"{field}.ipCidrRange")
+        alias["ipCidrRange"] = str(chosen)
+        taken.append(chosen)
+
+
+def _alias(within: IPv4Network, wanted: str, taken: list[IPv4Network], field: str) -> IPv4Network:
+    if not re.fullmatch(r"/\d{1,2}", wanted):
+        chosen = parse(wanted, field)
+        if not chosen.subnet_of(within):
+            raise invalid_value(field, wanted, f"It is outside of the subnetwork's range {within}.")
+        if any(chosen.overlaps(other) for other in taken):
+            raise ApiError(
+                400, f"IP CIDR range '{chosen}' is already being used.", reason="ipInUseByAnotherResource"
+            )
+        return chosen
+    prefix = int(wanted[1:])
+    if not within.prefixlen <= prefix <= within.max_prefixlen:
+        raise invalid_value(field, wanted, f"The mask does not fit into the subnetwork's range {within}.")
+    for cidr in within.subnets(new_prefix=prefix):
+        if not any(cidr.overlaps(other) for other in taken):
+            return cidr
+    raise ApiError(400, f"IP space of '{within}' is exhausted.", reason="ipSpaceExhausted")
+
+
 def _conflict(cidr: IPv4Network, owner: Record) -> ApiError:
     parts = owner.key.split("/")
     what = (

@@ -42,6 +42,48 @@ def _cluster(**policy: Any) -> Json:
 NAMED = {"clusterSecondaryRangeName": "pods", "servicesSecondaryRangeName": "services"}
 
 
+def _with_aliases(client: Client, name: str, *aliases: Json) -> tuple[int, Any]:
+    """Make an instance; gives the status, and its alias ranges or the error."""
+    interface = {"subnetwork": "regions/europe-west1/subnetworks/sub", "aliasIpRanges": list(aliases)}
+    status, answer = client.send(
+        "POST", f"{ZONE}/instances", instance(name) | {"networkInterfaces": [interface]}
+    )
+    if status != 200:
+        return status, answer["error"]["message"]
+    client.done(answer)
+    body = client.ok("GET", f"{ZONE}/instances/{name}")
+    return status, [alias["ipCidrRange"] for alias in body["networkInterfaces"][0]["aliasIpRanges"]]
+
+
+def test_an_alias_range_that_is_a_mask_is_allocated(client: Client) -> None:
+    mask, pods = {"ipCidrRange": "/24", "subnetworkRangeName": "pods"}, {"subnetworkRangeName": "pods"}
+    assert _with_aliases(client, "vm-1", mask) == (200, ["10.4.0.0/24"])
+    given = pods | {"ipCidrRange": "10.4.1.0/25"}
+    assert _with_aliases(client, "vm-2", given, mask) == (200, ["10.4.1.0/25", "10.4.2.0/24"])
+    single = pods | {"ipCidrRange": "/32"}
+    assert _with_aliases(client, "vm-3", single) == (200, ["10.4.1.128/32"])
+    assert _with_aliases(client, "vm-4", {"ipCidrRange": "/30"}) == (200, ["10.1.0.0/30"])
+
+
+@pytest.mark.parametrize(
+    ("alias", "said"),
+    [
+        ({"ipCidrRange": "/24", "subnetworkRangeName": "other"}, "no such range"),
+        ({"ipCidrRange": "/13", "subnetworkRangeName": "pods"}, "does not fit"),
+        ({"ipCidrRange": "/33", "subnetworkRangeName": "pods"}, "does not fit"),
+        ({"ipCidrRange": "10.8.0.0/24", "subnetworkRangeName": "pods"}, "outside"),
+        ({"ipCidrRange": "10.4.0.1/24", "subnetworkRangeName": "pods"}, "host bits"),
+        ({"ipCidrRange": "10.4.0.128/25", "subnetworkRangeName": "pods"}, "already being used"),
+        ({"subnetworkRangeName": "pods"}, "CIDR"),
+    ],
+)
+def test_an_alias_range_that_cannot_be_is_refused(client: Client, alias: Json, said: str) -> None:
+    assert _with_aliases(client, "vm-1", {"ipCidrRange": "/24", "subnetworkRangeName": "pods"})[0] == 200
+    status, message = _with_aliases(client, "vm-2", alias)
+    assert status == 400
+    assert said in message
+
+
 def _patch(client: Client, ranges: list[Json]) -> tuple[int, Json]:
     fingerprint = client.ok("GET", SUB)["fingerprint"]
     return client.send("PATCH", SUB, {"secondaryIpRanges": ranges, "fingerprint": fingerprint})
