@@ -327,9 +327,8 @@ def test_a_denial_is_given_with_what_its_condition_says(
     )
     item = SimpleNamespace(spec=spec, status=SimpleNamespace(conditions=[condition]))
     cluster = registration.Cluster.__new__(registration.Cluster)
-    cluster.certificates = SimpleNamespace(
-        list_certificate_signing_request=lambda: SimpleNamespace(items=[item])
-    )
+    client: Any = SimpleNamespace(list_certificate_signing_request=lambda: SimpleNamespace(items=[item]))
+    cluster.certificates = client
     assert [why for _, _, why in cluster.denials()] == ([said] if said else [])
 
 
