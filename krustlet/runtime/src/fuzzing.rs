@@ -7,7 +7,7 @@ use crate::credentials::{DockerConfig, RegistrySecret};
 use crate::engine::Executor;
 use crate::image_name::ImageName;
 use crate::module::compile_and_link;
-use crate::signature::{self, PublicKey, SignedPayload};
+use crate::signature::{self, PublicKey, Signed};
 use http::HeaderValue;
 use std::sync::LazyLock;
 
@@ -57,7 +57,7 @@ pub fn signature(data: &[u8]) {
     let text = String::from_utf8_lossy(parts.next().unwrap_or_default()).into_owned();
     let _ = PublicKey::from_pem(&text);
     let Ok(key) = PublicKey::from_pem(KEY) else { return };
-    let verified = signature::verify(&Digest::of(payload), &[SignedPayload::new(payload, text)], &[key]);
+    let verified = signature::verify(&Digest::of(payload), &[Signed::simple(payload, text)], &[key]);
     assert!(verified.is_err(), "nobody has the private key");
 }
 

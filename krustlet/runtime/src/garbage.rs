@@ -77,7 +77,7 @@ mod tests {
     use crate::engine::Executor;
     use crate::image_name::ImageName;
     use crate::precompiled::VerifiedCode;
-    use crate::signature::SignedPayload;
+    use crate::signature::Signed;
 
     struct Node {
         _directory: tempfile::TempDir,
@@ -116,7 +116,7 @@ mod tests {
             }
             let code = VerifiedCode::compile(&self.executor.engine, b"\0asm\x01\0\0\0", false).unwrap();
             self.cache.store(&Digest::of(module), &code).unwrap();
-            self.store.write_signatures(&digest, &[SignedPayload::new(b"payload", "signature".into())]).unwrap();
+            self.store.write_signatures(&digest, &[Signed::simple(b"payload", "signature".into())]).unwrap();
             self.store.write_tag(&ImageName::parse(&format!("host.io/{name}:v1")).unwrap(), &digest).unwrap();
             digest
         }

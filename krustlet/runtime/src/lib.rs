@@ -8,6 +8,7 @@ mod allowed_hosts;
 mod answer;
 mod artifact;
 mod authority;
+mod bundle;
 mod challenge;
 mod command;
 mod compile;
@@ -41,6 +42,7 @@ mod registry;
 mod sandbox;
 mod shares;
 mod signature;
+mod signature_search;
 mod store;
 mod tenants;
 #[cfg(test)]

@@ -8,7 +8,8 @@ use crate::metrics::Metrics;
 use crate::pull_places::{Lost, Place, Places};
 use crate::pull_records::{PullRecords, PulledWith};
 use crate::registry::{FetchError, PullPolicy, RegistryClient, Session};
-use crate::signature::{self, SignedPayload, Verification};
+use crate::signature::{self, Signed, Verification};
+use crate::signature_search::{self, NotSigned};
 use crate::store::Store;
 use crate::{Image, SharedLocks};
 use bytes::Bytes;
@@ -48,7 +49,7 @@ enum Cached {
 /// Why one attempt with one set of credentials failed.
 enum Failure {
     Fetch(FetchError),
-    Signature(String),
+    Signature { cause: String, digest: Digest },
     Artifact(Refused),
     Store(io::Error),
 }
@@ -128,6 +129,7 @@ impl Puller {
             Cached::Usable(image) => Ok(Some(image)),
             // The signature of a newly trusted key may be in the registry by now.
             Cached::Untrusted(cause) if policy == PullPolicy::Never => {
+                let cause = format!("{cause}; with pull policy IfNotPresent or Always another one is looked for");
                 Err(PullError::Signature { image: name.to_string(), cause })
             }
             Cached::Untrusted(_) | Cached::Missing => Ok(None),
@@ -288,34 +290,13 @@ impl Puller {
         if signature::verify(digest, &known, keys).is_ok() {
             return Ok(());
         }
-        let layers = match session.manifest(&signature::tag(digest), signature::MAX_SIGNATURE_MANIFEST).await {
-            Ok((manifest, _)) => signature::layers(&manifest).map_err(Failure::Signature)?,
-            Err(FetchError::NotFound(_)) => Vec::new(),
-            Err(error) => return Err(error.into()),
-        };
-        let mut fetched = Vec::new();
-        let mut unreadable = None;
-        // The first good one counts, whatever stands beside it.
-        for layer in layers {
-            match fetch(session, &layer.payload.digest, layer.payload.size).await {
-                Ok(payload) => fetched.push(SignedPayload::new(&payload, layer.signature)),
-                Err(error) => {
-                    unreadable.get_or_insert(error);
-                    continue;
-                }
-            }
-            if fetched.last().is_some_and(|last| signature::verify(digest, std::slice::from_ref(last), keys).is_ok()) {
+        match signature_search::find(session, digest, keys).await {
+            Ok(signed) => {
                 let (store, manifest) = (self.store.clone(), digest.clone());
-                return blocking(move || store.write_signatures(&manifest, &fetched)).await.map_err(Failure::Store);
+                blocking(move || store.write_signatures(&manifest, &[signed])).await.map_err(Failure::Store)
             }
-        }
-        match unreadable {
-            // The good one may be among those that could not be had.
-            Some(error @ (FetchError::Unavailable(_) | FetchError::Denied(_))) => Err(error.into()),
-            Some(error) if fetched.is_empty() => {
-                Err(Failure::Signature(format!("its signature cannot be read: {error}")))
-            }
-            _ => check(&self.verification, digest, &fetched).map_err(Failure::Signature),
+            Err(NotSigned::Unknown(error)) => Err(error.into()),
+            Err(NotSigned::Refused(cause)) => Err(Failure::Signature { cause, digest: digest.clone() }),
         }
     }
 
@@ -368,7 +349,7 @@ async fn within<T>(
     }
 }
 
-async fn fetch(session: &mut Session<'_>, digest: &Digest, size: u64) -> Result<Vec<u8>, FetchError> {
+pub(crate) async fn fetch(session: &mut Session<'_>, digest: &Digest, size: u64) -> Result<Vec<u8>, FetchError> {
     let mut content = Vec::new();
     session
         .blob(digest, size, |chunk| {
@@ -383,7 +364,7 @@ async fn fetch(session: &mut Session<'_>, digest: &Digest, size: u64) -> Result<
     Ok(content)
 }
 
-fn check(verification: &Verification, digest: &Digest, signatures: &[SignedPayload]) -> Result<(), String> {
+fn check(verification: &Verification, digest: &Digest, signatures: &[Signed]) -> Result<(), String> {
     match verification {
         Verification::Keys(keys) => signature::verify(digest, signatures, keys),
         Verification::AllowUnsigned => Ok(()),
@@ -405,7 +386,10 @@ impl Failure {
         use crate::artifact::cut;
         let image = name.to_string();
         match self {
-            Self::Signature(cause) => PullError::Signature { image, cause: cut(&cause) },
+            Self::Signature { cause, digest } => {
+                let remedy = signature::remedy(&name.pinned(&digest));
+                PullError::Signature { image, cause: format!("{}; {remedy}", cut(&cause)) }
+            }
             Self::Artifact(refused) => {
                 let remedy = refused.remedy(&name.whole_repository(), name.tag());
                 PullError::InvalidImage { image, cause: format!("{}; {remedy}", cut(&refused)) }

@@ -4,7 +4,7 @@
 //! credentials never travel over plain http to a registry that is reached over https, nor to another host than the one that
 //! they are for. Which registry is asked, a pod's author decides: see `egress_policy`.
 
-use crate::artifact::{Digest, MANIFEST_TYPE, cut, shown};
+use crate::artifact::{Digest, INDEX_TYPE, MANIFEST_TYPE, cut, shown};
 use crate::challenge::Challenge;
 use crate::credentials::{Login, RegistrySecret};
 use crate::egress_policy::is_private_to_node;
@@ -189,6 +189,12 @@ enum Reach {
     Plain,
 }
 
+/// What a registry lists as referrers of a manifest.
+pub struct ReferrersPage {
+    pub index: Vec<u8>,
+    pub next: Option<Url>,
+}
+
 /// Reads from one repository with one set of credentials.
 pub struct Session<'a> {
     registry: &'a RegistryClient,
@@ -213,13 +219,7 @@ impl Session<'_> {
 
     /// The manifest with this tag or digest, and its digest computed from the bytes received.
     pub async fn manifest(&mut self, wanted: &str, limit: u64) -> Result<(Bytes, Digest), FetchError> {
-        let url = format!("{}/manifests/{wanted}", self.base);
-        let mut content = Vec::new();
-        self.get(&url, limit, |chunk| {
-            content.extend_from_slice(chunk);
-            Ok(())
-        })
-        .await?;
+        let content = self.document(wanted, MANIFEST_TYPE, limit).await?;
         let digest = Digest::of(&content);
         if wanted.starts_with("sha256:") && wanted != digest.as_str() {
             return Err(FetchError::Invalid(format!(
@@ -229,15 +229,66 @@ impl Session<'_> {
         Ok((content.into(), digest))
     }
 
+    /// The index with this tag.
+    pub async fn index(&mut self, tag: &str, limit: u64) -> Result<Vec<u8>, FetchError> {
+        self.document(tag, INDEX_TYPE, limit).await
+    }
+
+    async fn document(&mut self, wanted: &str, accept: &str, limit: u64) -> Result<Vec<u8>, FetchError> {
+        let url = format!("{}/manifests/{wanted}", self.base);
+        let response = self.open(&url, accept).await?;
+        self.whole(response, &url, limit).await
+    }
+
+    /// A page of the referrers that the registry lists for a manifest: the first one, or the one that the page before named.
+    /// None where the registry has no referrers API.
+    pub async fn referrers(
+        &mut self,
+        subject: &Digest,
+        page: Option<Url>,
+        limit: u64,
+    ) -> Result<Option<ReferrersPage>, FetchError> {
+        let is_first = page.is_none();
+        let url = page.map_or_else(|| format!("{}/referrers/{subject}", self.base), String::from);
+        let response = self.answer(&url, INDEX_TYPE).await?;
+        let status = response.status();
+        let content_type = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+        let is_index =
+            content_type.and_then(|value| value.split(';').next()).is_some_and(|found| found.trim() == INDEX_TYPE);
+        // What registries without it answer; some have a page for people there.
+        let has_none = [400, 404, 405, 406, 501].contains(&status.as_u16()) || (status.is_success() && !is_index);
+        if is_first && has_none {
+            return Ok(None);
+        }
+        if !status.is_success() {
+            return Err(self.refusal(&url, response).await);
+        }
+        let next = self.next_page(response.headers());
+        Ok(Some(ReferrersPage { index: self.whole(response, &url, limit).await?, next }))
+    }
+
+    /// Where the next page is, of this repository's referrers and nowhere else: the credentials go there.
+    fn next_page(&self, headers: &HeaderMap) -> Option<Url> {
+        let link = headers.get(header::LINK)?.to_str().ok()?;
+        let (target, parameters) = link.trim().strip_prefix('<')?.split_once('>')?;
+        if !parameters.contains("next") {
+            return None;
+        }
+        let listing = Url::parse(&format!("{}/referrers/", self.base)).ok()?;
+        let next = listing.join(target).ok()?;
+        (next.origin() == listing.origin() && next.path().starts_with(listing.path())).then_some(next)
+    }
+
     /// Passes a blob's bytes to `sink`. The caller checks the digest of what it was given.
     pub async fn blob(
         &mut self,
         digest: &Digest,
         size: u64,
-        sink: impl FnMut(&[u8]) -> std::io::Result<()>,
+        mut sink: impl FnMut(&[u8]) -> std::io::Result<()>,
     ) -> Result<(), FetchError> {
         let url = format!("{}/blobs/{digest}", self.base);
-        let received = self.get(&url, size, sink).await?;
+        let response = self.open(&url, "application/octet-stream").await?;
+        let received = self.read(response, &url, size, &mut sink).await?;
         if received != size {
             return Err(FetchError::Invalid(format!(
                 "blob {digest} ended after {received} bytes, the manifest says {size}"
@@ -246,29 +297,40 @@ impl Session<'_> {
         Ok(())
     }
 
-    async fn get(
-        &mut self,
-        url: &str,
-        limit: u64,
-        mut sink: impl FnMut(&[u8]) -> std::io::Result<()>,
-    ) -> Result<u64, FetchError> {
-        let mut response = self.send(url).await?;
-        if response.status() == StatusCode::UNAUTHORIZED {
-            self.authorize(response.headers()).await?;
-            response = self.send(url).await?;
+    /// The answer to come, whatever its status, with the authorization that the registry asks for.
+    async fn answer(&mut self, url: &str, accept: &str) -> Result<reqwest::Response, FetchError> {
+        let response = self.send(url, accept).await?;
+        if response.status() != StatusCode::UNAUTHORIZED {
+            return Ok(response);
         }
+        self.authorize(response.headers()).await?;
+        self.send(url, accept).await
+    }
+
+    async fn open(&mut self, url: &str, accept: &str) -> Result<reqwest::Response, FetchError> {
+        let response = self.answer(url, accept).await?;
         if !response.status().is_success() {
             return Err(self.refusal(url, response).await);
         }
-        self.read(response, url, limit, &mut sink).await
+        Ok(response)
+    }
+
+    async fn whole(&self, response: reqwest::Response, url: &str, limit: u64) -> Result<Vec<u8>, FetchError> {
+        let mut content = Vec::new();
+        self.read(response, url, limit, &mut |chunk: &[u8]| {
+            content.extend_from_slice(chunk);
+            Ok(())
+        })
+        .await?;
+        Ok(content)
     }
 
     /// Asks, and follows redirects: over https only when it began so, and with the authorization only to where it is for.
-    async fn send(&self, url: &str) -> Result<reqwest::Response, FetchError> {
+    async fn send(&self, url: &str, accept: &str) -> Result<reqwest::Response, FetchError> {
         let mut target = self.target(url)?;
         let origin = target.origin();
         for _ in 0..=MAX_REDIRECTS {
-            let mut request = self.client().get(target.clone()).header(header::ACCEPT, format!("{MANIFEST_TYPE}, */*"));
+            let mut request = self.client().get(target.clone()).header(header::ACCEPT, format!("{accept}, */*"));
             if let Some(authorization) = self.authorization.as_ref().filter(|_| target.origin() == origin) {
                 request = request.header(header::AUTHORIZATION, authorization);
             }

@@ -1,9 +1,10 @@
-//! cosign's signature format, checked with the public keys that the node was given.
+//! Signatures in cosign's formats, checked with the public keys that the node was given.
 //!
-//! A signature is an ECDSA P-256 signature (DER, base64, in a layer's annotation) over a simple-signing payload (that
+//! cosign 3's are Sigstore bundles, see `bundle`. One of cosign 2 is an ECDSA P-256 signature (DER, base64, in a layer's annotation) over a simple-signing payload (that
 //! layer's content) which names the manifest's digest. See the signature specification in sigstore/cosign.
 
 use crate::artifact::{Descriptor, Digest, RawDescriptor, cut, shown};
+use crate::bundle;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use p256::ecdsa::signature::Verifier as _;
@@ -46,13 +47,26 @@ pub enum Verification {
     AllowUnsigned,
 }
 
-/// A payload and the signature over it, as fetched; kept next to the image so that it can be checked again.
+/// A signature as fetched; kept next to the image so that it can be checked again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SignedPayload {
-    /// Base64 of the payload's bytes.
-    payload: String,
-    /// Base64 of the DER signature.
-    signature: String,
+#[serde(untagged)]
+pub enum Signed {
+    /// Base64 of the payload's bytes, and of the DER signature over it.
+    Simple {
+        payload: String,
+        signature: String,
+    },
+    Bundle {
+        bundle: String,
+    },
+}
+
+/// What a signature manifest holds.
+#[derive(Debug, Default)]
+pub struct Layers {
+    pub signatures: Vec<SignatureLayer>,
+    /// What is wrong with the others that are meant as signatures.
+    pub malformed: Vec<String>,
 }
 
 /// Where a signature manifest says that a payload is, and the signature over it.
@@ -62,9 +76,22 @@ pub struct SignatureLayer {
     pub signature: String,
 }
 
-impl SignedPayload {
-    pub fn new(payload: &[u8], signature: String) -> Self {
-        Self { payload: BASE64.encode(payload), signature }
+impl Signed {
+    pub fn simple(payload: &[u8], signature: String) -> Self {
+        Self::Simple { payload: BASE64.encode(payload), signature }
+    }
+
+    /// Checks that one of `keys` signed `manifest` by this. The error continues "its signature …".
+    pub fn check(&self, manifest: &Digest, keys: &[PublicKey]) -> Result<(), String> {
+        match self {
+            Self::Bundle { bundle } => bundle::verify(bundle.as_bytes(), manifest, keys),
+            Self::Simple { payload, signature } => match signed_manifest(payload, signature, keys) {
+                Ok(Some(digest)) if digest == *manifest => Ok(()),
+                Ok(Some(digest)) => Err(format!("is for another manifest, {digest}")),
+                Ok(None) => Err("was made by no key that this node trusts, or altered".into()),
+                Err(error) => Err(format!("is malformed: {error}")),
+            },
+        }
     }
 }
 
@@ -73,62 +100,79 @@ pub fn tag(manifest: &Digest) -> String {
     format!("sha256-{}.sig", manifest.hex())
 }
 
-/// Reads a signature manifest. Layers of other types are passed over, as cosign does, and so are those that cannot be
-/// signatures: what somebody adds takes nothing from what is there.
-pub fn layers(manifest: &[u8]) -> Result<Vec<SignatureLayer>, String> {
+/// Reads a signature manifest. Layers of other types are passed over, as cosign does, and those that cannot be signatures take
+/// nothing from what is there.
+pub fn layers(manifest: &[u8]) -> Result<Layers, String> {
     #[derive(Deserialize)]
     struct Manifest {
         layers: Vec<serde_json::Value>,
     }
     if manifest.len() as u64 > MAX_SIGNATURE_MANIFEST {
-        return Err(format!("its signature manifest has more than {MAX_SIGNATURE_MANIFEST} bytes"));
+        return Err(format!("has a manifest of more than {MAX_SIGNATURE_MANIFEST} bytes"));
     }
-    let manifest: Manifest = serde_json::from_slice(manifest)
-        .map_err(|error| format!("its signature manifest is no OCI manifest: {}", cut(&error)))?;
-    Ok(manifest.layers.into_iter().filter_map(signature_layer).take(MAX_SIGNATURES).collect())
+    let manifest: Manifest =
+        serde_json::from_slice(manifest).map_err(|error| format!("has no OCI manifest: {}", cut(&error)))?;
+    let mut found = Layers::default();
+    for layer in manifest.layers {
+        match signature_layer(layer) {
+            Ok(Some(layer)) if found.signatures.len() < MAX_SIGNATURES => found.signatures.push(layer),
+            Ok(_) => {}
+            Err(cause) if found.malformed.len() < MAX_SIGNATURES => {
+                found.malformed.push(format!("is malformed: {cause}"))
+            }
+            Err(_) => {}
+        }
+    }
+    Ok(found)
 }
 
-fn signature_layer(layer: serde_json::Value) -> Option<SignatureLayer> {
-    let layer: RawDescriptor = serde_json::from_value(layer).ok()?;
+/// None for a layer of another type.
+fn signature_layer(layer: serde_json::Value) -> Result<Option<SignatureLayer>, String> {
+    let layer: RawDescriptor = serde_json::from_value(layer).map_err(|error| cut(&error))?;
     if layer.media_type != SIMPLE_SIGNING {
-        return None;
+        return Ok(None);
     }
-    let signature = layer.annotations.get(ANNOTATION)?;
-    der(signature).ok()?;
-    Some(SignatureLayer {
-        payload: layer.checked("signature payload", MAX_PAYLOAD).ok()?,
-        signature: signature.clone(),
-    })
+    let signature = layer.annotations.get(ANNOTATION).ok_or_else(|| format!("without annotation {ANNOTATION}"))?;
+    der(signature)?;
+    let payload = layer.checked("signature payload", MAX_PAYLOAD).map_err(|refused| refused.to_string())?;
+    Ok(Some(SignatureLayer { payload, signature: signature.clone() }))
 }
 
-/// Checks that one of `keys` signed `manifest`. The error says why the best candidate was refused.
-pub fn verify(manifest: &Digest, signatures: &[SignedPayload], keys: &[PublicKey]) -> Result<(), String> {
-    if signatures.is_empty() {
-        return Err("it is not signed; sign it with a key that this node trusts (cosign sign --key)".into());
-    }
-    let mut reason = "no signature on it was made by a key that this node trusts".to_owned();
+/// The command that makes an image one that runs, in either version of cosign and without a network beyond the registry.
+pub fn remedy(pinned: &str) -> String {
+    format!(
+        "sign it with a key that this node trusts: \
+         `cosign sign --yes --key cosign.key --use-signing-config=false --tlog-upload=false {pinned}`"
+    )
+}
+
+/// Checks that one of `keys` signed `manifest` by one of these.
+pub fn verify(manifest: &Digest, signatures: &[Signed], keys: &[PublicKey]) -> Result<(), String> {
+    let mut reason = "it is not signed".to_owned();
     for signed in signatures.iter().take(MAX_SIGNATURES) {
-        match signed_manifest(signed, keys) {
-            Ok(Some(digest)) if digest == *manifest => return Ok(()),
-            Ok(Some(digest)) => reason = format!("its signature is for another manifest, {digest}"),
-            Ok(None) => {}
-            Err(error) => reason = format!("its signature is malformed: {error}"),
+        match signed.check(manifest, keys) {
+            Ok(()) => return Ok(()),
+            Err(cause) => reason = format!("its signature {cause}"),
         }
     }
     Err(reason)
 }
 
 /// The manifest digest that the payload vouches for, if one of the keys signed the payload.
-fn signed_manifest(signed: &SignedPayload, keys: &[PublicKey]) -> Result<Option<Digest>, String> {
-    let signature = der(&signed.signature)?;
-    let payload = BASE64.decode(&signed.payload).map_err(|error| format!("payload is no base64: {error}"))?;
-    if !keys.iter().any(|key| key.0.verify(&payload, &signature).is_ok()) {
+fn signed_manifest(payload: &str, signature: &str, keys: &[PublicKey]) -> Result<Option<Digest>, String> {
+    let signature = der(signature)?;
+    let payload = BASE64.decode(payload).map_err(|error| format!("payload is no base64: {error}"))?;
+    if !is_signed_by(keys, &payload, &signature) {
         return Ok(None);
     }
     payload_manifest(&payload).map(Some)
 }
 
-fn der(signature: &str) -> Result<Signature, String> {
+pub(crate) fn is_signed_by(keys: &[PublicKey], message: &[u8], signature: &Signature) -> bool {
+    keys.iter().any(|key| key.0.verify(message, signature).is_ok())
+}
+
+pub(crate) fn der(signature: &str) -> Result<Signature, String> {
     if signature.len() > MAX_ENCODED {
         return Err(format!("{} characters of base64 are no ECDSA signature", signature.len()));
     }
@@ -170,6 +214,13 @@ mod tests {
     use crate::testing::{Random, Signer, cases};
     use serde_json::json;
 
+    fn signature_of(signed: &Signed) -> String {
+        match signed {
+            Signed::Simple { signature, .. } => signature.clone(),
+            Signed::Bundle { .. } => String::new(),
+        }
+    }
+
     fn manifest() -> Digest {
         Digest::of(b"manifest")
     }
@@ -197,7 +248,7 @@ mod tests {
         );
         let signature =
             "MEUCIQDVId/wY+6871mhzYX5ZeFdF5zXdgnIx/Ys/xWcTfPQPQIgIpNgPK7U6NWH1EQ1fmXmV6tC8GYu9fJ1xY3beZB/qEg=";
-        let signed = SignedPayload::new(payload.as_bytes(), signature.into());
+        let signed = Signed::simple(payload.as_bytes(), signature.into());
         verify(&manifest, &[signed], &[key]).unwrap();
     }
 
@@ -219,7 +270,7 @@ mod tests {
     fn a_signature_by_another_key_is_refused() {
         let error =
             verify(&manifest(), &[Signer::new(2).sign(&manifest())], &[Signer::new(1).public_key()]).unwrap_err();
-        assert!(error.contains("no signature on it was made by a key"), "{error}");
+        assert!(error.contains("made by no key that this node trusts"), "{error}");
         assert!(verify(&manifest(), &[Signer::new(2).sign(&manifest())], &[]).is_err());
     }
 
@@ -235,7 +286,7 @@ mod tests {
     fn a_payload_that_was_altered_is_refused() {
         let signer = Signer::new(1);
         let signed = signer.sign(&Digest::of(b"another"));
-        let altered = SignedPayload::new(&signer.payload(&manifest()), signed.signature);
+        let altered = Signed::simple(&signer.payload(&manifest()), signature_of(&signed));
         assert!(verify(&manifest(), &[altered], &[signer.public_key()]).is_err());
     }
 
@@ -269,17 +320,17 @@ mod tests {
         let signer = Signer::new(1);
         let payload = signer.payload(&manifest());
         json!({"mediaType": SIMPLE_SIGNING, "digest": Digest::of(&payload).as_str(), "size": payload.len(),
-            "annotations": {ANNOTATION: signer.sign(&manifest()).signature}})
+            "annotations": {ANNOTATION: signature_of(&signer.sign(&manifest()))}})
     }
 
     #[test]
     fn a_signature_manifest_gives_its_simple_signing_layers_and_no_others() {
         let good = good_layer();
         let other = json!({"mediaType": "text/plain", "digest": "x", "size": 1});
-        let found = layers(&document(&[other, good.clone()])).unwrap();
+        let found = layers(&document(&[other, good.clone()])).unwrap().signatures;
         assert_eq!(found.len(), 1);
         assert_eq!(found.first().unwrap().signature, good["annotations"][ANNOTATION]);
-        assert_eq!(layers(&document(&vec![good; 1000])).unwrap().len(), MAX_SIGNATURES);
+        assert_eq!(layers(&document(&vec![good; 1000])).unwrap().signatures.len(), MAX_SIGNATURES);
     }
 
     #[test]
@@ -325,7 +376,9 @@ mod tests {
                 document(&[std::slice::from_ref(&good), bad].concat()),
             ] {
                 let found = layers(&document).unwrap();
-                assert_eq!(found.len(), 1, "{}", String::from_utf8_lossy(&document));
+                assert_eq!(found.signatures.len(), 1, "{}", String::from_utf8_lossy(&document));
+                let reasons = found.malformed.len();
+                assert!(reasons > 0 && reasons <= MAX_SIGNATURES, "{}", String::from_utf8_lossy(&document));
             }
         }
     }
@@ -337,7 +390,7 @@ mod tests {
         let payload = signer.payload(&manifest());
         let signed = signer.sign(&manifest());
         let document = json!({"schemaVersion": 2, "layers": [{"mediaType": SIMPLE_SIGNING, "size": payload.len(),
-            "digest": Digest::of(&payload).as_str(), "annotations": {ANNOTATION: signed.signature}}]})
+            "digest": Digest::of(&payload).as_str(), "annotations": {ANNOTATION: signature_of(&signed)}}]})
         .to_string()
         .into_bytes();
         let mut random = Random::new(2);
@@ -346,17 +399,15 @@ mod tests {
             let _ = payload_manifest(&random.mutate(&payload));
             let mutated = random.mutate(&payload);
             if mutated != payload {
-                let candidate = SignedPayload::new(&mutated, signed.signature.clone());
+                let candidate = Signed::simple(&mutated, signature_of(&signed));
                 assert!(verify(&manifest(), &[candidate], &keys).is_err());
             }
-            let signature = random.mutate(signed.signature.as_bytes());
-            let candidate = SignedPayload {
-                payload: signed.payload.clone(),
-                signature: String::from_utf8_lossy(&signature).into_owned(),
-            };
+            let signature = random.mutate(signature_of(&signed).as_bytes());
+            let mutated = String::from_utf8_lossy(&signature).into_owned();
+            let candidate = Signed::simple(&payload, mutated.clone());
             if verify(&manifest(), std::slice::from_ref(&candidate), &keys).is_ok() {
                 // White space around the base64 is the only change that may be let through.
-                assert_eq!(candidate.signature.trim(), signed.signature.trim());
+                assert_eq!(mutated.trim(), signature_of(&signed).trim());
             }
         });
     }

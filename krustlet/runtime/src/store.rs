@@ -5,7 +5,7 @@
 
 use crate::artifact::Digest;
 use crate::image_name::ImageName;
-use crate::signature::{MAX_SIGNATURES, SignedPayload};
+use crate::signature::{MAX_SIGNATURES, Signed};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use std::collections::HashMap;
@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
-/// Signatures are kept as JSON; each payload is at most 64 KiB, base64 adds a third.
+/// Signatures are kept as JSON: a payload of at most 64 KiB as base64, a bundle of at most 256 KiB as a string.
 const MAX_SIGNATURES_FILE: u64 = MAX_SIGNATURES as u64 * 128 * 1024;
 
 /// Who may use an image; see `pull_records`.
@@ -95,14 +95,14 @@ impl Store {
         writer.keep(&Digest::of(content))
     }
 
-    pub fn signatures(&self, manifest: &Digest) -> Vec<SignedPayload> {
+    pub fn signatures(&self, manifest: &Digest) -> Vec<Signed> {
         let path = self.root.join("signatures").join(manifest.hex());
         read_bounded(&path, MAX_SIGNATURES_FILE)
             .and_then(|content| serde_json::from_slice(&content).ok())
             .unwrap_or_default()
     }
 
-    pub fn write_signatures(&self, manifest: &Digest, signatures: &[SignedPayload]) -> io::Result<()> {
+    pub fn write_signatures(&self, manifest: &Digest, signatures: &[Signed]) -> io::Result<()> {
         self.replace(&self.root.join("signatures").join(manifest.hex()), &serde_json::to_vec(signatures)?)
     }
 

@@ -1,7 +1,7 @@
 //! What tests share: a deterministic source of mutations, and a signer that writes cosign's format.
 
 use crate::artifact::Digest;
-use crate::signature::{PublicKey, SignedPayload};
+use crate::signature::{PublicKey, Signed};
 use base64::Engine as _;
 use p256::ecdsa::signature::Signer as _;
 use p256::ecdsa::{Signature, SigningKey, VerifyingKey};
@@ -88,11 +88,26 @@ impl Signer {
         base64::engine::general_purpose::STANDARD.encode(signature.to_der().as_bytes())
     }
 
-    pub fn sign_payload(&self, payload: &[u8]) -> SignedPayload {
-        SignedPayload::new(payload, self.signature(payload))
+    /// A Sigstore bundle around a statement, as cosign 3 makes one with a key.
+    pub fn bundle(&self, payload_type: &str, statement: &[u8]) -> serde_json::Value {
+        let mut message = format!("DSSEv1 {} {payload_type} {} ", payload_type.len(), statement.len()).into_bytes();
+        message.extend_from_slice(statement);
+        serde_json::json!({
+            "mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json",
+            "verificationMaterial": {"publicKey": {"hint": "aGludA=="}},
+            "dsseEnvelope": {
+                "payload": base64::engine::general_purpose::STANDARD.encode(statement),
+                "payloadType": payload_type,
+                "signatures": [{"sig": self.signature(&message)}],
+            },
+        })
     }
 
-    pub fn sign(&self, manifest: &Digest) -> SignedPayload {
+    pub fn sign_payload(&self, payload: &[u8]) -> Signed {
+        Signed::simple(payload, self.signature(payload))
+    }
+
+    pub fn sign(&self, manifest: &Digest) -> Signed {
         self.sign_payload(&self.payload(manifest))
     }
 }

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Node, Registry, Signer, digest, limits, until};
+use common::{BUNDLE, Node, Registry, Signer, digest, limits, until};
 use futures::future::{BoxFuture, join_all};
 use krustlet_runtime::{
     CredentialSource, Login, NoCredentials, PullError, PullLimits, PullPolicy, RegistrySecret, Verification,
@@ -72,7 +72,7 @@ async fn an_image_without_a_good_signature_is_refused_before_its_module_is_fetch
     let other = Signer::new(2);
     let cases: [(&str, Sign, &str); 3] = [
         ("unsigned", &|_| {}, "not signed"),
-        ("other-key", &|manifest| node.registry.sign(manifest, &other, manifest), "by a key"),
+        ("other-key", &|manifest| node.registry.sign(manifest, &other, manifest), "by no key"),
         ("other-digest", &|manifest| node.registry.sign(manifest, &signer, &digest(b"x")), "another manifest"),
     ];
     for (name, sign, cause) in cases {
@@ -486,6 +486,127 @@ async fn bad_signatures_take_nothing_from_the_good_one_beside_them() {
         let error = refused(&node, &node.registry.image(&manifest), PullPolicy::IfNotPresent).await;
         assert_eq!(error.reason(), "SignatureValidationFailed", "{error}");
     }
+}
+
+#[tokio::test]
+async fn a_bundle_among_the_referrers_is_enough_with_and_without_a_referrers_api() {
+    let (node, signer, _) = signed().await;
+    let by_tag = node.registry.push("by-tag", b"\0asm by-tag");
+    let bundle = node.registry.push_bundle(&by_tag, &signer, &by_tag);
+    node.registry.list_referrers(&by_tag, &[bundle]);
+    node.runtime.pull(&node.registry.image(&by_tag), PullPolicy::IfNotPresent, &[]).await.unwrap();
+    let by_api = node.registry.push("by-api", b"\0asm by-api");
+    let bundle = node.registry.push_bundle(&by_api, &signer, &by_api);
+    let page = json!({"manifests": [{"digest": bundle}]}).to_string().into_bytes();
+    // The first page lists nothing of use, and its link is relative as registries write it.
+    let next = format!("/v2/app/referrers/{by_api}?last=x");
+    let first = (br#"{"manifests": [{"digest": "sha256:0"}]}"#.to_vec(), Some(next));
+    let pages = [(by_api.clone(), first), (format!("{by_api}?last=x"), (page, None))];
+    node.registry.state(|state| state.referrers = Some(pages.into()));
+    node.runtime.pull(&node.registry.image(&by_api), PullPolicy::IfNotPresent, &[]).await.unwrap();
+    // What was found is kept, and checked again from there.
+    node.registry.state(|state| state.down = true);
+    for manifest in [&by_tag, &by_api] {
+        node.runtime.pull(&node.registry.image(manifest), PullPolicy::IfNotPresent, &[]).await.unwrap();
+    }
+    let other = trusting(&[&Signer::new(2)]);
+    let next = Node::again(node.directory.clone(), node.registry.clone(), other, Arc::new(NoCredentials));
+    let error = refused(&next, &next.registry.image(&by_tag), PullPolicy::Never).await;
+    assert!(error.to_string().contains("by no key"), "{error}");
+}
+
+/// A bad referrer, and what is said of it.
+type BadReferrer<'a> = (&'a str, &'a dyn Fn(&str) -> String);
+
+#[tokio::test]
+async fn a_bad_referrer_has_its_reason_and_takes_nothing_from_the_good_one_beside_it() {
+    let (node, signer, another) = signed().await;
+    let (registry, other) = (&node.registry, Signer::new(2));
+    let changed = |manifest: &str, pointer: &str, value: serde_json::Value| {
+        registry.push_referrer(manifest, &signer.bundle(manifest), |document| {
+            *document.pointer_mut(pointer).unwrap() = value;
+        })
+    };
+    let bad: [BadReferrer; 11] = [
+        ("by no key", &|manifest| registry.push_bundle(manifest, &other, manifest)),
+        ("for another manifest, sha256:", &|manifest| registry.push_bundle(manifest, &signer, &another)),
+        ("refers to another manifest", &|manifest| registry.push_bundle(&another, &signer, manifest)),
+        ("layer type \"text/plain\"", &|manifest| changed(manifest, "/layers/0/mediaType", json!("text/plain"))),
+        ("artifact type \"text/plain\"", &|manifest| changed(manifest, "/artifactType", json!("text/plain"))),
+        ("2 layers", &|manifest| {
+            let layer = json!({"mediaType": BUNDLE, "digest": digest(b"x"), "size": 1});
+            changed(manifest, "/layers", json!([layer, layer]))
+        }),
+        ("bundle sha256:", &|manifest| changed(manifest, "/layers/0/size", json!(3))),
+        ("cannot be read", &|manifest| changed(manifest, "/layers/0/digest", json!(digest(b"nowhere")))),
+        ("more than the 262144", &|manifest| changed(manifest, "/layers/0/size", json!(1 << 30))),
+        ("malformed", &|manifest| {
+            let whole = signer.bundle(manifest).to_string();
+            let cut = json!(&whole[..whole.len() / 2]);
+            registry.push_referrer(manifest, &cut, |_| {})
+        }),
+        ("cannot be read", &|_| digest(b"nowhere")),
+    ];
+    for (number, (reason, make)) in bad.iter().enumerate() {
+        let manifest = registry.push("bad", format!("\0asm bad {number}").as_bytes());
+        let (bad, good) = (make(&manifest), registry.push_bundle(&manifest, &signer, &manifest));
+        registry.list_referrers(&manifest, std::slice::from_ref(&bad));
+        let error = refused(&node, &registry.image(&manifest), PullPolicy::IfNotPresent).await;
+        assert_eq!(error.reason(), "SignatureValidationFailed", "{error}");
+        assert!(error.to_string().contains(reason), "{reason}: {error}");
+        assert!(error.to_string().ends_with(&format!("{}`", registry.image(&manifest))), "{error}");
+        registry.list_referrers(&manifest, &[bad, good]);
+        node.runtime.pull(&registry.image(&manifest), PullPolicy::IfNotPresent, &[]).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn one_format_that_is_broken_takes_nothing_from_the_other() {
+    let (node, signer, _) = signed().await;
+    let registry = &node.registry;
+    let broken = [b"no JSON".to_vec(), vec![b' '; 2 << 20], br#"{"manifests": 7, "layers": {}}"#.to_vec()];
+    for (number, broken) in broken.into_iter().enumerate() {
+        let manifest = registry.push("broken", format!("\0asm broken {number}").as_bytes());
+        let bundle = registry.push_bundle(&manifest, &signer, &manifest);
+        let (tag, list) = (format!("{}.sig", manifest.replace(':', "-")), manifest.replace(':', "-"));
+        registry.state(|state| {
+            state.manifests.insert(tag.clone(), broken.clone());
+            state.manifests.insert(list.clone(), broken.clone());
+        });
+        let error = refused(&node, &registry.image(&manifest), PullPolicy::IfNotPresent).await.to_string();
+        assert!(error.contains(&format!("its tag {tag}")) && error.contains("list of referrers"), "{error}");
+        registry.list_referrers(&manifest, &[bundle]);
+        node.runtime.pull(&registry.image(&manifest), PullPolicy::IfNotPresent, &[]).await.unwrap();
+        let manifest = registry.push("broken", format!("\0asm signed {number}").as_bytes());
+        registry.state(|state| state.manifests.insert(manifest.replace(':', "-"), broken));
+        registry.sign(&manifest, &signer, &manifest);
+        node.runtime.pull(&registry.image(&manifest), PullPolicy::IfNotPresent, &[]).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn referrers_without_end_are_looked_at_up_to_a_bound_and_no_link_leads_elsewhere() {
+    let (node, signer, manifest) = signed().await;
+    let (registry, elsewhere) = (&node.registry, Registry::start().await);
+    let many: Vec<String> =
+        (0..500).map(|number| registry.push_bundle(&number.to_string(), &signer, &manifest)).collect();
+    let image = registry.push("many", b"\0asm many");
+    registry.list_referrers(&image, &[many.clone(), vec![registry.push_bundle(&image, &signer, &image)]].concat());
+    let error = refused(&node, &registry.image(&image), PullPolicy::IfNotPresent).await.to_string();
+    assert!(error.contains("of its 501 referrers the first 32 were looked at") && error.len() < 2000, "{error}");
+    assert_eq!(many.iter().map(|referrer| registry.hits(referrer)).sum::<usize>(), 32);
+    // A page that names itself as the next one, one of another host's, and one of another repository's.
+    for link in [
+        format!("/v2/app/referrers/{image}"),
+        format!("http://{}/v2/app/referrers/x", elsewhere.address),
+        "/v2/other/referrers/x".into(),
+    ] {
+        let page = (br#"{"manifests": []}"#.to_vec(), Some(link));
+        registry.state(|state| state.referrers = Some([(image.clone(), page)].into()));
+        let error = refused(&node, &registry.image(&image), PullPolicy::IfNotPresent).await.to_string();
+        assert!(error.contains("it is not signed"), "{error}");
+    }
+    assert_eq!((elsewhere.hits("/"), registry.hits("/v2/other")), (0, 0));
 }
 
 #[tokio::test]

@@ -25,6 +25,8 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
+pub const BUNDLE: &str = "application/vnd.dev.sigstore.bundle.v0.3+json";
+
 pub fn digest(content: &[u8]) -> String {
     let hex: String = Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect();
     format!("sha256:{hex}")
@@ -58,6 +60,8 @@ pub struct State {
     pub gate: Option<Arc<Semaphore>>,
     /// Announces 4 MiB for each manifest and sends one byte of it, and another one after each such time.
     pub trickle: Option<Duration>,
+    /// By path of the repository's referrers API, where it has one: the page, and where its Link goes.
+    pub referrers: Option<HashMap<String, (Vec<u8>, Option<String>)>>,
     /// Where blobs are.
     pub blobs_at: Option<String>,
     /// The token service, if it is not this registry's own.
@@ -141,6 +145,33 @@ impl Registry {
         self.push_manifest(&tag, &document);
     }
 
+    /// A bundle over `signed`, in what refers to `manifest`; gives that one's digest.
+    pub fn push_bundle(&self, manifest: &str, signer: &Signer, signed: &str) -> String {
+        self.push_referrer(manifest, &signer.bundle(signed), |_| {})
+    }
+
+    pub fn push_referrer(&self, manifest: &str, bundle: &Value, change: impl FnOnce(&mut Value)) -> String {
+        let bundle = bundle.to_string().into_bytes();
+        let mut document = json!({
+            "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "artifactType": BUNDLE,
+            "config": {"mediaType": "application/vnd.oci.empty.v1+json", "digest": digest(b"{}"), "size": 2},
+            "layers": [{"mediaType": BUNDLE, "digest": digest(&bundle), "size": bundle.len()}],
+            "subject": {"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": manifest, "size": 7},
+        });
+        change(&mut document);
+        self.state(|state| state.blobs.insert(digest(&bundle), bundle));
+        let document = document.to_string().into_bytes();
+        let referrer = digest(&document);
+        self.state(|state| state.manifests.insert(referrer.clone(), document));
+        referrer
+    }
+
+    /// Lists these as a manifest's referrers, at the tag that stands in for a referrers API.
+    pub fn list_referrers(&self, manifest: &str, referrers: &[String]) {
+        let entries: Vec<Value> = referrers.iter().map(|referrer| json!({"digest": referrer})).collect();
+        self.push_manifest(&manifest.replace(':', "-"), &json!({"schemaVersion": 2, "manifests": entries}));
+    }
+
     pub fn image(&self, wanted: &str) -> String {
         let separator = if wanted.starts_with("sha256:") { '@' } else { ':' };
         format!("{}/app{separator}{wanted}", self.address)
@@ -212,6 +243,18 @@ impl Registry {
         if let Some(location) = state.blobs_at.as_ref().filter(|_| path.contains("/blobs/")) {
             let mut response = whole(StatusCode::TEMPORARY_REDIRECT, Vec::new());
             response.headers_mut().insert(header::LOCATION, format!("{location}{path}").parse().unwrap());
+            return Ok(response);
+        }
+        if let Some(pages) = state.referrers.as_ref().filter(|_| path.starts_with("/v2/app/referrers/")) {
+            let none = (br#"{"manifests": []}"#.to_vec(), None);
+            let wanted = request.uri().path_and_query().unwrap().as_str().rsplit_once('/').unwrap().1;
+            let (page, link) = pages.get(wanted).unwrap_or(&none);
+            let mut response = whole(StatusCode::OK, page.clone());
+            let index = "application/vnd.oci.image.index.v1+json";
+            response.headers_mut().insert(header::CONTENT_TYPE, index.parse().unwrap());
+            if let Some(link) = link {
+                response.headers_mut().insert(header::LINK, format!("<{link}>; rel=\"next\"").parse().unwrap());
+            }
             return Ok(response);
         }
         let found = match path.strip_prefix("/v2/app/").and_then(|rest| rest.split_once('/')) {
@@ -287,6 +330,25 @@ impl Signer {
     pub fn public_key(&self) -> PublicKey {
         let key = p256::ecdsa::VerifyingKey::from(&self.0);
         PublicKey::from_pem(&key.to_public_key_pem(Default::default()).unwrap()).unwrap()
+    }
+
+    /// As cosign 3 makes one.
+    pub fn bundle(&self, signed: &str) -> Value {
+        let kind = "application/vnd.in-toto+json";
+        let statement = json!({"_type": "https://in-toto.io/Statement/v1",
+            "subject": [{"digest": {"sha256": signed.trim_start_matches("sha256:")}}],
+            "predicateType": "https://sigstore.dev/cosign/sign/v1", "predicate": {}})
+        .to_string();
+        let message = format!("DSSEv1 {} {kind} {} {statement}", kind.len(), statement.len());
+        json!({
+            "mediaType": BUNDLE,
+            "verificationMaterial": {"publicKey": {"hint": ""}},
+            "dsseEnvelope": {
+                "payload": base64::engine::general_purpose::STANDARD.encode(&statement),
+                "payloadType": kind,
+                "signatures": [{"sig": self.sign(message.as_bytes())}],
+            },
+        })
     }
 
     fn sign(&self, payload: &[u8]) -> String {
