@@ -221,6 +221,8 @@ def _apiserver(spec: ClusterSpec, directory: Path, ports: dict[str, int]) -> Pro
         30,
         "kube-apiserver",
         f"--bind-address={LOOPBACK}",
+        # Else it looks for the interface of the default route: a machine without a network has none.
+        f"--advertise-address={LOOPBACK}",
         f"--secure-port={ports['apiserver']}",
         # An endpoint on loopback is refused; nothing in this cluster uses the `kubernetes` Service.
         "--endpoint-reconciler-type=none",
