@@ -14,14 +14,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from localcloud import faults, snapshots
+from localcloud import faults, snapshots, sources
 from localcloud.api import status_page
-from localcloud.backends.ports import choose_port
+from localcloud.backends.ports import choose_port, owner
 from localcloud.backends.processes import end, marked
 from localcloud.backends.supervisor import Supervisor, python_program
-from localcloud.environment import exports
+from localcloud.environment import exports, variables, without_proxy
 from localcloud.home import LOOPBACK, Config, Home, HomeError, is_free
 from localcloud.logs import show as show_logs
 from localcloud.specs import BackendError
@@ -55,10 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     restore = commands.add_parser("restore", help="put everything back as it was in a snapshot")
     restore.add_argument("name", metavar="NAME")
     faults.add_parser(commands)
-    commands.add_parser("env", help="print the shell commands that point clients at it")
+    environment = commands.add_parser("env", help="print the shell commands that point clients at it")
+    environment.add_argument("--json", action="store_true", help="for machines")
     commands.add_parser("serve", help="run the API server in the foreground (used by the supervisor)")
     options = parser.parse_args(arguments)
     home = Home.locate()
+    os.environ.update(without_proxy(home))
     run: dict[str, Callable[[], int]] = {
         "start": lambda: start(home),
         "stop": lambda: stop(home),
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "snapshot": lambda: snapshot_everything(home, options.name) if options.name else list_snapshots(home),
         "restore": lambda: restore_everything(home, options.name),
         "faults": lambda: faults.run(home, options),
-        "env": lambda: show_environment(home),
+        "env": lambda: show_environment(home, as_json=options.json),
         "serve": lambda: serve(home),
     }
     try:
@@ -91,6 +92,9 @@ def start(home: Home) -> int:
         config = home.config()
         supervisor = Supervisor(home)
         supervised = config is not None and supervisor.is_running()
+        if config is not None and supervised and _is_stale(_health(home, config)):
+            sys.stdout.write("localcloud is another one than the one that runs; it is started anew\n")
+            supervised = False
         if not supervised:
             # A server that outlived its supervisor can keep nothing running, and a supervisor that outlived
             # its directory knows nothing.
@@ -222,9 +226,11 @@ def serve(home: Home) -> int:
     os._exit(0)
 
 
-def show_environment(home: Home) -> int:
-    """Print what a shell's `eval` takes."""
-    sys.stdout.write(exports(home, home.require_config()))
+def show_environment(home: Home, *, as_json: bool) -> int:
+    """Print what a shell's `eval` takes, or the variables as JSON."""
+    config = home.require_config()
+    lines = exports(home, config)
+    sys.stdout.write(json.dumps(variables(home, config)) if as_json else lines)
     return 0
 
 
@@ -301,34 +307,14 @@ def _configured(home: Home, config: Config | None) -> Config:
     elif not is_free(config.port):
         if any(_records(home, kind) for kind in _BOUND_TO_THE_PORT):
             raise HomeError(
-                f"port {config.port} is taken{_owner(config.port)}, and the resources in {home.root} depend "
+                f"port {config.port} is taken{owner(config.port)}, and the resources in {home.root} depend "
                 "on it; end that program and start again, or give the state up: python -m localcloud reset"
             )
         taken = config.port
         config = replace(config, port=choose_port())
         home.save(config)
-        sys.stdout.write(f"port {taken} is taken{_owner(taken)}; localcloud uses {config.port} from now on\n")
+        sys.stdout.write(f"port {taken} is taken{owner(taken)}; localcloud uses {config.port} from now on\n")
     return config
-
-
-def _owner(port: int) -> str:
-    """` by NAME (process PID)` for who listens on a port, if that can be told (Linux only)."""
-    try:
-        lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
-    except OSError:
-        return ""
-    rows = [line.split() for line in lines]
-    inodes = {
-        f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port
-    }
-    for entry in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if str(entry.readlink()) in inodes:
-                process = entry.parents[1]
-                return f" by {(process / 'comm').read_text().strip()} (process {process.name})"
-        except OSError:
-            continue
-    return ""
 
 
 def _health(home: Home, config: Config) -> Json | None:
@@ -339,6 +325,14 @@ def _health(home: Home, config: Config) -> Json | None:
     except (OSError, ValueError, urllib.error.HTTPError):
         return None
     return body if body.get("home") == str(home.root) else None
+
+
+def _is_stale(health: Json | None) -> bool:
+    """Whether the server was started from other sources, or runs other tools, than are here now."""
+    if health is None:
+        return False
+    started = health.get("build", {})
+    return any(started.get(part) != now for part, now in sources.build().items())
 
 
 def _wait_until_restored(home: Home, config: Config) -> None:

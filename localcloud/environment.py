@@ -9,8 +9,11 @@ from pathlib import Path
 from localcloud import endpoints
 from localcloud.home import Config, Home
 from localcloud.plugins import official
+from localcloud.sources import CHECKOUT
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = CHECKOUT / "localcloud"
+# A proxy would take a loopback address for one of its own machine.
+_DIRECT = ("localhost", "127.0.0.1", "127.0.0.0/8", "::1")
 STAND_INS = ("gcp", "kubernetes", "command")
 
 
@@ -37,10 +40,23 @@ def variables(home: Home, config: Config) -> dict[str, str]:
         "PULUMI_IGNORE_AMBIENT_PLUGINS": "true",
         "PULUMI_CREDENTIALS_PATH": os.environ.get("PULUMI_CREDENTIALS_PATH") or str(_or_default(users)),
         USERS_PULUMI_HOME: users,
+        **without_proxy(home),
     }
     if None in _plugins().values():
         values["PULUMI_DISABLE_AUTOMATIC_PLUGIN_ACQUISITION"] = "true"
     return values
+
+
+def without_proxy(home: Home) -> dict[str, str]:
+    """Keeps the clients of this home away from a proxy; what the user has them keep away from stays.
+
+    The addresses of the first instances are named one by one for curl before 7.86, which knows no networks.
+    """
+    given = [os.environ.get(name, "") for name in ("NO_PROXY", "no_proxy")]
+    users = [entry.strip() for entry in ",".join(given).split(",")]
+    own = [*_DIRECT, *(f"{home.network}.{last}" for last in range(2, 6))]
+    # Both spellings: each client has its own idea of which one counts.
+    return dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(dict.fromkeys(filter(None, [*users, *own]))))
 
 
 def exports(home: Home, config: Config) -> str:

@@ -10,7 +10,9 @@ logs/            one file a program
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -19,6 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from localcloud.sources import CHECKOUT
 
 LOOPBACK = "127.0.0.1"
 PROJECT = "localcloud-dev"
@@ -61,7 +65,7 @@ class Home:
     def locate(cls) -> Home:
         """`$LOCALCLOUD_HOME`, else `.localcloud` beside this package."""
         given = os.environ.get("LOCALCLOUD_HOME", "")
-        root = Path(given).expanduser() if given else Path(__file__).resolve().parent.parent / ".localcloud"
+        root = Path(given).expanduser() if given else CHECKOUT / ".localcloud"
         return cls(root.absolute())
 
     def directory(self, *parts: str) -> Path:
@@ -81,6 +85,12 @@ class Home:
                 f"cannot use {path}: {error.strerror}; set LOCALCLOUD_HOME to a directory of yours"
             ) from error
         return path
+
+    @property
+    def network(self) -> str:
+        """The first three numbers of the instances' addresses: two homes on a machine stay apart."""
+        digest = hashlib.sha256(os.fsencode(self.root)).digest()
+        return f"127.{64 + digest[0] % 128}.{digest[1]}"
 
     @property
     def store_path(self) -> Path:
@@ -157,11 +167,17 @@ def write_private(path: Path, text: str | bytes) -> None:
 
 
 def is_free(port: int, host: str = LOOPBACK) -> bool:
-    """Whether a TCP server could listen there now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
+    """Whether a TCP server could listen there now; who asks for `localhost` may be led to either family."""
+    return all(_bindable(port, address) for address in ((host, "::1") if host == LOOPBACK else (host,)))
+
+
+def _bindable(port: int, address: str) -> bool:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, port))
+    except OSError as error:
+        # Without IPv6 nobody else is there either.
+        return family == socket.AF_INET6 and error.errno != errno.EADDRINUSE
     return True

@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from localcloud import sources
 from localcloud.api import (
     artifactregistry,
     artifacts,
@@ -227,6 +228,7 @@ def _short(name: str) -> str:
 
 def application(api: Api) -> Starlette:
     """The ASGI application."""
+    build = sources.build()
 
     async def healthz(_request: Request) -> Response:
         return JSONResponse(
@@ -234,6 +236,7 @@ def application(api: Api) -> Starlette:
                 "status": "ok",
                 "home": str(api.services.home.root),
                 "pending": api.services.operations.pending,
+                "build": build,
             }
         )
 

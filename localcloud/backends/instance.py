@@ -8,7 +8,6 @@ process; the disk, which is everything but run/ and tmp/, stays until the instan
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import ipaddress
 import shlex
@@ -21,7 +20,7 @@ from localcloud.backends.ports import remembered_ports
 from localcloud.backends.processes import wait_until
 from localcloud.backends.rootfs import Rootfs
 from localcloud.backends.startup import IDENTIFIER
-from localcloud.backends.supervisor import SOURCES, Supervisor, compiled_elsewhere, python_program
+from localcloud.backends.supervisor import Supervisor, python_environment, python_program
 from localcloud.backends.units import UnitError
 from localcloud.home import LOOPBACK, Home, is_free
 from localcloud.specs import BackendError, InstanceSpec
@@ -126,8 +125,7 @@ def allocate_address(home: Home, taken: set[str]) -> str:
     Raises:
         BackendError: all are taken.
     """
-    digest = hashlib.sha256(str(home.root).encode()).digest()
-    network = f"127.{64 + digest[0] % 128}.{digest[1]}"
+    network = home.network
     if not _can_bind(f"{network}.2"):
         return LOOPBACK
     for last in range(2, 255):
@@ -164,8 +162,7 @@ def _write_systemctl(rootfs: Rootfs) -> None:
     assignments = {
         "LOCALCLOUD_HOME": str(rootfs.home.root),
         "LOCALCLOUD_INSTANCE": rootfs.name,
-        "PYTHONPATH": str(SOURCES),
-        **compiled_elsewhere(),
+        **python_environment(),
     }
     words = ["exec", "env", *(f"{key}={shlex.quote(value)}" for key, value in assignments.items())]
     words += [shlex.quote(sys.executable), "-S", "-P", "-m", "localcloud.backends.systemctl", '"$@"']

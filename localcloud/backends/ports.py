@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import random
+import socket
 from pathlib import Path
 
 from localcloud.home import LOOPBACK, is_free, write_private
@@ -13,6 +15,7 @@ from localcloud.specs import BackendError
 # Below every system's ephemeral range (Linux 32768, macOS 49152): while a program is down, no outgoing
 # connection can take its port.
 _RANGE = range(20000, 30000)
+_NOBODYS = "127.255.255.254"
 
 
 def choose_port(host: str = LOOPBACK, taken: frozenset[int] = frozenset()) -> int:
@@ -47,3 +50,42 @@ def remembered_ports(path: Path, *names: str, host: str = LOOPBACK) -> dict[str,
     if missing:
         write_private(path, json.dumps(ports))
     return {name: ports[name] for name in names}
+
+
+def refusal(port: int) -> str:
+    """Why no instance can listen on a port, to be said after its number; empty if nothing is in the way.
+
+    Asked on an address that no instance has: what is in the way there listens on all of them.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((_NOBODYS, port))
+        except OSError as error:
+            match error.errno:
+                case errno.EADDRINUSE:
+                    return f"is taken{owner(port)}"
+                case errno.EACCES | errno.EPERM:
+                    return "needs rights that you do not have"
+    return ""
+
+
+def owner(port: int) -> str:
+    """` by NAME (process PID)` for who listens on a port, if that can be told (Linux only)."""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
+            inodes |= {
+                f"socket:[{row[9]}]"
+                for row in rows
+                if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port
+            }
+    for entry in Path("/proc").glob("[0-9]*/fd/*") if inodes else ():
+        try:
+            if str(entry.readlink()) in inodes:
+                process = entry.parents[1]
+                return f" by {(process / 'comm').read_text().strip()} (process {process.name})"
+        except OSError:
+            continue
+    return ""

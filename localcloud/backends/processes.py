@@ -43,11 +43,11 @@ def start_time(pid: int) -> str | None:
     return None if fields[0] in "ZX" else f"{boot}/{fields[19]}"
 
 
-def marked(prefix: str) -> list[int]:
+def marked(prefix: str, variable: str = MARK) -> list[int]:
     """Every living process, except the caller, whose mark starts with `prefix` (end it with `#` or be
     exact).
     """
-    wanted = f"{MARK}={prefix}"
+    wanted = f"{variable}={prefix}"
     if not _HAS_PROC:
         listing = subprocess.run(
             ["ps", "-axwwE", "-o", "pid=,command="], capture_output=True, text=True, check=False
@@ -58,7 +58,7 @@ def marked(prefix: str) -> list[int]:
         found = [
             int(entry.name)
             for entry in _PROC.iterdir()
-            if entry.name.isdigit() and _environment_has(entry, wanted.encode())
+            if entry.name.isdigit() and _environment_has(entry, os.fsencode(wanted))
         ]
     return [pid for pid in found if pid != os.getpid() and start_time(pid) is not None]
 

@@ -6,10 +6,12 @@ tokens.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import secrets
 import shutil
+import socket
 import urllib.error
 import urllib.request
 from datetime import UTC, datetime
@@ -17,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from localcloud.api.tokens import registry_auth
-from localcloud.backends.ports import remembered_ports
+from localcloud.backends.ports import owner, remembered_ports
 from localcloud.backends.processes import wait_until
 from localcloud.backends.supervisor import Program, Supervisor
 from localcloud.home import LOOPBACK, Home, write_private
 from localcloud.specs import BackendError
 
 PROGRAM = "registry"
+_HELD: dict[int, socket.socket] = {}
 _PREFIX = re.compile(r"[a-z0-9][a-z0-9._:-]*/[a-z0-9][a-z0-9._-]*")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -66,6 +69,7 @@ def ensure_registry(home: Home, supervisor: Supervisor) -> str:
     text = json.dumps(configuration, indent=1)  # JSON is YAML
     changed = not path.exists() or path.read_text() != text
     write_private(path, text)
+    _hold(port)
     was_known = supervisor.state(PROGRAM) != "ABSENT"
     supervisor.add(
         Program(
@@ -84,6 +88,32 @@ def ensure_registry(home: Home, supervisor: Supervisor) -> str:
             f"the registry does not answer on {LOOPBACK}:{port}; see {home.logs / 'registry.log'}"
         )
     return f"localhost:{port}"
+
+
+def _hold(port: int) -> None:
+    """Keeps `[::1]:PORT` from everybody else for as long as this process lives: `localhost` may lead there.
+
+    Nobody listens there, so a client goes on to 127.0.0.1.
+
+    Raises:
+        BackendError: another program has it.
+    """
+    if port in _HELD:
+        return
+    try:
+        held = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+    except OSError:
+        return  # no IPv6
+    try:
+        held.bind(("::1", port))
+    except OSError as error:
+        held.close()
+        if error.errno == errno.EADDRINUSE:
+            raise BackendError(
+                f"[::1]:{port}, which `localhost:{port}` may lead to, is taken{owner(port)}; end that program"
+            ) from error
+        return
+    _HELD[port] = held
 
 
 def delete_repository(home: Home, prefix: str) -> None:

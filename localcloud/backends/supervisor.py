@@ -36,11 +36,11 @@ from typing import Any
 
 from localcloud.backends.processes import MARK, end, mark, marked, send, start_time, wait_until
 from localcloud.home import Home, write_private
+from localcloud.sources import CHECKOUT
 from localcloud.specs import BackendError
 
 # sun_path holds 104 bytes on macOS and 108 on Linux; supervisord binds PATH.PID first.
 _LONGEST_SOCKET_PATH = 90
-SOURCES = Path(__file__).resolve().parents[2]
 # More than the longest stop time of any program (systemd's default for a unit is 90 s).
 _LONGEST_STOP_SECONDS = 120
 _LONGEST_START_SECONDS = 30
@@ -169,15 +169,15 @@ class ProgramState:
         return self.state in _LIVE or self.state == "WAITING"
 
 
-def compiled_elsewhere() -> dict[str, str]:
-    """Where compiled Python goes, if that is not beside the sources."""
-    return {key: os.environ[key] for key in ("PYTHONPYCACHEPREFIX",) if key in os.environ}
+def python_environment() -> dict[str, str]:
+    """For a Python of localcloud's own: its sources, UTF-8 in every locale, a place for compiled code."""
+    elsewhere = {key: os.environ[key] for key in ("PYTHONPYCACHEPREFIX",) if key in os.environ}
+    return {"PYTHONPATH": str(CHECKOUT), "PYTHONUTF8": "1", **elsewhere}
 
 
 def python_program(home: Home, name: str, module: str, *arguments: str, **options: Any) -> Program:
     """A program of localcloud's own: `python -m module` with this interpreter, sources and home."""
-    environment = {"LOCALCLOUD_HOME": str(home.root), "PYTHONPATH": str(SOURCES), "PYTHONUNBUFFERED": "1"}
-    environment |= compiled_elsewhere()
+    environment = {"LOCALCLOUD_HOME": str(home.root), "PYTHONUNBUFFERED": "1", **python_environment()}
     environment |= options.pop("environment", {})
     return Program(name, (sys.executable, "-P", "-m", module, *arguments), environment, **options)
 
@@ -288,10 +288,9 @@ class Supervisor:
         }
         return (
             kept
-            | compiled_elsewhere()
+            | python_environment()
             | {
                 MARK: mark(self.home.root),
-                "PYTHONPATH": str(SOURCES),
                 "LOCALCLOUD_PYTHON": sys.executable,
                 "LOCALCLOUD_SUPERVISOR": str(self.home.supervisor),
                 "LOCALCLOUD_SOCKET": str(self._private_socket()),
