@@ -19,6 +19,7 @@ CRATES = ("krustlet", "wasm_app")
 
 def _set_up(*, tests: bool) -> None:
     """Everything that ./scripts/up and ./scripts/test need before localcloud starts."""
+    prerequisites.check_places()
     prerequisites.check()
     toolchain.ensure(tests=tests)
     venv.ensure()
@@ -56,6 +57,7 @@ def up(*, plan: str | None = None) -> None:
     """From a bare clone to an answered curl: tools, localcloud, pulumi up, verification."""
     if plan is not None and not Path(plan).is_file():
         raise StepError(f"there is no plan {plan}; ./scripts/preview --save-plan {plan} makes it")
+    prerequisites.warn_of_disk()
     _set_up(tests=False)
     _compile()
     with _run_lock():
@@ -97,6 +99,7 @@ def down(*, force: bool) -> None:
 
 def _down(*, force: bool) -> None:
     nothing = not pulumi.is_known() and not paths.LOCALCLOUD_HOME.exists()
+    pulumi.end_orphans()
     start = environment.before_localcloud()
     try:
         if pulumi.is_known() and not _is_cloud_lost():
@@ -115,19 +118,19 @@ def _down(*, force: bool) -> None:
         print("nothing was up")
 
 
-def env(*, google: bool) -> None:
+def env(given: Mapping[str, str], *, google: bool) -> None:
     """Prints the environment for working by hand; what it lacks after a pull is built first."""
     if google or paths.LOCALCLOUD_HOME.exists():
         # Standard output is for the shell's eval, and the steps are for people.
         with contextlib.redirect_stdout(sys.stderr):
             _set_up(tests=False)
-    print(environment.exports(environment.for_google() if google else environment.complete()))
+    print(environment.exports(environment.for_google() if google else environment.complete(), given))
 
 
 def _stack(arguments: list[str]) -> str:
     """The stack that a program is asked for: any but ours is on Google."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--stack", default=pulumi.STACK)
+    parser.add_argument("--stack", default=environment.STACK)
     return str(parser.parse_known_args(arguments)[0].stack)
 
 
@@ -136,13 +139,14 @@ def program(name: str, arguments: list[str]) -> int:
     asks_for_help = {"-h", "--help"} & set(arguments)
     if asks_for_help:
         env = environment.before_localcloud()
-    elif _stack(arguments) == pulumi.STACK:
+    elif _stack(arguments) == environment.STACK:
         env = environment.complete()
     else:
         env = environment.for_google()
     return subprocess.run(
         [environment.python(), "-m", f"scripts.lib.{name}", *arguments],
-        env={**env, "PYTHONPATH": str(paths.REPOSITORY)},
+        # A terminal that lacks a character shows another one.
+        env={**env, "PYTHONIOENCODING": f"{sys.stdout.encoding}:replace"},
         check=False,
     ).returncode
 

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 import secrets
 import shlex
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from localcloud import endpoints
@@ -15,8 +18,16 @@ from scripts.lib import paths, rust, toolchain, venv
 from scripts.lib.steps import StepError
 
 KUBECONFIG = paths.LOCALCLOUD_HOME / "kubeconfig"
-# Taken out: pulumi would prefer it to the file, and fail to decrypt the state with it.
-UNSET = ("PULUMI_CONFIG_PASSPHRASE",)
+# Python's would load other modules than ours, or end them; git's lead to another repository. Pulumi would
+# prefer this passphrase to the file, and fail to decrypt the state with it.
+_FOREIGN = re.compile(
+    r"PYTHON\w*|PULUMI_CONFIG_PASSPHRASE|GIT_(DIR|WORK_TREE|COMMON_DIR|INDEX_FILE|OBJECT_DIRECTORY|NAMESPACE|PREFIX)"
+)
+# Also taken out where localcloud is the cloud: another stack, another project, other credentials.
+_FOREIGN_TO_LOCALCLOUD = re.compile(r"(PULUMI|GOOGLE|GCLOUD|CLOUDSDK|GCE|KUBE)_\w+|USER_PROJECT_OVERRIDE")
+_KEPT = re.compile(r"PULUMI_(HOME|CREDENTIALS_PATH|ACCESS_TOKEN|PARALLEL|K8S_\w+)|CLOUDSDK_(CONFIG|PYTHON)")
+STACK = "local"
+_IS_FISH = "type set_color >/dev/null 2>&1"
 # What every shell has of its own.
 _SHELL = ("_", "PWD", "OLDPWD", "SHLVL")
 
@@ -61,7 +72,10 @@ def base(*, tests: bool) -> dict[str, str]:
     return {
         "PATH": os.pathsep.join(map(str, path)),
         "VIRTUAL_ENV": str(environment),
+        # Not the current directory: its name may have a `:`, which ends an entry.
+        "PYTHONPATH": str(paths.REPOSITORY),
         "PYTHONPYCACHEPREFIX": str(paths.CACHE / "pycache"),
+        "PYTHONUTF8": "1",
         "CARGO_TARGET_DIR": str(rust.target_directory()),
         "LOCALCLOUD_HOME": str(paths.LOCALCLOUD_HOME),
         "KUBECONFIG": str(KUBECONFIG),
@@ -71,16 +85,27 @@ def base(*, tests: bool) -> dict[str, str]:
         "PULUMI_SKIP_UPDATE_CHECK": "true",
         # The salt of the encryption is this machine's own: it stays in the state, not in the committed file.
         "PULUMI_FALLBACK_TO_STATE_SECRETS_MANAGER": "true",
+        **localcloud.without_proxy(Home(paths.LOCALCLOUD_HOME)),
     }
 
 
-def _process(variables: dict[str, str]) -> dict[str, str]:
-    return {key: value for key, value in {**os.environ, **variables}.items() if key not in UNSET}
+def _users(*, for_localcloud: bool) -> dict[str, str]:
+    """What the user's environment has that does not change what our programs do."""
+    kept = {key: value for key, value in os.environ.items() if not _FOREIGN.fullmatch(key)}
+    if for_localcloud:
+        kept = {
+            key: value
+            for key, value in kept.items()
+            if _KEPT.fullmatch(key) or not _FOREIGN_TO_LOCALCLOUD.fullmatch(key)
+        }
+    if "TMPDIR" in kept:
+        kept["TMPDIR"] = tempfile.gettempdir()  # another one where nothing can be written in the user's
+    return kept
 
 
 def before_localcloud(*, tests: bool = False) -> dict[str, str]:
     """A whole process environment for what needs no localcloud."""
-    return _process(base(tests=tests))
+    return {**_users(for_localcloud=True), **base(tests=tests)}
 
 
 def complete(*, tests: bool = False) -> dict[str, str]:
@@ -89,12 +114,8 @@ def complete(*, tests: bool = False) -> dict[str, str]:
     Raises StepError when localcloud was never started.
     """
     start = before_localcloud(tests=tests)
-    dump = "import json, os; print(json.dumps(dict(os.environ)))"
-    # In two steps: the status of a substitution inside eval is lost.
-    script = f'lines=$("$0" -m localcloud env) && eval "$lines" && exec "$0" -c "{dump}"'
-    python = str(venv.directory() / "bin" / "python")
     answer = subprocess.run(
-        ["sh", "-c", script, python],
+        [python(), "-m", "localcloud", "env", "--json"],
         cwd=paths.REPOSITORY,
         env=start,
         capture_output=True,
@@ -105,8 +126,8 @@ def complete(*, tests: bool = False) -> dict[str, str]:
         raise StepError(
             f"localcloud has no environment to give: {answer.stderr.strip()}\n  ./scripts/up starts it"
         )
-    found = json.loads(answer.stdout)
-    return {str(key): str(value) for key, value in found.items() if key not in _SHELL}
+    # Which stack is selected depends on the name that pulumi's directory was entered by.
+    return {**start, **json.loads(answer.stdout), "PULUMI_STACK": STACK}
 
 
 def for_google() -> dict[str, str]:
@@ -115,7 +136,7 @@ def for_google() -> dict[str, str]:
     What an earlier eval of localcloud's environment set is taken out, so that nothing of that stack ends up
     on this machine; what the user set for Google stays.
     """
-    found = before_localcloud()
+    found = {**_users(for_localcloud=False), **base(tests=False)}
     path = [
         entry
         for entry in found["PATH"].split(os.pathsep)
@@ -125,6 +146,8 @@ def for_google() -> dict[str, str]:
     names -= {"PULUMI_HOME"}
     # Which products have a variable depends on the packages that localcloud's own Python sees.
     names |= {name for name in os.environ if endpoints.is_variable(name)}
+    names |= {"PULUMI_STACK"}
+    names -= {"NO_PROXY", "no_proxy"}  # pulumi talks to its plugins on loopback there too
     users = (
         {} if "LOCALCLOUD_HOME" in os.environ else {key: os.environ[key] for key in names & os.environ.keys()}
     )
@@ -132,11 +155,25 @@ def for_google() -> dict[str, str]:
     return {**tools, **users, "PATH": os.pathsep.join(path)}
 
 
-def exports(wanted: dict[str, str]) -> str:
-    """Shell lines for eval: what differs from the environment that this runs in."""
-    changed = {key: value for key, value in sorted(wanted.items()) if os.environ.get(key) != value}
-    gone = [key for key in os.environ if key not in wanted and key not in _SHELL]
-    lines = [f"unset {key}" for key in sorted({*UNSET, *gone})]
+def clean() -> dict[str, str]:
+    """Takes what is foreign out of this process' environment, which its children get; gives what it was."""
+    given = dict(os.environ)
+    for key in given:
+        if _FOREIGN.fullmatch(key):
+            del os.environ[key]
+    return given
+
+
+def exports(wanted: Mapping[str, str], given: Mapping[str, str]) -> str:
+    """Lines for the eval of sh, bash, zsh and fish: what differs from the shell's environment."""
+    changed = {
+        key: value for key, value in sorted(wanted.items()) if given.get(key) != value and key not in _SHELL
+    }
+    gone = sorted(key for key in given if key not in wanted and key not in _SHELL)
+    lines = []
+    if gone:
+        # fish has `export` and no `unset`; it is the one with this builtin.
+        lines = [f"{_IS_FISH} && set -e {' '.join(gone)}", f"{_IS_FISH} || unset {' '.join(gone)}"]
     lines += [f"export {key}={shlex.quote(value)}" for key, value in changed.items()]
     return "\n".join(lines)
 

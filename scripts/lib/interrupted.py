@@ -111,4 +111,9 @@ def main(stack: str, command: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    try:
+        sys.exit(main(*sys.argv[1:]))
+    except subprocess.CalledProcessError as failed:  # as where another pulumi has the stack's lock
+        sys.exit(
+            f"{' '.join(failed.cmd)}: {(failed.stderr or b'see above').decode(errors='replace').strip()}"
+        )

@@ -1,15 +1,35 @@
 """The commands of scripts/: up, down, env, test, verify, bench, preview, drift."""
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
 
+# What is ignored from the start stays so: `nohup`, and a shell's background jobs.
+ENDING = [
+    number
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    if signal.getsignal(number) != signal.SIG_IGN
+]
+for number in ENDING:
+    # Until there is something to clean up, an interrupt ends this without a word.
+    signal.signal(number, signal.SIG_DFL)
+if not Path(os.environ.get("HOME", "")).is_absolute():
+    os.environ.pop("HOME", None)
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.dont_write_bytecode = True
+try:
+    from scripts.lib import paths
+except RuntimeError as unknown_home:
+    sys.exit(f"error: {unknown_home}; set HOME")
+# Compiled Python goes to the cache, so that a run leaves nothing in the checkout.
+sys.pycache_prefix = str(paths.CACHE / "pycache")
+sys.dont_write_bytecode = False
 
-from scripts.lib import commands
-from scripts.lib.steps import StepError
+from scripts.lib import commands, environment, terminal  # noqa: E402
+from scripts.lib.steps import StepError  # noqa: E402
 
 PROGRAMS = ("verify", "bench", "preview", "drift")
 """Commands that are programs of their own, with arguments of their own."""
@@ -51,8 +71,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Runs one command and gives its exit status."""
-    for name in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, _terminate)
+    for number in ENDING:
+        signal.signal(number, _terminate)
+    terminal.set_up()
+    given = environment.clean()
+    # Go, rustup and others know no other way to find it.
+    os.environ["HOME"] = str(Path.home())
     parser = _parser()
     arguments, rest = parser.parse_known_args()
     if rest and arguments.command not in PROGRAMS:
@@ -64,7 +88,7 @@ def main() -> int:
             case "down":
                 commands.down(force=arguments.force)
             case "env":
-                commands.env(google=arguments.google)
+                commands.env(given, google=arguments.google)
             case "test":
                 commands.test(arguments.only or list(commands.SUITES))
             case name:
@@ -72,7 +96,13 @@ def main() -> int:
     except StepError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        # The disk or the rights of a place that any step may meet.
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN)
         print("\ninterrupted; run the same command again to carry on", file=sys.stderr)
         return 130
     return 0

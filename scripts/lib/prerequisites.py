@@ -5,11 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from scripts.lib import paths, toolchain
 from scripts.lib.steps import StepError
 
+# The agent's own rule for evictions, and the kubelet's.
+LEAST_FREE = 0.10
 MACOS = sys.platform == "darwin"
 
 
@@ -23,10 +27,15 @@ class Prerequisite:
     install: str
 
 
-def _version(*command: str, pattern: str = r"(\d+)\.(\d+)") -> Callable[[], tuple[int, ...] | None]:
+def _version(
+    *command: str, pattern: str = r"(\d+)\.(\d+)", env: Mapping[str, str] | None = None
+) -> Callable[[], tuple[int, ...] | None]:
     def ask() -> tuple[int, ...] | None:
         try:
-            answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+            # Not where a file of the user's (go.work, .tool-versions) may ask for another version.
+            answer = subprocess.run(
+                command, cwd="/", env=env, capture_output=True, text=True, check=False, timeout=60
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         found = re.search(pattern, answer.stdout + answer.stderr)
@@ -44,6 +53,31 @@ def _venv() -> tuple[int, ...] | None:
     return _version(sys.executable, "-c", "import ensurepip, venv; print('1.0')")()
 
 
+def check_places() -> None:
+    """Raises StepError for a place that this must write in and cannot: before hours of work end there."""
+    for place, remedy in (
+        (paths.CACHE, "set HOME or XDG_CACHE_HOME to a directory of yours"),
+        (paths.PASSPHRASE.parent, "set HOME or XDG_CONFIG_HOME to a directory of yours"),
+        (paths.REPOSITORY, "its run's files go there: clone it into a directory of yours"),
+    ):
+        try:
+            place.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise StepError(f"cannot write in {place}: {error.strerror}; {remedy}") from error
+
+
+def warn_of_disk() -> None:
+    """Says so where the disk is so full that the node, as any kubelet, would take no pod."""
+    disk = shutil.disk_usage(paths.REPOSITORY)
+    if disk.free < disk.total * LEAST_FREE:
+        print(
+            f"{disk.free / 2**30:.1f} of {disk.total / 2**30:.0f} GiB are left where {paths.REPOSITORY} is: "
+            f"a node takes no pods with less than {LEAST_FREE:.0%}, so free some, or clone to another disk"
+        )
+
+
 def check() -> None:
     """Raises StepError that names all that is missing or too old, with the command for each."""
     sudo = "" if os.geteuid() == 0 else "sudo "
@@ -57,7 +91,7 @@ def check() -> None:
         ),
         Prerequisite(
             "Go",
-            _version("go", "version"),
+            _version("go", "version", env=toolchain.go_environment()),
             (1, 26),
             "brew install go" if MACOS else "see https://go.dev/doc/install (distributions are often behind)",
         ),

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from localcloud.backends import ports
 from scripts.lib import paths
-from scripts.lib.steps import Log, StepError
+from scripts.lib.environment import STACK
+from scripts.lib.steps import Log, StepError, end_left, log_path
 
-STACK = "local"
+STEPS = ("pulumi up", "pulumi destroy")
 CLUSTER = "gcp:container/cluster:Cluster"
+DEFAULT_PORT = 8080  # as Pulumi.yaml has it
 SETTINGS = paths.REPOSITORY / f"Pulumi.{STACK}.yaml"
 
 
@@ -33,30 +36,51 @@ def _drop_salt() -> None:
         SETTINGS.write_text(clean, encoding="utf-8")
 
 
-def _keep_salt_out_of_git() -> None:
+def _keep_salt_out_of_git(env: Mapping[str, str]) -> None:
     """Has git leave the salt out of what it compares and commits (see .gitattributes)."""
-    if (paths.REPOSITORY / ".git").exists():
-        setting = ["git", "config", "--local", "filter.no-salt.clean", "sed /^encryptionsalt:/d"]
-        subprocess.run(setting, cwd=paths.REPOSITORY, check=True)
+    if not (paths.REPOSITORY / ".git").exists():
+        return
+    setting = ["git", "config", "--local", "filter.no-salt.clean", "sed /^encryptionsalt:/d"]
+    answer = subprocess.run(
+        setting, cwd=paths.REPOSITORY, env=dict(env), capture_output=True, text=True, check=False
+    )
+    if answer.returncode != 0:
+        # A checkout of somebody else's, or a configuration that is locked: the stack works all the same.
+        print(f"git does not learn to leave the salt of {SETTINGS.name} out: {answer.stderr.strip()}")
+
+
+def end_orphans() -> None:
+    """Ends what is at work on the stack for a command that is gone itself. For who holds the run's lock."""
+    for name in STEPS:
+        end_left(log_path(name))
 
 
 def _clear_stale_lock(log: Log, env: Mapping[str, str]) -> None:
     """Removes the lock of a pulumi that was killed; one that is alive keeps its own."""
     for lock in paths.STACKS.glob(f".pulumi/locks/**/{STACK}/*.json"):
-        holder = json.loads(lock.read_text(encoding="utf-8"))
-        if holder.get("hostname") == socket.gethostname() and not _alive(int(holder["pid"])):
+        if not _is_held(lock):
             log.run(["pulumi", "cancel", "--yes", "--stack", STACK], env=env)
             return
 
 
-def _alive(pid: int) -> bool:
+def _is_held(lock: Path) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        holder = json.loads(lock.read_text(encoding="utf-8"))
+        host, pid = holder["hostname"], int(holder["pid"])
+    except FileNotFoundError:
+        return True  # it was let go just now
+    except (ValueError, KeyError, TypeError):
+        return False  # killed while it wrote this
+    return host != socket.gethostname() or _is_pulumi(pid)
+
+
+def _is_pulumi(pid: int) -> bool:
+    """Whether that process is a pulumi; another program may have got the pid of one that is gone."""
+    command = ["ps", "-o", "stat=,comm=", "-p", str(pid)]
+    stat, _, name = (
+        subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().partition(" ")
+    )
+    return not stat.startswith("Z") and Path(name.strip()).name == "pulumi"
 
 
 def _select(log: Log, env: Mapping[str, str]) -> None:
@@ -65,7 +89,8 @@ def _select(log: Log, env: Mapping[str, str]) -> None:
 
 
 def _settle(log: Log, env: Mapping[str, str], command: str) -> None:
-    """Clears up after a pulumi that was killed or failed: its lock, and what it had begun."""
+    """Clears up after a pulumi that was killed or failed: its processes, its lock, and what it had begun."""
+    end_orphans()
     _clear_stale_lock(log, env)
     log.run(["python", "-m", "scripts.lib.interrupted", STACK, command], env=env)
 
@@ -91,16 +116,38 @@ def _has_lost_its_cluster(env: Mapping[str, str]) -> bool:
     return False
 
 
+def _check_port(env: Mapping[str, str]) -> None:
+    """Raises StepError when another program keeps the app from its port on every address of this machine."""
+    shown = subprocess.run(
+        ["pulumi", "config", "--json", "--stack", STACK],
+        cwd=paths.REPOSITORY,
+        env=dict(env),
+        capture_output=True,
+        check=False,
+    )
+    settings = json.loads(shown.stdout) if shown.returncode == 0 and shown.stdout else {}
+    port = str(settings.get("awesome-wasm:appPort", {}).get("value", DEFAULT_PORT))
+    if not port.isdecimal():
+        return  # the program says what is wrong with it
+    reason = ports.refusal(int(port))
+    if reason:
+        raise StepError(
+            f"port {port}, where the app is to answer, {reason}; for another one:\n"
+            f'  eval "$(./scripts/env)" && pulumi config set appPort PORT --stack {STACK}'
+        )
+
+
 def up(log: Log, env: Mapping[str, str], plan: str | None = None) -> None:
     """Creates or updates the stack; what is gone from it is seen by a refresh, and made again.
 
     With a plan it does that and no more; where it does not fit any more, nothing is done: pulumi previews
     with it first.
     """
-    _keep_salt_out_of_git()
+    _keep_salt_out_of_git(env)
     _drop_salt()
     try:
         _select(log, env)
+        _check_port(env)
         _settle(log, env, "up")
         if _has_lost_its_cluster(env):
             env = {**env, "PULUMI_K8S_DELETE_UNREACHABLE": "true"}

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from localcloud.backends.processes import end, marked
 from scripts.lib import paths
 
 T = TypeVar("T")
 TAIL_LINES = 25
+MARK = "AWESOME_WASM_STEP"
 
 
 class StepError(Exception):
@@ -59,7 +61,7 @@ class Log:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file = path.open("w", encoding="utf-8")
+        self._file = path.open("w", encoding="utf-8", errors="replace")
 
     def run(
         self,
@@ -74,12 +76,13 @@ class Log:
         """
         words = [str(word) for word in command]
         print(f"$ {' '.join(words)}", file=self._file, flush=True)
+        environment = {**(os.environ if env is None else env), MARK: mark(self.path)}
         try:
-            # A group of its own: an interrupt is handed on once, and nothing that it started outlives it.
+            # A group of its own: an interrupt is handed on once.
             process = subprocess.Popen(
                 words,
                 cwd=cwd,
-                env=None if env is None else dict(env),
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=self._file,
                 stderr=subprocess.STDOUT,
@@ -91,8 +94,10 @@ class Log:
             status = process.wait()
         except BaseException:
             _end_group(process)
+            end_left(self.path)
             raise
         if status != 0:
+            end_left(self.path)
             raise StepError(f"{Path(words[0]).name} exited with {status}")
 
     def tail(self) -> str:
@@ -103,13 +108,36 @@ class Log:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """Ends a program and all that it started: asked first, so that pulumi saves its state, then made to."""
+    """Ends a program: asked first, so that pulumi saves its state, then made to, at once if asked again."""
     for sent, patience in ((signal.SIGINT, 30), (signal.SIGKILL, 5)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, sent)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             process.wait(timeout=patience)
             return
+
+
+def mark(log: Path) -> str:
+    """What the processes of a step have in their environment, also those that left its process group."""
+    return f"{log}#"
+
+
+def end_left(log: Path) -> None:
+    """Ends what a step that was interrupted or killed left behind, as pulumi its plugins.
+
+    Nothing interrupts this: it takes seconds, and what is left would hold locks and ports.
+    """
+    ignored = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        end(lambda: marked(mark(log), MARK))
+    finally:
+        for number, handler in ignored.items():
+            signal.signal(number, handler)
+
+
+def log_path(name: str) -> Path:
+    """The log file of a step."""
+    return paths.LOGS / f"{name.replace(' ', '-').replace('/', '-')}.log"
 
 
 def step(name: str, work: Callable[[Log], T], result: Callable[[T], str] = lambda _: "") -> T:
@@ -117,7 +145,7 @@ def step(name: str, work: Callable[[Log], T], result: Callable[[T], str] = lambd
 
     Raises StepError, with the tail of the step's log in the message, when the work raises one.
     """
-    log = Log(paths.LOGS / f"{name.replace(' ', '-').replace('/', '-')}.log")
+    log = Log(log_path(name))
     clock = _Clock(name)
     clock.start()
     try:

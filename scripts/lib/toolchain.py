@@ -4,6 +4,7 @@ A tool is a go.mod with `tool` lines: go.mod pins the versions, go.sum the conte
 downloaded.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -70,24 +71,73 @@ REGISTRY = Tool("registry", ("registry",))
 PEERS = Tool("peers", ("cosign", "crane", "oras"))
 COSIGN3 = Tool("cosign3", ("cosign3",), rename={"cosign": "cosign3"})
 
+_GO_DROPPED = ("GOROOT", "GOEXPERIMENT", "GOAMD64", "GOARM64", "GODEBUG")
+_ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
+# More than a Go release has had patch releases.
+_PATCHES = 30
+
 # The oldest pulumi of the user's own that is taken instead of building one; as requiredPulumiVersion.
 OLDEST_PULUMI = (3, 259)
 
 
+def go_environment() -> dict[str, str]:
+    """The environment of a build: what the user set for Go is for other modules, machines and experiments.
+
+    Where modules come from and where Go keeps its files stays as it is set. Given values and not empty ones,
+    for which Go would look in the file of `go env -w`.
+    """
+    kept = {key: value for key, value in os.environ.items() if key not in _GO_DROPPED}
+    if not all(Path(part).is_absolute() for part in kept.get("GOPATH", "").split(os.pathsep)):
+        kept.pop("GOPATH", None)
+    return {
+        **kept,
+        "GOOS": platform.system().lower(),
+        "GOARCH": _ARCHITECTURES.get(platform.machine(), platform.machine()),
+        "GOWORK": "off",
+        "GOFLAGS": "-mod=readonly",
+        "GO111MODULE": "on",
+        "CGO_ENABLED": "0",
+    }
+
+
 def _go(*arguments: str, cwd: Path) -> str:
-    answer = subprocess.run(["go", *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+    try:
+        answer = subprocess.run(
+            ["go", *arguments], cwd=cwd, env=go_environment(), capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise StepError(f"cannot start go: {error.strerror}") from error
     if answer.returncode != 0:
         raise StepError(f"go {' '.join(arguments)}: {answer.stderr.strip()}")
     return answer.stdout.strip()
 
 
+@functools.cache
+def _go_version() -> str:
+    return _go("env", "GOVERSION", cwd=MODULES)
+
+
 def _directory(tool: Tool) -> Path:
-    """The tool's place in the cache: another go.mod, recipe, compiler or machine is another place."""
+    """The tool's place in the cache: another go.mod, recipe, compiler or machine is another place.
+
+    One that another patch release of the same Go built does as well.
+    """
+    version = _go_version()
+    own = _place(tool, version)
+    release = re.fullmatch(r"(go\d+\.\d+)(\.\d+)?", version)
+    if own.is_dir() or release is None:
+        return own
+    patches = ["", *(f".{number}" for number in range(_PATCHES))]
+    others = [_place(tool, release.group(1) + patch) for patch in patches]
+    return next((place for place in others if place.is_dir()), own)
+
+
+def _place(tool: Tool, go_version: str) -> Path:
     digest = hashlib.sha256()
     for pinned_by in (tool.name, *(tool.scripts or ())[:1]):
         for name in ("go.mod", "go.sum"):
             digest.update((MODULES / pinned_by / name).read_bytes())
-    recipe = [repr(tool), _go("env", "GOVERSION", cwd=MODULES), platform.system(), platform.machine()]
+    recipe = [repr(tool), go_version, platform.system(), platform.machine()]
     digest.update(json.dumps(recipe).encode())
     return paths.CACHE / "tools" / f"{tool.name}-{digest.hexdigest()[:12]}"
 
@@ -97,9 +147,8 @@ def _build(tool: Tool, directory: Path, log: Log) -> None:
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{tool.name}-") as scratch:
         made = Path(scratch) / tool.name
         made.mkdir()
-        env = {**os.environ, "CGO_ENABLED": "0"}
-        flags = ["-mod=readonly", "-trimpath", "-ldflags", tool.ldflags]
-        log.run(["go", "build", *flags, "-o", f"{made}/", "tool"], cwd=source, env=env)
+        flags = ["-trimpath", "-ldflags", tool.ldflags]
+        log.run(["go", "build", *flags, "-o", f"{made}/", "tool"], cwd=source, env=go_environment())
         for built, known in tool.rename.items():
             (made / built).rename(made / known)
         if tool.scripts is not None:
