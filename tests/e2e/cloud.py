@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import requests
@@ -61,7 +62,10 @@ class Cloud:
             if place.endswith(f"/instances/{name}"):
                 endpoint = self._env["GOOGLE_COMPUTE_CUSTOM_ENDPOINT"]
                 self._session.delete(f"{endpoint}{place}", timeout=60).raise_for_status()
-                until(lambda gone=place: gone not in self._compute("instances"), "the VM to go", timeout=120)
+                until(partial(self._is_gone, place), "the VM to go", timeout=120)
+
+    def _is_gone(self, instance: str) -> bool:
+        return instance not in self._compute("instances")
 
 
 def _is_default(item: dict[str, Any]) -> bool:
