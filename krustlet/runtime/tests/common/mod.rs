@@ -45,6 +45,9 @@ pub struct Registry {
     state: Arc<Mutex<State>>,
 }
 
+/// A page of a list of referrers, and where the next one is.
+pub type Listed = (Vec<u8>, Option<String>);
+
 #[derive(Default)]
 pub struct State {
     pub blobs: HashMap<String, Vec<u8>>,
@@ -61,7 +64,7 @@ pub struct State {
     /// Announces 4 MiB for each manifest and sends one byte of it, and another one after each such time.
     pub trickle: Option<Duration>,
     /// By path of the repository's referrers API, where it has one: the page, and where its Link goes.
-    pub referrers: Option<HashMap<String, (Vec<u8>, Option<String>)>>,
+    pub referrers: Option<HashMap<String, Listed>>,
     /// Where blobs are.
     pub blobs_at: Option<String>,
     /// The token service, if it is not this registry's own.
