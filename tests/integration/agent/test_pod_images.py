@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -166,44 +162,6 @@ def test_a_module_that_is_signed_after_it_was_refused_starts(
     monkeypatch.setenv("GOOGLE_OAUTH_ACCESS_TOKEN", space.cluster.cloud.token)
     oci.push_signature(repository, digest, made.payload, made.signature)
     pod.wait_ready(timeout=40)
-
-
-def test_what_cosign_itself_signed_runs(
-    space: Workspace, tmp_path: Path, make_cosign_environment: dict[str, str]
-) -> None:
-    image = space.registry.push("cosigned", _never_seen(space), key=None)
-    (tmp_path / "key.pem").write_text(space.registry.key.private_key)
-    _cosign(
-        make_cosign_environment, tmp_path, "import-key-pair", "--key", "key.pem", "--output-key-prefix", "k"
-    )
-    _cosign(
-        make_cosign_environment,
-        tmp_path,
-        *("sign", "--key", "k.key", "--tlog-upload=false", "--yes", "--allow-insecure-registry", image),
-    )
-    space.serve(image=image).wait_ready()
-
-
-@pytest.fixture
-def make_cosign_environment(space: Workspace, tmp_path: Path) -> dict[str, str]:
-    """An environment in which cosign may push to the registry."""
-    if shutil.which("cosign") is None:
-        pytest.fail("cosign is not on PATH; see scripts/toolchain")
-    (tmp_path / "docker").mkdir()
-    (tmp_path / "docker" / "config.json").write_text(space.registry.docker_config)
-    return {
-        "PATH": os.environ["PATH"],
-        "HOME": str(tmp_path),
-        "DOCKER_CONFIG": str(tmp_path / "docker"),
-        "COSIGN_PASSWORD": "",
-    }
-
-
-def _cosign(environment: dict[str, str], directory: Path, *arguments: str) -> None:
-    answer = subprocess.run(
-        ["cosign", *arguments], env=environment, cwd=directory, capture_output=True, text=True, check=False
-    )
-    assert answer.returncode == 0, answer.stderr
 
 
 def test_a_container_image_is_refused_by_its_type(space: Workspace) -> None:

@@ -1,0 +1,236 @@
+"""Signatures in both of cosign's formats: whose count, and what a pod is told of those that do not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from components.providers import artifacts, oci, referrers, signature
+from tests.integration.agent.harness import Pod, Workspace, artifact
+
+OFFLINE = ("--yes", "--use-signing-config=false", "--tlog-upload=false")
+# What is given to the registry in place of a signature.
+Attack = Callable[["Image"], None]
+
+
+@dataclass
+class Image:
+    """An image that no node has and nobody signed yet, and who may sign it."""
+
+    space: Workspace
+    name: str
+    key: str
+
+    @property
+    def repository(self) -> str:
+        return self.name.partition("@")[0]
+
+    @property
+    def digest(self) -> str:
+        return self.name.partition("@")[2]
+
+    @property
+    def client(self) -> oci.Client:
+        return oci.Client(self.repository)
+
+    def signed(self, digest: str = "", key: str = "") -> signature.Signed:
+        """A signature over this image, or another digest, by the trusted key or another one."""
+        return signature.sign(key or self.key, self.repository, digest or self.digest)
+
+    def sign_at_tag(self, signed: signature.Signed) -> None:
+        """As cosign 2 does it."""
+        oci.push_signature(self.repository, self.digest, signed.payload, signed.signature)
+
+    def bundle(self, digest: str = "", key: str = "") -> str:
+        """A bundle over this image, or another digest, by the trusted key or another one."""
+        return signature.bundle(digest or self.digest, self.signed(digest, key).bundle_signature)
+
+    def sign_by_bundle(self, bundle: str) -> None:
+        """As cosign 3 does it."""
+        oci.push_bundle(self.repository, self.digest, bundle)
+
+    def refer(self, subject: str, change: Callable[[dict[str, Any]], object] = lambda _: None) -> str:
+        """Push a good bundle in an altered manifest that refers to `subject`, unlisted; give its digest."""
+        described = referrers.subject_descriptor(self.client, subject)
+        good = artifacts.bundle_artifact(self.bundle(), described)
+        manifest = json.loads(good.manifest.content)
+        change(manifest)
+        content = artifacts.Blob(artifacts.MANIFEST, artifacts.canonical(manifest))
+        return self.client.push_artifact(artifacts.Artifact(content, good.blobs), content.digest)
+
+    def list_referrer(self, digest: str, **described: Any) -> None:
+        """Write the list of referrers by hand, with whatever it says of this one."""
+        entry = {"mediaType": artifacts.MANIFEST, "digest": digest, "size": 7, **described}
+        index = {"schemaVersion": 2, "mediaType": referrers.INDEX, "manifests": [entry]}
+        tag, content = self.digest.replace(":", "-"), artifacts.canonical(index)
+        self.client.expect(self.client.manifest_request(tag, "PUT", content, media_type=referrers.INDEX), 201)
+
+
+@pytest.fixture
+def image(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Image]:
+    """Makes unsigned images."""
+    monkeypatch.setenv("GOOGLE_OAUTH_ACCESS_TOKEN", space.cluster.cloud.token)
+
+    def make() -> Image:
+        module = artifact("http-guest", variant=space.unique("v"))
+        name = space.registry.push("signed", module, space.unique("tag"), key=None)
+        return Image(space, name, space.registry.key.private_key)
+
+    return make
+
+
+@pytest.fixture
+def cosign(space: Workspace, tmp_path: Path) -> Callable[..., None]:
+    """Runs a program where `cosign.key` is the trusted key and the registry is logged in to."""
+    for program in ("cosign", "cosign3"):
+        if shutil.which(program) is None:
+            pytest.fail(f"{program} is not on PATH; see scripts/toolchain")
+    (tmp_path / "docker").mkdir()
+    (tmp_path / "docker" / "config.json").write_text(space.registry.docker_config)
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "DOCKER_CONFIG": str(tmp_path / "docker"),
+        "COSIGN_PASSWORD": "",
+    }
+
+    def run(*command: str) -> None:
+        answer = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert answer.returncode == 0, answer.stderr
+
+    (tmp_path / "key.pem").write_text(space.registry.key.private_key)
+    run("cosign", "import-key-pair", "--key", "key.pem", "--output-key-prefix", "cosign")
+    return run
+
+
+def test_what_each_version_of_cosign_and_the_program_signed_runs(
+    space: Workspace, image: Callable[[], Image], cosign: Callable[..., None]
+) -> None:
+    by_cosign2, by_cosign3, at_tag, by_bundle, misdescribed = (image() for _ in range(5))
+    cosign("cosign", "sign", "--key", "cosign.key", *OFFLINE, by_cosign2.name)
+    cosign("cosign3", "sign", "--key", "cosign.key", *OFFLINE, by_cosign3.name)
+    at_tag.sign_at_tag(at_tag.signed())
+    by_bundle.sign_by_bundle(by_bundle.bundle())
+    # What the list says of a referrer decides nothing.
+    misdescribed.list_referrer(misdescribed.refer(misdescribed.digest), artifactType="text/plain")
+    signed = (by_cosign2, by_cosign3, at_tag, by_bundle, misdescribed)
+    for pod in [space.serve(image=made.name) for made in signed]:
+        pod.wait_ready()
+
+
+def _another(image: Image) -> str:
+    """The digest of another image in the same repository."""
+    repository = f"{image.space.registry.uri}/signed"
+    assert repository == image.repository
+    other = artifact("http-guest", variant=image.space.unique("other"))
+    return image.client.push_artifact(other, image.space.unique("tag"))
+
+
+def _with_layer_type(image: Image) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["layers"][0]["mediaType"] = "application/json"
+
+    image.list_referrer(image.refer(image.digest, change), artifactType=artifacts.BUNDLE)
+
+
+def _with_artifact_type(image: Image) -> None:
+    made = image.refer(image.digest, lambda manifest: manifest.update(artifactType="text/plain"))
+    image.list_referrer(made, artifactType=artifacts.BUNDLE)
+
+
+def _without_subject(image: Image) -> None:
+    made = image.refer(image.digest, lambda manifest: manifest.pop("subject"))
+    image.list_referrer(made, artifactType=artifacts.BUNDLE)
+
+
+def _cut_signature(image: Image) -> None:
+    signed = image.signed()
+    image.sign_at_tag(signature.Signed(signed.payload, signed.signature[:40], ""))
+
+
+def _cut_bundle(image: Image) -> None:
+    image.sign_by_bundle(image.bundle()[:200])
+
+
+def _removed(image: Image) -> None:
+    inputs = {"repository": image.repository, "digest": image.digest, **image.signed().outputs()}
+    made = oci.OciSignatureProvider().create(inputs).outs
+    assert made
+    # As the next run's process, which knows of none that is needed.
+    with mock.patch.object(oci, "NEEDED", oci.Needed()):
+        oci.OciSignatureProvider().delete("id", made)
+
+
+ATTACKS: dict[str, tuple[str, Attack]] = {
+    "removed": ("it is not signed", _removed),
+    "cut at the tag": ("signature at tag sha256-.* is malformed", _cut_signature),
+    "cut bundle": ("bundle sha256:.* is malformed", _cut_bundle),
+    "other key at the tag": (
+        "signature at tag sha256-.* was made by no key",
+        lambda image: image.sign_at_tag(image.signed(key=signature.generate_key().private_key)),
+    ),
+    "other key's bundle": (
+        "bundle sha256:.* was made by no key",
+        lambda image: image.sign_by_bundle(image.bundle(key=signature.generate_key().private_key)),
+    ),
+    "other artifact's at the tag": (
+        "signature at tag sha256-.* is for another manifest, sha256:",
+        lambda image: image.sign_at_tag(image.signed(_another(image))),
+    ),
+    "bundle with another digest": (
+        "bundle sha256:.* is for another manifest, sha256:",
+        lambda image: image.sign_by_bundle(image.bundle(_another(image))),
+    ),
+    "bundle with another layer type": ('has layer type "application/json", expected', _with_layer_type),
+    "bundle with another artifact type": ('has artifact type "text/plain", expected', _with_artifact_type),
+    "bundle without a subject": ("refers to no manifest", _without_subject),
+    "lying list": (
+        "refers to another manifest, .sha256:",
+        lambda image: image.list_referrer(image.refer(_another(image)), artifactType=artifacts.BUNDLE),
+    ),
+}
+
+
+def test_each_attack_has_its_reason_and_the_command_in_it_makes_the_image_run(
+    space: Workspace, image: Callable[[], Image], cosign: Callable[..., None]
+) -> None:
+    refused: list[tuple[Image, str, Pod]] = []
+    for reason, attack in ATTACKS.values():
+        made = image()
+        attack(made)
+        refused.append((made, reason, space.serve(image=made.name)))
+    for number, (made, reason, pod) in enumerate(refused):
+        message = pod.wait_waiting("SignatureValidationFailed")
+        assert re.search(reason, message), message
+        advice = re.search("`(cosign sign .*)`", message)
+        assert advice, message
+        assert made.name in advice[1]
+        program, *arguments = shlex.split(advice[1])
+        cosign((program, "cosign3")[number % 2], *arguments)
+        pod.delete()
+    for pod in [space.serve(image=made.name) for made, _, _ in refused]:
+        pod.wait_ready()
+
+
+def test_a_signature_does_not_move_with_the_tag(space: Workspace, image: Callable[[], Image]) -> None:
+    signed, unsigned = image(), image()
+    signed.sign_by_bundle(signed.bundle())
+    signed.sign_at_tag(signed.signed())
+    tag = space.unique("moved")
+    content = signed.client.manifest_request(unsigned.digest, "GET").content
+    signed.client.expect(signed.client.manifest_request(tag, "PUT", content), 201)
+    message = space.serve(image=f"{signed.repository}:{tag}").wait_waiting("SignatureValidationFailed")
+    assert f"it is not signed: manifest {unsigned.digest} has no tag" in message
