@@ -1,7 +1,8 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -u
 """The policy pack, run by ./scripts/preview, or: `pulumi preview --policy-pack policy/__main__.py`.
 
 As a program: a directory is run by newer language hosts only than the one that is built from source.
+Unbuffered: the port that the engine waits for is written and not flushed.
 """
 
 from __future__ import annotations

@@ -222,8 +222,8 @@ def test_any_other_may_lose_it(stack: str, value: object) -> None:
 @pytest.fixture(scope="module")
 def pack() -> Iterator[Any]:
     """The pack as the engine runs it."""
-    environment = {**os.environ, "PYTHONPATH": str(venv.policies())}
-    command = [sys.executable, "-W", "ignore", str(REPOSITORY / "policy" / "__main__.py"), "127.0.0.1:9"]
+    environment = {**os.environ, "PYTHONPATH": str(venv.policies()), "PYTHONWARNINGS": "ignore"}
+    command = [str(REPOSITORY / "policy" / "__main__.py"), "127.0.0.1:9"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout
