@@ -64,7 +64,7 @@ class World:
     disturbed: bool = False
     """Whether something was done since it was last brought up."""
     walks: int = 0
-    """How many of hypothesis' examples have begun."""
+    """How many of hypothesis' examples are over."""
 
     @property
     def cloud(self) -> Cloud:
@@ -87,7 +87,7 @@ class World:
 
     def rests(self) -> bool:
         """Whether the time is over, or has not begun: hypothesis' first example is the simplest there is."""
-        return self.walks < 2 or time.monotonic() > self.end
+        return self.walks < 1 or time.monotonic() > self.end
 
     def pids(self, program: str) -> list[int]:
         """This clone's processes of a program, by how their command line ends or what it begins with."""
@@ -118,8 +118,8 @@ class Walk(RuleBasedStateMachine):
 
     world: World
 
-    def __init__(self) -> None:
-        super().__init__()
+    def teardown(self) -> None:
+        """End an example; the next one goes on in the same world."""
         self.world.walks += 1
 
     def _did(self, step: str) -> None:
