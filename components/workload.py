@@ -91,6 +91,8 @@ class WasmPod(pulumi.ComponentResource):
             ),
         )
         url = pulumi.Output.format("http://{0}:{1}", args.node.address, args.app.port)
+        # A preview of another pod has metadata without a uid, which would pass for None; it has no status.
+        uid = pulumi.Output.all(pod.metadata.uid, pod.status).apply(lambda made: made[0])
         smoke_test = command.local.Command(
             f"{name}-smoke-test",
             create=SMOKE_TEST,
@@ -99,7 +101,7 @@ class WasmPod(pulumi.ComponentResource):
             triggers=[
                 args.artifact.image,
                 url,
-                pod.metadata.uid,
+                uid,
                 args.node.registration.uid,
                 args.node.registration.configuration,
             ],

@@ -34,7 +34,7 @@ from pulumi.dynamic import (
     UpdateResult,
 )
 
-from components.providers import freshness, inputs, is_unknown, operation
+from components.providers import PLACES, freshness, inputs, is_unknown, operation
 from components.providers.compiler import WASM_TARGET, CargoError, Toolchain, run, toolchain_for
 
 # Raised when the way of building changes in a manner that the other facts do not show.
@@ -356,7 +356,7 @@ class CargoBuildProvider(ResourceProvider):
 
     @operation
     def check(self, _olds: dict[str, Any], news: dict[str, Any]) -> CheckResult:
-        """Build, so that a preview knows whether other bytes come out, and shows cargo's errors.
+        """Build, so that a preview knows what comes out, and shows cargo's errors.
 
         What is in the cache already costs no time; what was removed from it is there again afterwards.
         """
@@ -366,7 +366,8 @@ class CargoBuildProvider(ResourceProvider):
             built = build(Path(news["crate"]), news["target"], news["profile"])
         except CargoError as error:
             return CheckResult(news, [CheckFailure("crate", str(error))])
-        return CheckResult({**news, "sha256": built.sha256}, [])
+        PLACES[built.sha256] = built.path
+        return CheckResult({**news, "sha256": built.sha256, "size": built.size}, [])
 
     @operation
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:

@@ -29,7 +29,7 @@ from pulumi.dynamic import (
     UpdateResult,
 )
 
-from components.providers import changed, gone, is_unknown, operation
+from components.providers import PLACES, changed, gone, is_unknown, operation
 from components.providers.artifacts import (
     MANIFEST,
     Artifact,
@@ -272,9 +272,6 @@ class Needed:
 
 
 NEEDED = Needed()
-PLACES: dict[str, str] = {}
-"""Where the file with a sum (hex) lies on this machine. A check notes it for the push in the same process: it
-is nobody else's affair, and so it is in no state and no preview."""
 
 
 def _check_repository(news: dict[str, Any]) -> CheckResult:
@@ -299,11 +296,12 @@ class OciArtifactProvider(ResourceProvider):
         """
         checked = _check_repository(news)
         inputs = {key: value for key, value in news.items() if key != "path"}
-        if checked.failures or is_unknown(news["sha256"]) or is_unknown(news["path"]):
+        if not is_unknown(news["path"]) and not is_unknown(news["sha256"]):
+            PLACES[news["sha256"]] = news["path"]
+        if checked.failures or news["sha256"] not in PLACES:
             return CheckResult(inputs, checked.failures)
-        PLACES[news["sha256"]] = news["path"]
         same = all(olds.get(key) == news[key] for key in ("kind", "sha256")) and olds.get("digest")
-        digest = olds["digest"] if same else digest_of(news["kind"], news["path"], news["sha256"])
+        digest = olds["digest"] if same else digest_of(news["kind"], PLACES[news["sha256"]], news["sha256"])
         inputs["digest"] = digest
         if not is_unknown(news["repository"]):
             inputs["image"] = f"{news['repository']}@{digest}"
