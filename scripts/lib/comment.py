@@ -6,8 +6,8 @@ import html
 import re
 from collections.abc import Iterable
 
+from scripts.lib.changes import NONE
 from scripts.lib.plan import KINDS, PRICED_FOR, PRICED_ON, Report, Step
-from tests.e2e.changes import NONE
 
 MARKER = "<!-- pulumi-preview -->"
 """What a comment begins with, so that the next one is written in its place."""

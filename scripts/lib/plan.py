@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from policy.rules import CREDENTIAL
-from tests.e2e.changes import AGENT, ALL, BOOT, CHANGES, NONE, POD, VM, Change
+from scripts.lib.changes import AGENT, ALL, BOOT, CHANGES, NONE, POD, VM, Change
 
 Event = dict[str, Any]
 SECRET = "[secret]"  # noqa: S105 - what stands in its place

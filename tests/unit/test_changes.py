@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from tests.e2e.changes import CHANGES, DOCUMENT, rendered
+from scripts.lib.changes import CHANGES, DOCUMENT, rendered
 from tests.unit.conftest import REPOSITORY
 
 # Not in the schema (see Pulumi.yaml), and where the stack is on Google.
@@ -17,4 +17,4 @@ def test_every_key_has_a_row() -> None:
 
 
 def test_the_document_is_made_of_the_table() -> None:
-    assert DOCUMENT.read_text() == rendered(), "python -m tests.e2e.changes writes it"
+    assert DOCUMENT.read_text() == rendered(), "python -m scripts.lib.changes writes it"

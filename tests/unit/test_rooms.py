@@ -14,6 +14,7 @@ from tests.unit.conftest import REPOSITORY
 
 PROGRAM = [REPOSITORY / "__main__.py", *sorted((REPOSITORY / "components").rglob("*"))]
 PROVIDERS = sorted((REPOSITORY / "components" / "providers").glob("*.py"))
+SCRIPTS = sorted((REPOSITORY / "scripts" / "lib").glob("*.py"))
 LOCALCLOUD = sorted((REPOSITORY / "localcloud").rglob("*.py"))
 
 
@@ -45,6 +46,11 @@ def test_the_program_knows_google_and_nothing_of_what_stands_in_for_it(path: Pat
 @pytest.mark.parametrize("path", LOCALCLOUD, ids=name)
 def test_localcloud_knows_nothing_of_the_program(path: Path) -> None:
     assert not [module for module in imported(path) if within(module, "components")]
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *LOCALCLOUD, *PROVIDERS], ids=name)
+def test_what_users_run_imports_no_test(path: Path) -> None:
+    assert not [module for module in imported(path) if within(module, "tests")]
 
 
 @pytest.mark.parametrize("path", PROVIDERS, ids=name)

@@ -1,6 +1,6 @@
 """What a change of each configuration key does to a running stack; docs/changes.md is made of it.
 
-`python -m tests.e2e.changes` writes the document. test_changes.py holds every row against the program.
+`python -m scripts.lib.changes` writes the document; tests/e2e/test_changes.py holds every row to it.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def rendered() -> str:
         "# What a change of a setting does",
         "",
         "Resources have their names in the program; what is not named stays as it is. The table is made of",
-        "tests/e2e/changes.py: `python -m tests.e2e.changes` writes it. A preview compiles what changed",
+        "scripts/lib/changes.py: `python -m scripts.lib.changes` writes it. A preview compiles what changed",
         "in the app and in the agent, and so knows whether other bytes come out: a comment changes nothing.",
         "",
         "| setting | to | updated in place | made anew | the app is away for |",
