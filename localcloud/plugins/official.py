@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
+from localcloud.plugins import sdk
+
 WHATEVER_VERSION = "LOCALCLOUD_OFFICIAL_PLUGINS"
 """Environment variable: plugins, by comma, whose official one is taken in whatever version it is there."""
 _START_SECONDS = 30
@@ -96,7 +98,8 @@ def _says(executable: Path) -> str:
     import grpc  # type: ignore[import-untyped]  # noqa: PLC0415
     from google.protobuf import empty_pb2  # type: ignore[import-untyped]  # noqa: PLC0415
 
-    from localcloud.plugins.messages import provider_pb2_grpc  # noqa: PLC0415
+    with sdk.not_run():
+        from pulumi.runtime.proto import provider_pb2_grpc  # noqa: PLC0415
 
     try:
         process = subprocess.Popen(

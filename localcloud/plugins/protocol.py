@@ -25,14 +25,7 @@ from typing import Any, NoReturn, TypeVar
 import grpc  # type: ignore[import-untyped]
 from google.protobuf import any_pb2, empty_pb2  # type: ignore[import-untyped]
 
-from localcloud.plugins.messages import (
-    engine_pb2,
-    engine_pb2_grpc,
-    plugin_pb2,
-    provider_pb2,
-    provider_pb2_grpc,
-    status_pb2,
-)
+from localcloud.plugins import sdk
 from localcloud.plugins.values import (
     UNKNOWN,
     Change,
@@ -43,6 +36,16 @@ from localcloud.plugins.values import (
     plain,
     to_struct,
 )
+
+with sdk.not_run():
+    from pulumi.runtime.proto import (
+        engine_pb2,
+        engine_pb2_grpc,
+        plugin_pb2,
+        provider_pb2,
+        provider_pb2_grpc,
+        status_pb2,
+    )
 
 # The engine asks for up to this many resources at once, each may wait for minutes.
 _WORKERS = 64
