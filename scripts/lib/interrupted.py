@@ -52,18 +52,20 @@ def take_up(deployment: dict[str, Any], steps: list[dict[str, Any]]) -> list[str
     With it comes what is still to be deleted in it or through it: a cluster's pools, a provider's objects.
     Gives the URNs of what was taken up.
     """
-    wanted = {}
+    wanted = set()
     for step in steps:
         if step["op"] in ("create", "replace", "create-replacement"):
             made = step.get("newState", {})
-            wanted[step["urn"]] = identity(made.get("type", ""), made.get("inputs", {}))
+            known = identity(made.get("type", ""), made.get("inputs", {}))
+            if known is not None:
+                wanted.add((step["urn"], known))
     taken: list[str] = []
     resources = deployment.get("resources", [])
     for resource in resources:
         urn = resource["urn"]
         if not resource.get("delete") or urn in taken:
             continue
-        if wanted.get(urn) == resource.get("id") or not _leans_on(resource).isdisjoint(taken):
+        if (urn, resource.get("id")) in wanted or not _leans_on(resource).isdisjoint(taken):
             for other in resources:
                 if other["urn"] == urn and not other.get("delete"):
                     other["delete"] = True

@@ -92,6 +92,7 @@ def _replaced() -> list[dict[str, Any]]:
         {"urn": "urn:provider", "id": "1", "dependencies": ["urn:cluster"], "delete": True},
         {"urn": "urn:space", "id": "wasm", "provider": "urn:provider::1", "delete": True},
         {"urn": "urn:other", "id": "old", "delete": True},
+        {"urn": "urn:component", "delete": True},
     ]
 
 
@@ -106,7 +107,7 @@ def test_what_is_to_be_deleted_and_wanted_again_is_taken_up_with_what_is_in_it(o
     taken = take_up(deployment, _preview("a", op))
     assert taken == ["urn:cluster", "urn:pool", "urn:provider", "urn:space"]
     lives = {r["urn"]: r["id"] for r in deployment["resources"] if not r.get("delete")}
-    goes = {r["urn"]: r["id"] for r in deployment["resources"] if r.get("delete")}
+    goes = {r["urn"]: r.get("id") for r in deployment["resources"] if r.get("delete")}
     assert lives == {
         "urn:cluster": "projects/p/locations/l/clusters/a",
         "urn:pool": "a/pool",
@@ -114,11 +115,16 @@ def test_what_is_to_be_deleted_and_wanted_again_is_taken_up_with_what_is_in_it(o
         "urn:space": "wasm",
         "urn:other": "new",
     }
-    assert goes.keys() == lives.keys()
+    assert goes.keys() == {*lives, "urn:component"}
     assert goes["urn:cluster"].endswith("/b")
 
 
-@pytest.mark.parametrize("steps", [_preview("c"), _preview("a", "same"), _preview("a", "update"), []])
+COMPONENT = [{"op": "create", "urn": "urn:component", "newState": {"type": "awesome-wasm:node:KrustletNode"}}]
+
+
+@pytest.mark.parametrize(
+    "steps", [_preview("c"), _preview("a", "same"), _preview("a", "update"), COMPONENT, []]
+)
 def test_what_nobody_wants_again_goes_as_it_was_planned(steps: list[dict[str, Any]]) -> None:
     deployment = {"resources": _replaced()}
     assert take_up(deployment, steps) == []
@@ -129,4 +135,4 @@ def test_what_vanished_meanwhile_is_taken_up_as_well() -> None:
     old = [resource for resource in _replaced() if resource.get("delete")]
     deployment = {"resources": old}
     assert "urn:cluster" in take_up(deployment, _preview("a", "create"))
-    assert [r["urn"] for r in old if r.get("delete")] == ["urn:other"]
+    assert [r["urn"] for r in old if r.get("delete")] == ["urn:other", "urn:component"]
