@@ -19,7 +19,7 @@ import requests
 
 from components.providers import compiler
 from components.providers.signature import generate_key
-from tests.e2e.changes import AGENT, CHANGES, NONE, POD, Change
+from scripts.lib.changes import AGENT, CHANGES, NONE, POD, Change
 from tests.e2e.conftest import Stack
 
 # The one that moves most; AWESOME_WASM_CHANGES=all applies every row, a list of keys those.
@@ -189,3 +189,23 @@ def test_a_changed_line_of_the_app_is_there_within_a_moment(stack: Stack) -> Non
     print(f"the app was away for {client.longest:.3f} s")  # noqa: T201 - with pytest -s
     assert plan.get("workload-prepare") == "replace", "the preview says that it is prepared"
     assert client.longest < LIMITS[POD]
+
+
+def test_a_saved_plan_is_what_up_does_and_is_refused_for_another_source(stack: Stack, tmp_path: Path) -> None:
+    source, plan = stack.directory / "wasm_app" / "src" / "page.html", str(tmp_path / "a plan.json")
+    before = source.read_text()
+    try:
+        source.write_text(before.replace("</body>", "<p>as it was planned</p></body>"))
+        shown = stack.run("./scripts/preview", "--save-plan", plan).stdout
+        stack.run("./scripts/up", "--plan", plan)
+        assert "as it was planned" in stack.get("/").text
+        image = str(stack.outputs()["image"])
+        assert f"image: {image}" in shown, "the preview knew the digest"
+        source.write_text(before.replace("</body>", "<p>as nobody planned</p></body>"))
+        refused = stack.run("./scripts/up", "--plan", plan, check=False)
+        assert refused.returncode != 0
+        assert "violates plan" in refused.stderr
+        assert stack.outputs()["image"] == image
+    finally:
+        source.write_text(before)
+        stack.run("pulumi", "up", "--yes", "--skip-preview")

@@ -481,8 +481,11 @@ PROPS = {"target": WASM_TARGET, "profile": "release"}
 
 def test_check_builds_so_that_a_preview_knows_the_bytes(app: Path, built: cargo.Built) -> None:
     provider, props = cargo.CargoBuildProvider(), {"crate": str(app), **PROPS}
-    made = provider.create(provider.check({}, props).inputs).outs
+    checked = provider.check({}, props).inputs
+    made = provider.create(checked).outs
     assert made is not None
+    assert {**props, "sha256": built.sha256, "size": built.size} == checked, "and not where it lies"
+    assert cargo.PLACES[built.sha256] == made["path"]
     assert (made["sha256"], made["size"]) == (built.sha256, built.size)
     # A comment: it is compiled again, and the same bytes come out.
     write("src/lib.rs", LIBRARY + "// nothing new\n")(app, pytest.MonkeyPatch())

@@ -183,6 +183,7 @@ def test_a_registry_that_does_not_answer_is_given_up_in_the_end(
 def binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: Registry) -> dict[str, Any]:
     """Give the inputs of an artifact's push, in a process that did nothing yet."""
     monkeypatch.setattr(oci, "NEEDED", oci.Needed())
+    monkeypatch.setattr(oci, "PLACES", {})
     path = tmp_path / "krustlet"
     path.write_bytes(b"krustlet")
     sum_ = hashlib.sha256(b"krustlet").hexdigest()
@@ -284,6 +285,17 @@ def test_a_preview_knows_the_image_before_it_is_pushed(binary: Outputs) -> None:
     assert elsewhere["digest"] == checked["digest"]
     assert "image" not in elsewhere
     assert "digest" not in provider.check(checked, {**binary, "sha256": UNKNOWN}).inputs
+
+
+def test_a_preview_knows_the_image_of_what_it_has_just_compiled(
+    binary: Outputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider, compiled = oci.OciArtifactProvider(), {**binary, "path": UNKNOWN}
+    assert "digest" not in provider.check({}, compiled).inputs, "nobody has said where it lies"
+    monkeypatch.setitem(oci.PLACES, str(binary["sha256"]), str(binary["path"]))
+    told = provider.check({}, compiled).inputs
+    assert told == provider.check({}, binary).inputs, "so that the up fits the preview's plan"
+    assert told["image"] == made_by(provider, binary)["image"]
 
 
 def test_where_the_file_lies_is_in_no_state_and_an_older_state_that_has_it_is_as_good(
