@@ -246,11 +246,11 @@ fn parse_label(text: &str) -> Result<(String, String), String> {
     Ok((key.trim().to_owned(), value.trim().to_owned()))
 }
 
-/// A network, or an address alone.
 fn parse_duration(text: &str) -> Result<Duration, String> {
     limits::duration(text).ok_or_else(|| format!("{text:?} is no duration, such as 5m or 30s"))
 }
 
+/// A network, or an address alone.
 fn parse_network(text: &str) -> Result<IpNet, String> {
     let text = text.trim();
     let network = match text.parse::<IpAddr>() {
