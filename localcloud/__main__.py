@@ -207,8 +207,8 @@ def serve(home: Home) -> int:
 
     import uvicorn  # noqa: PLC0415
 
-    from localcloud.api.local import LocalBackends  # noqa: PLC0415
     from localcloud.api.server import Api, application  # noqa: PLC0415
+    from localcloud.backends.local import LocalBackends  # noqa: PLC0415
 
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s %(message)s")
     config = home.require_config()

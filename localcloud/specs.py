@@ -1,12 +1,15 @@
 """What the API asks of the backends, and what it gets back.
 
-These types are the whole vocabulary between `localcloud/api` (Google's REST) and `localcloud/backends`
-(processes): neither side reads the other's records.
+These types are the vocabulary between `localcloud/api` (Google's REST) and `localcloud/backends` (processes).
+Two backends besides read what the API has stored, and write nothing there: an instance's metadata server,
+which shows a change at once, and the approver of nodes' certificates, which asks what a node's instance is.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+PROJECT_NUMBER = "481516234200"
 
 
 class BackendError(Exception):

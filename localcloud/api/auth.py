@@ -10,7 +10,7 @@ from localcloud.api.errors import ApiError
 from localcloud.api.iam import find_account
 from localcloud.api.policy import granted
 from localcloud.api.service import Call, Principal, Services
-from localcloud.api.tokens import is_developer_token, read_access_token
+from localcloud.tokens import is_developer_token, read_access_token
 
 _INVALID = (
     "Request had invalid authentication credentials. Expected OAuth 2 access token, login cookie or other "

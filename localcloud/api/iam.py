@@ -8,7 +8,8 @@ import secrets
 from localcloud.api.errors import ApiError
 from localcloud.api.listing import listing
 from localcloud.api.policy import forget_member, get_policy, set_policy, test_permissions
-from localcloud.api.service import PROJECT_NUMBER, TABLE, Call, fingerprint
+from localcloud.api.service import TABLE, Call, fingerprint
+from localcloud.specs import PROJECT_NUMBER
 from localcloud.store import Json, Record, Store
 
 ACCOUNT = "iam.serviceAccounts"

@@ -17,13 +17,13 @@ from localcloud.api.auth import identify
 from localcloud.api.faults import due
 from localcloud.api.policy import granted
 from localcloud.api.service import Principal, Services
-from localcloud.api.tokens import (
+from localcloud.store import Json
+from localcloud.tokens import (
     REGISTRY_SERVICE,
     REGISTRY_TOKEN_SECONDS,
     RegistryAccess,
     mint_registry_token,
 )
-from localcloud.store import Json
 
 USER = "oauth2accesstoken"
 _SCOPE = re.compile(r"repository(?:\([^)]*\))?:(?P<name>[^\s:]+(?::\d+/[^\s:]+)?):(?P<actions>[a-z*,]+)")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from localcloud.api.listing import listing
-from localcloud.api.service import PROJECT_NUMBER, TABLE, Call, fingerprint
+from localcloud.api.service import TABLE, Call, fingerprint
+from localcloud.specs import PROJECT_NUMBER
 from localcloud.store import Json
 
 _CREATED = "2026-09-16T00:00:00.000Z"

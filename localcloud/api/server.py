@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from localcloud import sources
+from localcloud import identity, sources
 from localcloud.api import (
     artifactregistry,
     artifacts,
@@ -29,7 +29,6 @@ from localcloud.api import (
     enums,
     faults,
     iam,
-    identity,
     registry_tokens,
     resourcemanager,
     serviceusage,
@@ -48,14 +47,14 @@ from localcloud.api.faults import ControlPlanes, FaultyBackends, RequestFaults, 
 from localcloud.api.masks import partial
 from localcloud.api.message import LARGEST_BODY, Message, read, too_large
 from localcloud.api.operations import Operations
-from localcloud.api.service import PROJECT_NUMBER, TABLE, Backends, Call, Services
+from localcloud.api.service import TABLE, Backends, Call, Services
 from localcloud.api.status_page import Seen, Status
-from localcloud.api.tokens import webhook_secret
 from localcloud.api.validation import NUMERIC_ENUMS, check_body, check_path, check_query
 from localcloud.api.versions import shown
 from localcloud.home import Home
-from localcloud.specs import BackendError
+from localcloud.specs import PROJECT_NUMBER, BackendError
 from localcloud.store import Json, Store
+from localcloud.tokens import webhook_secret
 
 logger = logging.getLogger("localcloud.api")
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from localcloud.api.discovery import Method
     from localcloud.api.operations import Operations
 
-PROJECT_NUMBER = "481516234200"
-
 
 class Backends(Protocol):
     """The real parts behind the records. Every function is synchronous and may be repeated.

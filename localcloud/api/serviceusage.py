@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from localcloud.api.discovery import SERVED
-from localcloud.api.service import PROJECT_NUMBER, TABLE, Call
+from localcloud.api.service import TABLE, Call
+from localcloud.specs import PROJECT_NUMBER
 from localcloud.store import Json
 
 

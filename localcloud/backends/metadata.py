@@ -4,7 +4,7 @@
 
 Paths, headers, redirects and error pages are those of https://cloud.google.com/compute/docs/metadata.
 Attributes, tags and scopes are read from localcloud's store at each request, so a change is seen at once,
-also by a request that waits for it (`wait_for_change`). Tokens are minted by localcloud/api/tokens.py.
+also by a request that waits for it (`wait_for_change`). Tokens are minted by localcloud/tokens.py.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from localcloud.api.identity import mint_identity_token
-from localcloud.api.service import PROJECT_NUMBER
-from localcloud.api.tokens import AccessToken, mint_access_token
 from localcloud.backends.rootfs import Rootfs
 from localcloud.home import Home
-from localcloud.specs import InstanceSpec
+from localcloud.identity import mint_identity_token
+from localcloud.specs import PROJECT_NUMBER, InstanceSpec
 from localcloud.store import Store, instance_key
+from localcloud.tokens import AccessToken, mint_access_token
 
 _FLAVOR = "Metadata-Flavor"
 _UNIVERSE = "googleapis.com"

@@ -1,6 +1,6 @@
 """Artifact Registry's storage: CNCF distribution under the supervisor, its files below registry/ of the home.
 
-Who may do what is decided by localcloud's token endpoint (localcloud/api/tokens.py); the registry checks the
+Who may do what is decided by localcloud's token endpoint (localcloud/tokens.py); the registry checks the
 tokens.
 """
 
@@ -18,12 +18,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from localcloud.api.tokens import registry_auth
 from localcloud.backends.ports import owner, remembered_ports
 from localcloud.backends.processes import wait_until
 from localcloud.backends.supervisor import Program, Supervisor
 from localcloud.home import LOOPBACK, Home, write_private
 from localcloud.specs import BackendError
+from localcloud.tokens import registry_auth
 
 PROGRAM = "registry"
 _HELD: dict[int, socket.socket] = {}

@@ -24,7 +24,6 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from localcloud.api.tokens import RegistryAccess, mint_registry_token, registry_auth
 from localcloud.backends import cluster, instance, registry
 from localcloud.backends.processes import marked, start_time
 from localcloud.backends.rootfs import Rootfs
@@ -32,6 +31,7 @@ from localcloud.backends.supervisor import Program, Supervisor
 from localcloud.home import Config, Home, is_free
 from localcloud.specs import BackendError, Cluster, ClusterSpec, InstanceSpec
 from localcloud.store import Record, Store, instance_key
+from localcloud.tokens import RegistryAccess, mint_registry_token, registry_auth
 from tests.waiting import until
 
 PROJECT, ZONE = "localcloud-dev", "europe-west1-b"

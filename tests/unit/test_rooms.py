@@ -48,6 +48,18 @@ def test_localcloud_knows_nothing_of_the_program(path: Path) -> None:
     assert not [module for module in imported(path) if within(module, "components")]
 
 
+# The commands and their shell, which put the rooms together.
+ENTRANCES = {"__main__.py", "environment.py"}
+
+
+@pytest.mark.parametrize("path", [path for path in LOCALCLOUD if path.name not in ENTRANCES], ids=name)
+def test_what_two_rooms_of_localcloud_need_lies_below_both(path: Path) -> None:
+    rooms = {"api", "backends", "plugins"}
+    room = path.relative_to(REPOSITORY / "localcloud").parts[0]
+    others = [f"localcloud.{other}" for other in rooms - {room}]
+    assert not [module for module in imported(path) if any(within(module, other) for other in others)]
+
+
 @pytest.mark.parametrize("path", [*SCRIPTS, *LOCALCLOUD, *PROVIDERS], ids=name)
 def test_what_users_run_imports_no_test(path: Path) -> None:
     assert not [module for module in imported(path) if within(module, "tests")]

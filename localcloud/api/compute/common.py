@@ -9,7 +9,8 @@ from typing import Any
 
 from localcloud.api.errors import ApiError, already_exists, invalid_value, not_found
 from localcloud.api.listing import matching, ordered_page, page
-from localcloud.api.service import PROJECT_NUMBER, TABLE, Call, Services, fingerprint, new_id, now
+from localcloud.api.service import TABLE, Call, Services, fingerprint, new_id, now
+from localcloud.specs import PROJECT_NUMBER
 from localcloud.store import Json, Record, Store
 
 LINK = "https://www.googleapis.com/compute/v1/"

@@ -9,9 +9,9 @@ from functools import partial
 from localcloud.api.container.common import CLUSTER, gke_version
 from localcloud.api.errors import reason
 from localcloud.api.service import TABLE, Services
-from localcloud.api.tokens import webhook_url
 from localcloud.specs import ClusterSpec
 from localcloud.store import Json, Record
+from localcloud.tokens import webhook_url
 
 logger = logging.getLogger("localcloud.clusters")
 

@@ -8,7 +8,8 @@ import time
 from localcloud.api.compute.catalog import zones
 from localcloud.api.container.common import LINK, OPERATION, in_location, parent, spellings
 from localcloud.api.errors import ApiError
-from localcloud.api.service import PROJECT_NUMBER, TABLE, Call, now
+from localcloud.api.service import TABLE, Call, now
+from localcloud.specs import PROJECT_NUMBER
 from localcloud.store import Json, Record
 
 

@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from starlette.testclient import TestClient
 
 from localcloud.api.server import application
-from localcloud.api.tokens import mint_access_token, registry_auth, webhook_url
 from localcloud.home import Home
+from localcloud.tokens import mint_access_token, registry_auth, webhook_url
 from tests.unit.localcloud_api.client import ACCOUNTS, COMPUTE, REPOSITORIES, TOKEN, Client
 
 ROBOT = "robot1@localcloud-dev.iam.gserviceaccount.com"

@@ -14,12 +14,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from google.auth import jwt
 
-from localcloud.api.identity import certificates
-from localcloud.api.tokens import read_access_token
 from localcloud.backends.metadata import Answer, Metadata, MetadataServer, answer
 from localcloud.home import Config, Home
+from localcloud.identity import certificates
 from localcloud.specs import InstanceSpec
 from localcloud.store import Record, Store, instance_key
+from localcloud.tokens import read_access_token
 
 GOOGLE = {"Metadata-Flavor": "Google"}
 V1 = "/computeMetadata/v1"

@@ -10,9 +10,9 @@ import time
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
-from localcloud.api.tokens import made_once
 from localcloud.home import Home
 from localcloud.store import Json
+from localcloud.tokens import made_once
 
 ISSUER = "https://accounts.google.com"
 _SECONDS = 3600
