@@ -14,9 +14,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from localcloud import faults, snapshots, sources
 from localcloud.api import status_page
+from localcloud.backends import confinement
 from localcloud.backends.ports import choose_port, owner
 from localcloud.backends.processes import end, marked
 from localcloud.backends.supervisor import Supervisor, python_program
@@ -53,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     snapshot.add_argument("name", nargs="?", metavar="NAME")
     restore = commands.add_parser("restore", help="put everything back as it was in a snapshot")
     restore.add_argument("name", metavar="NAME")
+    trust = commands.add_parser("trust", help="have VMs run this startup script unconfined, with your rights")
+    trust.add_argument("script", type=Path, metavar="FILE")
     faults.add_parser(commands)
     environment = commands.add_parser("env", help="print the shell commands that point clients at it")
     environment.add_argument("--json", action="store_true", help="for machines")
@@ -68,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "logs": lambda: show_logs(home, options.part, lines=options.lines, follow=options.follow),
         "snapshot": lambda: snapshot_everything(home, options.name) if options.name else list_snapshots(home),
         "restore": lambda: restore_everything(home, options.name),
+        "trust": lambda: trust_script(home, options.script),
         "faults": lambda: faults.run(home, options),
         "env": lambda: show_environment(home, as_json=options.json),
         "serve": lambda: serve(home),
@@ -77,6 +82,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (HomeError, BackendError) as error:
         sys.stderr.write(f"localcloud: {error}\n")
         return 1
+
+
+def trust_script(home: Home, path: Path) -> int:
+    """`trust`: what the file holds now, and nothing that is made of it later."""
+    try:
+        confinement.trust(home, path.read_bytes().decode())
+    except (OSError, UnicodeDecodeError) as error:
+        raise BackendError(f"cannot read the script {path}: {error}") from error
+    return 0
 
 
 def _count(text: str) -> int:

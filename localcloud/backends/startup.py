@@ -13,13 +13,17 @@ import sys
 import threading
 from typing import IO
 
+from localcloud.backends import confinement
 from localcloud.backends.processes import wait_until
 from localcloud.backends.rootfs import Rootfs
 from localcloud.home import Home
+from localcloud.specs import InstanceSpec
 
 IDENTIFIER = "google_metadata_script_runner"
 _SCRIPT = "/computeMetadata/v1/instance/attributes/startup-script"
 _METADATA_SECONDS = 60
+# As a shell says it.
+_CANNOT_EXECUTE = 126
 # How long output may follow after the script itself ended, when it left something running.
 _LATE_OUTPUT_SECONDS = 1.0
 
@@ -40,8 +44,18 @@ def main() -> int:
         _say("No startup scripts to run.")
         return 0
     _say("Found startup-script in metadata.")
-    status = _run(rootfs, script.text, rootfs.script_environment(spec))
-    _say(f"startup-script exit status {status}")
+    trusted = confinement.is_trusted(rootfs.home, script.text)
+    reason = "" if trusted else confinement.refusal()
+    if reason:
+        _say(
+            "startup-script is refused: it is not this checkout's components/startup.sh, would run with the"
+            f" rights of whoever runs localcloud, and cannot be confined: {reason}. If you trust it:"
+            " python -m localcloud trust FILE"
+        )
+        status = _CANNOT_EXECUTE
+    else:
+        status = _run(rootfs, spec, script.text, trusted=trusted)
+        _say(f"startup-script exit status {status}")
     _say("Finished running startup scripts.")
     return status
 
@@ -66,16 +80,21 @@ class _Script:
         return reply.status in (200, 404)
 
 
-def _run(rootfs: Rootfs, text: str, environment: dict[str, str]) -> int:
+def _run(rootfs: Rootfs, spec: InstanceSpec, text: str, *, trusted: bool) -> int:
     path = rootfs.root / "tmp" / "startup-script"
     path.write_text(text)
     path.chmod(0o700)
-    command = [str(path)] if text.startswith("#!") else ["/bin/sh", str(path)]
+    interpreter = () if text.startswith("#!") else ("/bin/sh",)
+    if trusted:
+        command = [*interpreter, str(path)]
+    else:
+        _say("startup-script is confined: it is not this checkout's own. It cannot start services.")
+        command = confinement.command(rootfs, spec, path, interpreter)
     inherited = {key: value for key, value in os.environ.items() if key.startswith("LOCALCLOUD_SUPERVISED")}
     try:
         process = subprocess.Popen(
             command,
-            env=environment | inherited,
+            env=rootfs.script_environment(spec) | inherited,
             cwd=rootfs.root,
             umask=0o022,
             stdin=subprocess.DEVNULL,
@@ -84,7 +103,7 @@ def _run(rootfs: Rootfs, text: str, environment: dict[str, str]) -> int:
         )
     except OSError as error:
         _say(f"startup-script cannot be run: {error.strerror}")
-        return 126
+        return _CANNOT_EXECUTE
     reader = threading.Thread(target=_copy, args=(process.stdout,), daemon=True)
     reader.start()
     status = process.wait()

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,13 @@ class Localcloud:
         """A request as the developer."""
         headers = {"Authorization": f"Bearer {self.token}"} | options.pop("headers", {})
         return requests.request(verb, self.url + path, json=body, headers=headers, timeout=130, **options)
+
+    def trust(self, script: str) -> None:
+        """Have its VMs run a startup script that is not this checkout's."""
+        with tempfile.NamedTemporaryFile("w") as file:
+            file.write(script)
+            file.flush()
+            self.command("trust", file.name)
 
     def done(self, operation: dict[str, Any]) -> dict[str, Any]:
         """A Compute Engine operation when it is done; it must have succeeded."""

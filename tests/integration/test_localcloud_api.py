@@ -215,6 +215,7 @@ def test_instance_runs_its_startup_script_and_is_really_gone_when_deleted(localc
         "echo token=$(curl -s -H Metadata-Flavor:Google $url/instance/service-accounts/default/token)\n"
     )
     account = {"email": "default", "scopes": ["https://www.googleapis.com/auth/cloud-platform"]}
+    localcloud.trust(script)
     body = _instance("worker", script) | {"serviceAccounts": [account]}
     localcloud.done(localcloud.request("POST", INSTANCES, body).json())
 

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from localcloud.backends import cluster, instance, registry
+from localcloud.backends import cluster, confinement, instance, registry
 from localcloud.backends.processes import marked, start_time
 from localcloud.backends.rootfs import Rootfs
 from localcloud.backends.supervisor import Program, Supervisor
@@ -642,6 +642,8 @@ def vm(local: Local) -> Iterator[Callable[..., InstanceSpec]]:
         taken = {Rootfs(local.home, other).load().ip for other in started}
         address = instance.allocate_address(local.home, taken)
         started.append(name)
+        script = script.replace("PYTHON", sys.executable)
+        confinement.trust(local.home, script)
         spec = InstanceSpec(
             name,
             PROJECT,
@@ -649,7 +651,7 @@ def vm(local: Local) -> Iterator[Callable[..., InstanceSpec]]:
             "1",
             address,
             f"{name}.c.{PROJECT}.internal",
-            metadata={"startup-script": script.replace("PYTHON", sys.executable)},
+            metadata={"startup-script": script},
         )
         instance.start_instance(local.home, local.supervisor, spec)
         return spec

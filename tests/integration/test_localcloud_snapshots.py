@@ -37,6 +37,7 @@ def cloud(tmp_path: Path) -> Iterator[Localcloud]:
     cloud = make_localcloud(tmp_path)
     try:
         cloud.command("start")
+        cloud.trust(SCRIPT)
         cloud.done(cloud.request("POST", INSTANCES, INSTANCE).json())
         _wait_for_boots(cloud, 1)
         yield cloud
