@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import pulumi
@@ -76,6 +78,13 @@ class Lazy:
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(importlib.import_module(self._name), attribute)
+
+
+def cache_directory() -> Path:
+    """Give the project's cache, `${XDG_CACHE_HOME:-~/.cache}/awesome-wasm`."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG specification: a relative path in this variable is invalid and is to be ignored.
+    return (base if base.is_absolute() else Path.home() / ".cache") / "awesome-wasm"
 
 
 def gone() -> ReadResult:

@@ -34,7 +34,16 @@ from pulumi.dynamic import (
     UpdateResult,
 )
 
-from components.providers import PLACES, freshness, inputs, is_unknown, operation
+from components.providers import (
+    PLACES,
+    ProviderError,
+    cache_directory,
+    freshness,
+    inputs,
+    is_unknown,
+    operation,
+    zig,
+)
 from components.providers.compiler import WASM_TARGET, CargoError, Toolchain, run, toolchain_for
 
 # Raised when the way of building changes in a manner that the other facts do not show.
@@ -54,13 +63,6 @@ class Built:
     path: str
     sha256: str
     size: int
-
-
-def cache_directory() -> Path:
-    """Give the project's cache, `${XDG_CACHE_HOME:-~/.cache}/awesome-wasm`."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The XDG specification: a relative path in this variable is invalid and is to be ignored.
-    return (base if base.is_absolute() else Path.home() / ".cache") / "awesome-wasm"
 
 
 def target_directory(target: str) -> Path:
@@ -158,7 +160,7 @@ def build(
     job = Job(
         crate,
         choose(crate, target, example),
-        toolchain_for(crate, target),
+        toolchain_for(crate, target, target_directory(target)),
         profile,
         target_directory(target),
         {**os.environ, **(variables or {})},
@@ -218,7 +220,7 @@ class Job:
             if record is None or not inputs.unchanged(record[0], self.crate, self.environment, digest):
                 continue
             file = _place(record[1])
-            if file.is_file() and not fault(file, self.toolchain.triple):
+            if file.is_file() and not fault(file, self.toolchain.triple, self.toolchain.glibc):
                 built = measure(file)
                 if built.sha256 == record[1]["sha256"]:
                     return built
@@ -236,20 +238,34 @@ class Job:
             started = time.time_ns()
             build = self.compile()
             read = inputs.collect(build)
-        wrong = fault(build.result, self.toolchain.triple)
-        if wrong:
-            raise CargoError(f"what cargo made of {self.crate} is of no use: {wrong}")
-        built = {"name": build.result.name, "sha256": measure(build.result).sha256}
-        kept = _keep(build.result, _place(built))
+        kept = self.keep(build.result)
+        built = {"name": build.result.name, "sha256": kept.sha256}
         # What was written while the compiler ran may have been read before or after.
         if read is not None and not any(_changed_since(started, self.crate / name) for name in read.files):
             inputs.write(read, self.records / f"{_hash(json.dumps(vars(read), sort_keys=True))}.json", built)
             freshness.remember(build, read, self.records.name, memory)
         return kept
 
+    def keep(self, result: Path) -> Built:
+        """Put what was built into the cache, and beside it the symbols of a program for other machines."""
+        with tempfile.TemporaryDirectory(dir=cache_directory()) as scratch:
+            made = Path(shutil.copy2(result, scratch))
+            files = [made]
+            if self.toolchain.glibc:
+                files.append(zig.strip(made, self.toolchain.tools))
+            wrong = fault(made, self.toolchain.triple, self.toolchain.glibc)
+            if wrong:
+                raise CargoError(f"what cargo made of {self.crate} is of no use: {wrong}")
+            place = _place({"name": made.name, "sha256": measure(made).sha256})
+            place.parent.mkdir(parents=True, exist_ok=True)
+            # Renamed: what is killed half way leaves no half file under the final name.
+            for file in reversed(files):
+                file.replace(place.with_name(file.name))
+        return measure(place)
+
     def compile(self) -> inputs.Build:
         """Run cargo."""
-        command = ["cargo", "build", "--locked", "--profile", self.profile, *self.chosen.arguments]
+        command = [*self.toolchain.command, "--locked", "--profile", self.profile, *self.chosen.arguments]
         settings: dict[str, str | None] = {
             **self.environment,
             **self.toolchain.environment,
@@ -288,19 +304,6 @@ def _changed_since(moment: int, path: Path) -> bool:
     return path.exists() and path.stat().st_ctime_ns >= moment
 
 
-def _keep(made: Path, place: Path) -> Built:
-    """Copy a file into the cache.
-
-    A directory of its own and a rename: what is killed half way leaves no half file under the final name.
-    """
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_directory()) as scratch:
-        copy = Path(scratch) / made.name
-        shutil.copy2(made, copy)
-        copy.replace(place)
-    return measure(place)
-
-
 def measure(path: Path) -> Built:
     """Give a file's absolute path, sha256 and size."""
     with path.open("rb") as file:
@@ -323,8 +326,8 @@ def described(path: Path) -> str:
     return "no program"
 
 
-def fault(path: Path, triple: str) -> str:
-    """Say in which way a file is not what a Rust target asks for; "" when it is."""
+def fault(path: Path, triple: str, glibc: str = "") -> str:
+    """Say in which way a file is not what a Rust target and a glibc ask for; "" when it is."""
     architecture = triple.partition("-")[0]
     if triple == WASM_TARGET:
         wanted = "a WebAssembly component"
@@ -337,7 +340,10 @@ def fault(path: Path, triple: str) -> str:
     found = described(path)
     if found != wanted:
         return f"{path} is {found}, and {wanted} was asked for"
-    return "" if triple == WASM_TARGET or os.access(path, os.X_OK) else f"{path} may not be executed"
+    if triple != WASM_TARGET and not os.access(path, os.X_OK):
+        return f"{path} may not be executed"
+    symbol = zig.newer(path, glibc) if glibc else ""
+    return f"{path} needs {symbol}, and a glibc {glibc} was asked for" if symbol else ""
 
 
 def _result(messages: list[dict[str, Any]], chosen: Chosen) -> Path:
@@ -364,7 +370,7 @@ class CargoBuildProvider(ResourceProvider):
             return CheckResult(news, [])
         try:
             built = build(Path(news["crate"]), news["target"], news["profile"])
-        except CargoError as error:
+        except ProviderError as error:
             return CheckResult(news, [CheckFailure("crate", str(error))])
         PLACES[built.sha256] = built.path
         return CheckResult({**news, "sha256": built.sha256, "size": built.size}, [])
@@ -433,7 +439,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         sys.stdout.write(build(arguments.crate, arguments.target, arguments.profile).path + "\n")
-    except CargoError as error:
+    except ProviderError as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0

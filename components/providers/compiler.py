@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.providers import ProviderError
+from components.providers import ProviderError, zig
 
 WASM_TARGET = "wasm32-unknown-unknown"
+# As cargo-zigbuild writes it: a Rust target, and the oldest glibc that the program is to run with.
+GNU_TARGET = re.compile(r"([a-z0-9_]+-[a-z0-9_]+-linux-gnu)(?:\.(\d+\.\d+))?")
 # Debian's own compiler for the web, for machines where rustup cannot bring the target.
 DEBIAN_RUSTC = Path("/usr/bin/rustc")
 DEBIAN_PACKAGES = "rustc-web rust-web-src"
@@ -41,13 +43,17 @@ class Toolchain:
     """How to compile for one target.
 
     `triple` is the target's full name, `facts` what decides about the result beside the sources: what
-    `rustc -vV` says, configuration, variables. A variable of `environment` that is None is unset.
+    `rustc -vV` says, configuration, variables. A variable of `environment` that is None is unset. `glibc` is
+    the newest that the program may need, "" for this machine's; `tools` has the toolchain's own programs.
     """
 
     triple: str
     arguments: tuple[str, ...]
     environment: dict[str, str | None]
     facts: tuple[str, ...]
+    command: tuple[str, ...] = ("cargo", "build")
+    glibc: str = ""
+    tools: Path = Path()
 
 
 def run(arguments: list[str], cwd: Path, environment: Mapping[str, str | None] | None = None) -> str:
@@ -93,10 +99,11 @@ def host(crate: Path) -> str:
     return _fact(run(["rustc", "-vV"], crate), "host")
 
 
-def toolchain_for(crate: Path, target: str = "") -> Toolchain:
-    """Find out how to compile a crate for a target ("" is this machine).
+def toolchain_for(crate: Path, target: str = "", outputs: Path = Path()) -> Toolchain:
+    """Find out how to compile a crate for a target ("" is this machine) in a directory of cargo's.
 
-    For wasm: the target that rustup has or can add, else Debian's compiler and sources for the web. Raises
+    For a Linux that is not this machine's, or with a glibc that is named: zig links. What the compiler has no
+    standard library for: the one that rustup can add, else Debian's compiler and sources for the web. Raises
     CargoError that names the command to run when there is neither.
     """
     settings = configuration(crate)
@@ -104,6 +111,10 @@ def toolchain_for(crate: Path, target: str = "") -> Toolchain:
     version = run([compiler, "-vV"], crate)
     if target == WASM_TARGET:
         return _for_wasm(crate, settings, compiler, version)
+    gnu = GNU_TARGET.fullmatch(target)
+    if gnu and (gnu.group(2) or target != _fact(version, "host")):
+        library = _library(crate, compiler, version, gnu.group(1), "panic_unwind")
+        return _for_linux(crate, settings, library, gnu, outputs)
     triple = target or _fact(version, "host")
     is_host = triple == _fact(version, "host")
     # What the user set for other crates is not what was asked for here. Without a target cargo shares what it
@@ -118,34 +129,96 @@ def toolchain_for(crate: Path, target: str = "") -> Toolchain:
     )
 
 
-def _for_wasm(crate: Path, settings: dict[str, Any], compiler: str, version: str) -> Toolchain:
+@dataclass(frozen=True)
+class _Library:
+    """The compiler that has a standard library for a target, and what it takes to use that.
+
+    `place` is what stands for the library's sources in what is compiled.
+    """
+
+    compiler: str
+    version: str
+    tools: Path
+    place: str
+    arguments: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def _library(crate: Path, compiler: str, version: str, target: str, panic: str) -> _Library:
     sysroot = Path(run([compiler, "--print", "sysroot"], crate).strip())
     tools = sysroot / "lib" / "rustlib" / _fact(version, "host") / "bin"
-    arguments: tuple[str, ...] = ("--target", WASM_TARGET)
-    environment: dict[str, str | None] = {"CARGO_BUILD_TARGET": None}
-    if _has_wasm_library(sysroot) or _add_wasm_library(crate, sysroot):
+    if _has_library(sysroot, target) or _add_library(crate, sysroot, target):
         # A toolchain with the sources of std installed would write their place into panic messages.
-        std = f"{sysroot}/lib/rustlib/src/rust=/rustc/{_fact(version, 'commit-hash')}"
-    else:
-        library = _debian_library(crate)
-        compiler, std = str(DEBIAN_RUSTC), f"{library}=/rust"
-        version = run([compiler, "-vV"], crate)
-        arguments += ("-Zbuild-std=std,panic_abort",)
-        environment |= {"RUSTC": compiler, "RUSTC_BOOTSTRAP": "1"}
-    # Of several prefixes that match, the last one is used: a file is named by its place relative to the
-    # crate, so that the same sources in another directory, also a dependency beside it, give the same bytes.
+        place = f"{sysroot}/lib/rustlib/src/rust=/rustc/{_fact(version, 'commit-hash')}"
+        return _Library(compiler, version, tools, place)
+    library = _debian_library(crate, target)
+    debian = str(DEBIAN_RUSTC)
+    return _Library(
+        debian,
+        run([debian, "-vV"], crate),
+        tools,
+        f"{library}=/rust",
+        (f"-Zbuild-std=std,{panic}",),
+        (("RUSTC", debian), ("RUSTC_BOOTSTRAP", "1")),
+    )
+
+
+def _remapped(crate: Path, *others: str) -> list[str]:
+    """Give the flags by which the same sources in another directory give the same bytes.
+
+    Of several prefixes that match, the last one is used: a file is named by its place relative to the crate,
+    also a dependency beside it.
+    """
     places = [f"{directory}=/build{level or ''}" for level, directory in enumerate(crate.parents)][-2::-1]
+    return [f"--remap-path-prefix={place}" for place in (*places, f"{_cargo_home()}=/cargo", *others)]
+
+
+def _for_linux(
+    crate: Path, settings: dict[str, Any], library: _Library, gnu: re.Match[str], outputs: Path
+) -> Toolchain:
+    triple, glibc = gnu.group(1), gnu.group(2) or zig.OLDEST_GLIBC
+    packages = zig.installed()
+    # What build scripts write lies in cargo's directory.
+    remapped = _remapped(crate, f"{outputs}=/target", library.place)
+    flags = [*_users_flags(crate, settings, library.compiler, triple), *remapped]
+    # The compiler's own machine is none of the result's affair: it is the same from each.
+    told = "\n".join(line for line in library.version.splitlines() if not line.startswith("host: "))
+    return Toolchain(
+        triple,
+        ("--target", f"{triple}.{glibc}", *library.arguments),
+        {
+            "CARGO_BUILD_TARGET": None,
+            "CARGO_ENCODED_RUSTFLAGS": "\x1f".join(flags),
+            # Zig's linker knows to strip all or nothing; what is stripped goes into a file of its own.
+            "CARGO_PROFILE_RELEASE_STRIP": "none",
+            **dict(library.environment),
+            **zig.environment(packages),
+        },
+        (told, glibc, packages.name, *_decisive(crate, settings)),
+        (str(packages / "bin" / "cargo-zigbuild"), "zigbuild"),
+        glibc,
+        library.tools,
+    )
+
+
+def _for_wasm(crate: Path, settings: dict[str, Any], compiler: str, version: str) -> Toolchain:
+    library = _library(crate, compiler, version, WASM_TARGET, "panic_abort")
     flags = [
-        *_users_flags(crate, settings, compiler),
-        f"-Clinker={tools / 'wasm-component-ld'}",
-        f"-Clink-arg=--wasm-ld-path={tools / 'gcc-ld' / 'wasm-ld'}",
-        *(f"--remap-path-prefix={place}" for place in (*places, f"{_cargo_home()}=/cargo", std)),
+        *_users_flags(crate, settings, library.compiler, WASM_TARGET),
+        f"-Clinker={library.tools / 'wasm-component-ld'}",
+        f"-Clink-arg=--wasm-ld-path={library.tools / 'gcc-ld' / 'wasm-ld'}",
+        *_remapped(crate, library.place),
     ]
-    environment["CARGO_ENCODED_RUSTFLAGS"] = "\x1f".join(flags)
+    environment: dict[str, str | None] = {
+        "CARGO_BUILD_TARGET": None,
+        "CARGO_ENCODED_RUSTFLAGS": "\x1f".join(flags),
+        **dict(library.environment),
+    }
     # What rustc_wrapper.sh runs, where that takes its place.
     own = os.environ.get("RUSTC_WRAPPER") or os.environ.get("CARGO_BUILD_RUSTC_WRAPPER")
     environment["AWESOME_WASM_RUSTC_WRAPPER"] = own or settings.get("build", {}).get("rustc-wrapper")
-    return Toolchain(WASM_TARGET, arguments, environment, (version, *_decisive(crate, settings)))
+    arguments = ("--target", WASM_TARGET, *library.arguments)
+    return Toolchain(WASM_TARGET, arguments, environment, (library.version, *_decisive(crate, settings)))
 
 
 def _compiler(settings: dict[str, Any]) -> str:
@@ -171,8 +244,8 @@ def _decisive(crate: Path, settings: dict[str, Any]) -> list[str]:
     return facts
 
 
-def _users_flags(crate: Path, settings: dict[str, Any], compiler: str) -> list[str]:
-    """Give the flags that cargo would compile for wasm with, by its own order: ours come after them.
+def _users_flags(crate: Path, settings: dict[str, Any], compiler: str, target: str) -> list[str]:
+    """Give the flags that cargo would compile for a target with, by its own order: ours come after them.
 
     https://doc.rust-lang.org/cargo/reference/config.html#buildrustflags
     """
@@ -183,9 +256,9 @@ def _users_flags(crate: Path, settings: dict[str, Any], compiler: str) -> list[s
     tables: dict[str, Any] = settings.get("target", {})
     facts: set[str] = set()
     if any(name.startswith("cfg(") for name in tables):
-        facts = set(run([compiler, "--print", "cfg", "--target", WASM_TARGET], crate).splitlines())
-    flags = _list(tables.get(WASM_TARGET, {}).get("rustflags", []))
-    flags += os.environ.get("CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUSTFLAGS", "").split()
+        facts = set(run([compiler, "--print", "cfg", "--target", target], crate).splitlines())
+    flags = _list(tables.get(target, {}).get("rustflags", []))
+    flags += os.environ.get(f"CARGO_TARGET_{target.upper().replace('-', '_')}_RUSTFLAGS", "").split()
     for name, table in tables.items():
         if name.startswith("cfg(") and holds(name, facts):
             flags += _list(table.get("rustflags", []))
@@ -244,18 +317,18 @@ def _cargo_home() -> Path:
     return Path(os.environ.get("CARGO_HOME") or Path.home() / ".cargo")
 
 
-def _has_wasm_library(sysroot: Path) -> bool:
-    return any((sysroot / "lib" / "rustlib" / WASM_TARGET / "lib").glob("libstd-*"))
+def _has_library(sysroot: Path, target: str) -> bool:
+    return any((sysroot / "lib" / "rustlib" / target / "lib").glob("libstd-*"))
 
 
-def _add_wasm_library(crate: Path, sysroot: Path) -> bool:
+def _add_library(crate: Path, sysroot: Path, target: str) -> bool:
     if shutil.which("rustup") is None:
         return False
-    subprocess.run(["rustup", "target", "add", WASM_TARGET], cwd=crate, capture_output=True, check=False)
-    return _has_wasm_library(sysroot)
+    subprocess.run(["rustup", "target", "add", target], cwd=crate, capture_output=True, check=False)
+    return _has_library(sysroot, target)
 
 
-def _debian_library(crate: Path) -> Path:
+def _debian_library(crate: Path, target: str) -> Path:
     """Give the directory of the standard library's sources that belong to Debian's compiler."""
     if DEBIAN_RUSTC.is_file():
         sysroot = Path(run([str(DEBIAN_RUSTC), "--print", "sysroot"], crate).strip())
@@ -263,6 +336,6 @@ def _debian_library(crate: Path) -> Path:
         if (library / "library" / "std" / "Cargo.toml").is_file():
             return library
     raise CargoError(
-        f"there is no standard library for {WASM_TARGET}: run `rustup target add {WASM_TARGET}`, "
+        f"there is no standard library for {target}: run `rustup target add {target}`, "
         f"or on Debian `apt-get install {DEBIAN_PACKAGES}` as root"
     )
