@@ -95,6 +95,21 @@ def _settle(log: Log, env: Mapping[str, str], command: str) -> None:
     log.run(["python", "-m", "scripts.lib.interrupted", STACK, command], env=env)
 
 
+def _has_nothing() -> bool:
+    """Whether the stack is one in which nothing was ever made or begun, and at which nobody is at work."""
+    if any(paths.STACKS.glob(f".pulumi/locks/**/{STACK}/*.json")):
+        return False
+    states = [*paths.STACKS.glob(f".pulumi/stacks/**/{STACK}.json")]
+    try:
+        found = [json.loads(state.read_text(encoding="utf-8"))["checkpoint"] for state in states]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    made = [checkpoint.get("latest") or {} for checkpoint in found]
+    return len(made) == 1 and not any(
+        latest.get("resources") or latest.get("pending_operations") for latest in made
+    )
+
+
 def _has_lost_its_cluster(env: Mapping[str, str]) -> bool:
     """Whether the state has a cluster that Google says is not there: nobody can be asked what was in it."""
     command = ["pulumi", "stack", "export", "--stack", STACK]
@@ -148,10 +163,15 @@ def up(log: Log, env: Mapping[str, str], plan: str | None = None) -> None:
     try:
         _select(log, env)
         _check_port(env)
-        _settle(log, env, "up")
-        if _has_lost_its_cluster(env):
-            env = {**env, "PULUMI_K8S_DELETE_UNREACHABLE": "true"}
-        how = ["--refresh"]
+        if _has_nothing():
+            # Nothing can be lost or found: a preview and a refresh would only run the program once more.
+            end_orphans()
+            how = ["--skip-preview"]
+        else:
+            _settle(log, env, "up")
+            if _has_lost_its_cluster(env):
+                env = {**env, "PULUMI_K8S_DELETE_UNREACHABLE": "true"}
+            how = ["--refresh"]
         if plan is not None:
             # What a refresh finds is not planned.
             how, env = ["--plan", str(Path(plan).absolute())], {**env, "PULUMI_EXPERIMENTAL": "true"}

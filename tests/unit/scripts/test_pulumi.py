@@ -53,6 +53,35 @@ def test_a_stack_is_known_by_its_state(stacks: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("state", "has_nothing"),
+    [
+        ({"checkpoint": {"stack": "local"}}, True),
+        ({"checkpoint": {"latest": None}}, True),
+        ({"checkpoint": {"latest": {"resources": []}}}, True),
+        ({"checkpoint": {"latest": {"resources": [{"urn": "x"}]}}}, False),
+        ({"checkpoint": {"latest": {"pending_operations": [{"type": "creating"}]}}}, False),
+        ({}, False),
+        ([], False),
+        (None, False),
+    ],
+)
+def test_a_first_up_is_one_of_a_stack_in_which_nothing_was_made_or_begun(
+    stacks: Path, state: object, has_nothing: bool
+) -> None:
+    assert not pulumi._has_nothing(), "there is no state"
+    path = stacks / "stacks/awesome-wasm/local.json"
+    path.write_text(json.dumps(state))
+    assert pulumi._has_nothing() is has_nothing
+    path.write_text("{ broken")
+    assert not pulumi._has_nothing()
+    path.write_text(json.dumps(state))
+    lock = stacks / "locks/organization/awesome-wasm/local/1.json"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert not pulumi._has_nothing(), "somebody is at work, or was killed"
+
+
+@pytest.mark.parametrize(
     ("status", "kind", "is_lost"),
     [
         (404, pulumi.CLUSTER, True),
