@@ -156,8 +156,25 @@ def build(
     `crate` is the directory of a package's Cargo.toml; with `example` that one is built in place of its
     binary or component. `variables` are added to the environment. Raises CargoError.
     """
+    job = job_for(crate, target, profile, example, variables)
+    kept = job.kept()
+    if kept is not None:
+        return kept
+    # Cargo's own lock ends before the file is copied, and another clone's build would overwrite it.
+    with _lock(job.outputs):
+        return job.kept() or job.make()
+
+
+def job_for(
+    crate: Path,
+    target: str = "",
+    profile: str = "release",
+    example: str = "",
+    variables: dict[str, str] | None = None,
+) -> Job:
+    """Find out what there is to build; arguments and errors as `build`."""
     crate = crate.resolve()
-    job = Job(
+    return Job(
         crate,
         choose(crate, target, example),
         toolchain_for(crate, target, target_directory(target)),
@@ -165,12 +182,6 @@ def build(
         target_directory(target),
         {**os.environ, **(variables or {})},
     )
-    kept = job.kept()
-    if kept is not None:
-        return kept
-    # Cargo's own lock ends before the file is copied, and another clone's build would overwrite it.
-    with _lock(job.outputs):
-        return job.kept() or job.make()
 
 
 def _hash(*facts: str) -> str:
@@ -213,7 +224,12 @@ class Job:
         return {"RUSTC_WRAPPER": str(WRAPPER)} if is_needed else {}
 
     def kept(self) -> Built | None:
-        """Find a build whose inputs are unchanged, and whose file is there and what it is said to be."""
+        """Give the file of the build that `recorded` finds."""
+        found = self.recorded()
+        return None if found is None else found[1]
+
+    def recorded(self) -> tuple[Path, Built] | None:
+        """Find the record of a build whose inputs are unchanged, and whose file is what it is said to be."""
         digest = functools.cache(inputs.digest)
         for path in sorted(self.records.glob("*.json")):
             record = inputs.read(path)
@@ -223,7 +239,7 @@ class Job:
             if file.is_file() and not fault(file, self.toolchain.triple, self.toolchain.glibc):
                 built = measure(file)
                 if built.sha256 == record[1]["sha256"]:
-                    return built
+                    return path, built
         return None
 
     def make(self) -> Built:
