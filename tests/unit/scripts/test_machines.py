@@ -204,7 +204,7 @@ def test_a_patch_release_of_go_rebuilds_nothing(
     monkeypatch.setattr(paths, "CACHE", tmp_path)
     _place(built).mkdir(parents=True)
     monkeypatch.setattr(toolchain, "_go_version", lambda: now)
-    assert (toolchain._directory(toolchain.REGISTRY) == _place(built)) is same
+    assert (toolchain.directory(toolchain.REGISTRY) == _place(built)) is same
 
 
 def test_a_build_has_nothing_of_the_users_other_work_with_go(monkeypatch: pytest.MonkeyPatch) -> None:
