@@ -3,41 +3,87 @@
 import argparse
 import contextlib
 import functools
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.lib import environment, paths, prerequisites, pulumi, rust, toolchain, venv
-from scripts.lib.steps import Log, StepError, lock, step
+from scripts.lib import clean, environment, paths, prerequisites, pulumi, rust, timings, toolchain, venv
+from scripts.lib.steps import Log, RefusalError, StepError, lock, log_path, plan_steps, step
 
 CRATES = ("krustlet", "wasm_app")
+BUNDLE, BUNDLE_KEY = "AWESOME_WASM_BUNDLE", "AWESOME_WASM_BUNDLE_KEY"
 
 
-def _set_up(*, tests: bool) -> None:
-    """Everything that ./scripts/up and ./scripts/test need before localcloud starts."""
-    prerequisites.check_places()
-    prerequisites.check()
-    toolchain.ensure(tests=tests)
+def _set_up(*, tests: bool, own: bool = False, then: Sequence[str] = ()) -> None:
+    """Everything that ./scripts/up and ./scripts/test need before localcloud starts.
+
+    With `own` all tools are built, also what the user has; `then` are the steps that follow.
+    """
+    with timings.timed("look for what is needed"):
+        prerequisites.check()
+        absent = toolchain.missing(tests=tests, own=own)
+        prerequisites.check_disk(tools=bool(absent), environment=not venv.is_complete())
+    bundle = os.environ.get(BUNDLE, "")
+    first = [
+        *([] if venv.is_complete() else ["virtual environment"]),
+        *(["take the bundle"] if bundle else []),
+    ]
+    plan_steps([*first, *(f"build {name}" for name in absent), *then])
     venv.ensure()
-    rust.ensure_wasm_target()
+    if bundle:
+        step("take the bundle", functools.partial(_take, bundle))
+        absent = toolchain.missing(tests=tests, own=own)
+        plan_steps([*first, *(f"build {name}" for name in absent), *then])
+    with timings.timed("look into the cache"):
+        toolchain.ensure(tests=tests, own=own)
+        rust.ensure_wasm_target()
+        clean.note()
+
+
+def _take(source: str, log: Log) -> None:
+    """Puts what a bundle has of what is missing into the cache."""
+    named = {BUNDLE: source, BUNDLE_KEY: os.environ.get(BUNDLE_KEY, "")}
+    for name, value in named.items():
+        if value and "://" not in value and not value.startswith("-----BEGIN"):
+            named[name] = str(Path(value).absolute())
+    env = {
+        **os.environ,
+        **named,
+        "PYTHONPATH": str(paths.REPOSITORY),
+        "PYTHONPYCACHEPREFIX": str(paths.CACHE / "pycache"),
+        "CARGO_TARGET_DIR": str(rust.target_directory()),
+    }
+    arguments = ["-m", "scripts.lib.bundle", "--take", named[BUNDLE]]
+    try:
+        _python(log, env=env, arguments=arguments)
+    except StepError as error:
+        raise RefusalError(f"{BUNDLE}: {log.last_line()}") from error
+    for line in log.lines()[1:]:
+        print(f"    {line}")
 
 
 def _python(log: Log, *, env: Mapping[str, str], arguments: list[str]) -> None:
     log.run([environment.python(), *arguments], env=env)
 
 
+def _compiled(log: Log, *, env: Mapping[str, str], arguments: list[str]) -> Path:
+    _python(log, env=env, arguments=["-m", "components.providers.cargo", *arguments])
+    return Path(log.last_line())
+
+
 def _compile() -> None:
     """Compiles both crates into the cache that `pulumi up` looks in, so that the long wait has a name."""
     env = environment.before_localcloud()
+    built = []
     for crate in CRATES:
-        arguments = ["-m", "components.providers.cargo", crate]
-        if crate == "wasm_app":
-            arguments += ["--target", rust.TARGET]
-        step(f"compile {crate}", functools.partial(_python, env=env, arguments=arguments))
+        arguments = [crate, *(["--target", rust.TARGET] if crate == "wasm_app" else [])]
+        built.append(step(f"compile {crate}", functools.partial(_compiled, env=env, arguments=arguments)))
+    clean.note(built)
 
 
 def _is_cloud_lost() -> bool:
@@ -53,12 +99,28 @@ def _run_lock() -> AbstractContextManager[None]:
     )
 
 
-def up(*, plan: str | None = None) -> None:
+UP = (*(f"compile {crate}" for crate in CRATES), "start localcloud", "pulumi up")
+"""The steps of ./scripts/up once everything is there."""
+
+
+def up(*, plan: str | None = None, show_timings: bool = False) -> None:
     """From a bare clone to an answered curl: tools, localcloud, pulumi up, verification."""
     if plan is not None and not Path(plan).is_file():
         raise StepError(f"there is no plan {plan}; ./scripts/preview --save-plan {plan} makes it")
+    prerequisites.check_places()
     prerequisites.warn_of_disk()
-    _set_up(tests=False)
+    try:
+        with clean.in_use(), timings.timed("everything else"):
+            _up(plan)
+    finally:
+        if show_timings:
+            log = log_path("pulumi up")
+            text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+            print(f"\n{timings.table({'pulumi up': timings.resources(text)})}")
+
+
+def _up(plan: str | None) -> None:
+    _set_up(tests=False, then=UP)
     _compile()
     with _run_lock():
         if pulumi.is_known() and _is_cloud_lost():
@@ -68,16 +130,34 @@ def up(*, plan: str | None = None) -> None:
         step(
             "start localcloud", functools.partial(_python, env=start, arguments=["-m", "localcloud", "start"])
         )
-        env = environment.complete()
+        with timings.timed("ask for the environment"):
+            env = environment.complete()
         step("pulumi up", lambda log: pulumi.up(log, env, plan))
-        outputs = pulumi.outputs(env)
+        with timings.timed("ask for the outputs"):
+            outputs = pulumi.outputs(env)
         pulumi.write_kubeconfig(outputs, environment.KUBECONFIG)
-    # What was killed a moment ago is on its way back.
-    verified = program("verify", ["--wait", "60"])
+    with timings.timed("verify"):
+        # What was killed a moment ago is on its way back.
+        verified = program("verify", ["--wait", "60"], env)
     if verified != 0:
         raise StepError("the stack is up, but scripts/verify found a fault; see the table above")
     url = outputs["url"]
     print(f'\nUp. Try:\n  curl {url}/primorial/30\n  eval "$(./scripts/env)"   # pulumi, kubectl by hand')
+
+
+def bundle(arguments: list[str]) -> int:
+    """Builds what is missing, and makes a bundle of all that is built; gives the exit status."""
+    prerequisites.check_places()
+    with clean.in_use():
+        venv.ensure()
+        env = {**os.environ, "PYTHONPATH": str(paths.REPOSITORY)}
+        command = [environment.python(), "-m", "scripts.lib.bundle", *arguments]
+        asked = subprocess.run([*command, "--check"], env=env, check=False).returncode
+        if {"-h", "--help"} & set(arguments) or asked != 0:
+            return asked
+        _set_up(tests="--tests" in arguments, own=True, then=UP[: len(CRATES)])
+        _compile()
+        return subprocess.run(command, env={**environment.before_localcloud()}, check=False).returncode
 
 
 def _remove_run() -> None:
@@ -123,7 +203,9 @@ def env(given: Mapping[str, str], *, google: bool) -> None:
     if google or paths.LOCALCLOUD_HOME.exists():
         # Standard output is for the shell's eval, and the steps are for people.
         with contextlib.redirect_stdout(sys.stderr):
-            _set_up(tests=False)
+            prerequisites.check_places()
+            with clean.in_use():
+                _set_up(tests=False)
     print(environment.exports(environment.for_google() if google else environment.complete(), given))
 
 
@@ -134,10 +216,12 @@ def _stack(arguments: list[str]) -> str:
     return str(parser.parse_known_args(arguments)[0].stack)
 
 
-def program(name: str, arguments: list[str]) -> int:
-    """Runs a program of scripts/lib in the environment of the stack; gives its exit status."""
+def program(name: str, arguments: list[str], env: Mapping[str, str] | None = None) -> int:
+    """Runs a program of scripts/lib in the environment of the stack, or in `env`; gives its exit status."""
     asks_for_help = {"-h", "--help"} & set(arguments)
-    if asks_for_help:
+    if env is not None:
+        pass
+    elif asks_for_help:
         env = environment.before_localcloud()
     elif _stack(arguments) == environment.STACK:
         env = environment.complete()
@@ -214,7 +298,13 @@ ON_REQUEST: dict[str, list[Suite]] = {
 
 def test(names: list[str]) -> None:
     """Sets up as ./scripts/up does and runs every test, quickest first; ends at the first that fails."""
-    _set_up(tests=True)
+    prerequisites.check_places()
+    with clean.in_use():
+        _test(names)
+
+
+def _test(names: list[str]) -> None:
+    _set_up(tests=True, then=UP[: len(CRATES)])
     _compile()
     env = environment.before_localcloud(tests=True)
     for name in names:

@@ -1,4 +1,4 @@
-"""The commands of scripts/: up, down, env, test, verify, bench, preview, drift."""
+"""The commands of scripts/: up, down, env, test, verify, bench, preview, drift, bundle, clean."""
 
 import argparse
 import os
@@ -28,10 +28,11 @@ except RuntimeError as unknown_home:
 sys.pycache_prefix = str(paths.CACHE / "pycache")
 sys.dont_write_bytecode = False
 
+from scripts.lib import clean as cleaning  # noqa: E402
 from scripts.lib import commands, environment, terminal  # noqa: E402
 from scripts.lib.steps import StepError  # noqa: E402
 
-PROGRAMS = ("verify", "bench", "preview", "drift")
+PROGRAMS = ("verify", "bench", "preview", "drift", "bundle")
 """Commands that are programs of their own, with arguments of their own."""
 
 
@@ -47,6 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument(
         "--plan", metavar="FILE", help="do what ./scripts/preview --save-plan FILE planned, or nothing"
     )
+    up.add_argument(
+        "--timings", action="store_true", help="say at the end where the time went, and the cache's sizes"
+    )
+    clean = names.add_parser("clean", prog="./scripts/clean", description=cleaning.clean.__doc__)
+    clean.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
     down = names.add_parser("down", prog="./scripts/down", description=commands.down.__doc__)
     down.add_argument(
         "--force", action="store_true", help="remove everything also where `pulumi destroy` fails"
@@ -84,15 +90,17 @@ def main() -> int:
     try:
         match arguments.command:
             case "up":
-                commands.up(plan=arguments.plan)
+                commands.up(plan=arguments.plan, show_timings=arguments.timings)
             case "down":
                 commands.down(force=arguments.force)
             case "env":
                 commands.env(given, google=arguments.google)
+            case "clean":
+                cleaning.clean(dry_run=arguments.dry_run)
             case "test":
                 commands.test(arguments.only or list(commands.SUITES))
             case name:
-                return commands.program(name, rest)
+                return commands.bundle(rest) if name == "bundle" else commands.program(name, rest)
     except StepError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -78,6 +78,29 @@ def warn_of_disk() -> None:
         )
 
 
+def check_disk(*, tools: bool, environment: bool) -> None:
+    """Raises StepError where what is to be built does not fit: before hours of work end there."""
+    # Seen on Linux: Go's cache and the tools; the libraries; cargo's intermediate files.
+    needs = {
+        "Go to build the tools": 6.0 if tools else 0,
+        "the virtual environment": 1.0 if environment else 0,
+        "cargo to build the agent": 4.0 if not any((paths.CACHE / "builds").glob("*/krustlet")) else 0,
+    }
+    if os.environ.get("AWESOME_WASM_BUNDLE"):
+        needs = {
+            "a bundle's contents": 2.0 if tools else 0,
+            "the virtual environment": 1.0 if environment else 0,
+        }
+    free = shutil.disk_usage(paths.CACHE).free / 2**30
+    if free < sum(needs.values()):
+        needed = sum(needs.values())
+        what = ", ".join(f"{name} {size:.0f} GiB" for name, size in needs.items() if size)
+        raise StepError(
+            f"{free:.1f} GiB are free where {paths.CACHE} is, and {needed:.0f} are needed: {what}; "
+            "free some (./scripts/clean helps), or set XDG_CACHE_HOME to a directory on another disk"
+        )
+
+
 def check() -> None:
     """Raises StepError that names all that is missing or too old, with the command for each."""
     sudo = "" if os.geteuid() == 0 else "sudo "

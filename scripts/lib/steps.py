@@ -13,37 +13,80 @@ from pathlib import Path
 from typing import TypeVar
 
 from localcloud.backends.processes import end, marked
-from scripts.lib import paths
+from scripts.lib import paths, timings
 
 T = TypeVar("T")
 TAIL_LINES = 25
 MARK = "AWESOME_WASM_STEP"
 
 
+# A step that lasts as long as this is explained: what it is for, how long it takes, what comes next.
+EXPLAINED_AFTER = 5
+
+
 class StepError(Exception):
     """A step failed. The message says what, on what, and what to do next; it is shown without a traceback."""
+
+
+class RefusalError(StepError):
+    """What the user gave is no good. The message says all, and the step's log no more."""
+
+
+_ahead: list[str] = []
+"""The names of the command's steps, from the first one on."""
+
+
+def plan_steps(names: Sequence[str]) -> None:
+    """Says which steps the command is going to take, so that each can say which of them it is."""
+    _ahead[:] = names
+
+
+def _number(name: str) -> str:
+    return f"{_ahead.index(name) + 1}/{len(_ahead)} " if name in _ahead else ""
+
+
+def _explanation(name: str) -> str:
+    """What there is to know while a step lasts; empty for one that nothing is known of."""
+    about = timings.ABOUT.get(name)
+    if about is None:
+        return ""
+    after = _ahead[_ahead.index(name) + 1 :][:1] if name in _ahead else []
+    following = f"; then {after[0]}" if after else ""
+    usual = timings.shown(timings.usual(name))
+    return f"    {name} usually takes {usual}{following}. {about.what}: {about.page}"
 
 
 class _Clock:
     """Shows a running step: rewritten in place on a terminal, a line every half minute elsewhere."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name = f"{_number(name)}{name}"
         self.started = time.monotonic()
+        self._explanation = _explanation(name)
         self._done = threading.Event()
         self._live = sys.stdout.isatty()
         self._thread = threading.Thread(target=self._show, daemon=True)
 
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
     def elapsed(self) -> str:
-        seconds = time.monotonic() - self.started
-        return f"{seconds:.1f}s" if seconds < 60 else f"{int(seconds // 60)}m{int(seconds % 60):02}s"
+        return timings.shown(self.seconds())
 
     def _show(self) -> None:
-        while not self._done.wait(0.2 if self._live else 30):
+        said = self.started
+        while not self._done.wait(0.2):
+            if self._explanation and self.seconds() > EXPLAINED_AFTER:
+                print(f"{self._clear()}{self._explanation}", flush=True)
+                self._explanation = ""
             if self._live:
-                print(f"\r\033[K  … {self.name}  {self.elapsed()}", end="", flush=True)
-            else:
+                print(f"{self._clear()}  … {self.name}  {self.elapsed()}", end="", flush=True)
+            elif time.monotonic() - said > 30:
+                said = time.monotonic()
                 print(f"  … {self.name}  {self.elapsed()}", flush=True)
+
+    def _clear(self) -> str:
+        return "\r\033[K" if self._live else ""
 
     def start(self) -> None:
         self._thread.start()
@@ -51,8 +94,8 @@ class _Clock:
     def finish(self, mark: str, result: str) -> None:
         self._done.set()
         self._thread.join()
-        start = "\r\033[K" if self._live else ""
-        print(f"{start}  {mark} {self.name}  {self.elapsed()}{'  ' + result if result else ''}", flush=True)
+        end = f"  {result}" if result else ""
+        print(f"{self._clear()}  {mark} {self.name}  {self.elapsed()}{end}", flush=True)
 
 
 class Log:
@@ -100,11 +143,18 @@ class Log:
             end_left(self.path)
             raise StepError(f"{Path(words[0]).name} exited with {status}")
 
+    def lines(self) -> list[str]:
+        """The lines of the log: each command, and what it printed."""
+        self._file.flush()
+        return self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+    def last_line(self) -> str:
+        """What was printed last."""
+        return (self.lines() or [""])[-1]
+
     def tail(self) -> str:
         """The last lines of the log."""
-        self._file.flush()
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:])
+        return "\n".join(f"    {line}" for line in self.lines()[-TAIL_LINES:])
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
@@ -141,7 +191,7 @@ def log_path(name: str) -> Path:
 
 
 def step(name: str, work: Callable[[Log], T], result: Callable[[T], str] = lambda _: "") -> T:
-    """Runs work(log) as a step and gives back what it gives.
+    """Runs work(log) as a step and gives back what it gives; a path is what it has in the cache.
 
     Raises StepError, with the tail of the step's log in the message, when the work raises one.
     """
@@ -149,7 +199,12 @@ def step(name: str, work: Callable[[Log], T], result: Callable[[T], str] = lambd
     clock = _Clock(name)
     clock.start()
     try:
-        value = work(log)
+        with timings.timed(name) as timing:
+            value = work(log)
+            timing.kept = value if isinstance(value, Path) else None
+    except RefusalError:
+        clock.finish("✗", "refused")
+        raise
     except StepError as error:
         clock.finish("✗", "failed")
         tail = log.tail()
@@ -158,24 +213,27 @@ def step(name: str, work: Callable[[Log], T], result: Callable[[T], str] = lambd
         clock.finish("✗", "interrupted")
         raise
     clock.finish("✓", result(value))
+    timings.remember(name, clock.seconds())
     return value
 
 
 @contextlib.contextmanager
-def lock(path: Path, waiting: str = "") -> Iterator[None]:
-    """Holds an exclusive lock on a file, so that two runs at once wait for each other instead of meeting.
+def lock(path: Path, waiting: str = "", *, shared: bool = False) -> Iterator[None]:
+    """Holds a lock on a file, so that two runs at once wait for each other instead of meeting.
 
-    Whoever holds it may remove the file. `waiting` is said if there is something to wait for.
+    Those that share it wait only for one who does not. Whoever holds it alone may remove the file. `waiting`
+    is said if there is something to wait for.
     """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 if waiting:
                     print(waiting, flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(file, kind)
             # A file that was removed meanwhile keeps nobody out.
             if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 yield

@@ -289,7 +289,13 @@ def current() -> list[Path]:
     tools = all_tools(tests=True)
     parts = [tool for tool in needed(tests=True) if tool not in tools]
     found = [directory(tool) for tool in (*tools, *parts)]
-    return [*found, _joint(found)]
+    return [*found, _joint(found), _zig()]
+
+
+def _zig() -> Path:
+    """Where components/providers/zig.py keeps its tools; this Python cannot import it."""
+    lock_file = paths.REPOSITORY / "components" / "providers" / "zig.txt"
+    return paths.CACHE / "tools" / f"zig-{hashlib.sha256(lock_file.read_bytes()).hexdigest()[:12]}"
 
 
 def missing(*, tests: bool, own: bool = False) -> list[str]:

@@ -19,13 +19,20 @@ def directory() -> Path:
     return paths.CACHE / "venvs" / digest.hexdigest()[:12]
 
 
-def _make(target: Path, log: Log) -> None:
+def _make(target: Path, log: Log) -> Path:
     log.run([sys.executable, "-m", "venv", "--clear", target])
     python = target / "bin" / "python"
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-    log.run([*pip, "--require-hashes", "--requirement", LOCK_FILE])
+    # What is compiled here is never read: PYTHONPYCACHEPREFIX leads elsewhere, and to what is imported only.
+    log.run([*pip, "--no-compile", "--require-hashes", "--requirement", LOCK_FILE])
     # The last thing: an environment without it was interrupted and is made anew.
     (target / "complete").touch()
+    return target
+
+
+def is_complete() -> bool:
+    """Whether the environment is there."""
+    return (directory() / "complete").is_file()
 
 
 def ensure() -> Path:
@@ -34,12 +41,19 @@ def ensure() -> Path:
     Raises StepError when it cannot be made.
     """
     target = directory()
-    if not (target / "complete").is_file():
+    if not is_complete():
         with lock(target.with_suffix(".lock")):
-            if not (target / "complete").is_file():
+            if not is_complete():
                 shutil.rmtree(target, ignore_errors=True)
                 step("virtual environment", lambda log: _make(target, log))
     return target
+
+
+def policies_directory() -> Path:
+    """Where that is what policy/ needs besides the environment."""
+    lock_file = paths.REPOSITORY / "policy" / "requirements.txt"
+    digest = hashlib.sha256(lock_file.read_bytes() + directory().name.encode()).hexdigest()[:12]
+    return paths.CACHE / "venvs" / f"policy-{digest}"
 
 
 def policies() -> Path:
@@ -48,8 +62,7 @@ def policies() -> Path:
     Raises StepError when it cannot be made.
     """
     lock_file = paths.REPOSITORY / "policy" / "requirements.txt"
-    digest = hashlib.sha256(lock_file.read_bytes() + directory().name.encode()).hexdigest()[:12]
-    target = paths.CACHE / "venvs" / f"policy-{digest}"
+    target = policies_directory()
     if not target.is_dir():
         with lock(target.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             if not target.is_dir():
@@ -61,7 +74,14 @@ def policies() -> Path:
                     "install",
                     "--disable-pip-version-check",
                 ]
-                what = ["--no-input", "--no-deps", "--require-hashes", "--requirement", str(lock_file)]
+                what = [
+                    "--no-input",
+                    "--no-compile",
+                    "--no-deps",
+                    "--require-hashes",
+                    "--requirement",
+                    str(lock_file),
+                ]
                 step("policy pack", lambda log: log.run([*pip, *what, "--target", made]))
                 made.rename(target)
     return target

@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from scripts.lib import paths, prerequisites
+from scripts.lib import paths, prerequisites, steps, timings, toolchain
 from scripts.lib.steps import Log, StepError, lock, step
 
 
@@ -123,3 +124,142 @@ def test_a_machine_that_has_all_passes(tmp_path: Path, monkeypatch: pytest.Monke
     )
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin-of-nobody")
     prerequisites.check()
+
+
+def test_a_step_says_which_it_is_and_one_that_lasts_what_it_is_for_and_what_comes_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    monkeypatch.setattr(steps, "EXPLAINED_AFTER", 0)
+    steps.plan_steps(["build registry", "compile krustlet", "pulumi up"])
+    wait = [sys.executable, "-c", "import time; time.sleep(0.5)"]
+    step("compile krustlet", lambda log: log.run(wait))
+    explained, done = capsys.readouterr().out.splitlines()
+    assert explained.startswith("    compile krustlet usually takes 10m00s; then pulumi up. ")
+    assert explained.endswith(": krustlet/README.md")
+    assert done.startswith("  ✓ 2/3 compile krustlet  ")
+    step("pulumi up", lambda log: log.run(wait))
+    assert "; then" not in capsys.readouterr().out
+    step("something else", lambda _log: None)
+    assert capsys.readouterr().out.startswith("  ✓ something else  ")
+
+
+def test_every_page_that_explains_a_step_is_there() -> None:
+    assert [
+        about.page for about in timings.ABOUT.values() if not (paths.REPOSITORY / about.page).is_file()
+    ] == []
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"pulumi up": "long"}', '{"pulumi up": 77}'])
+def test_what_a_step_usually_takes_is_what_it_took_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    (tmp_path / "durations.json").write_text(content)
+    assert timings.usual("pulumi up") == (77 if "77" in content else timings.ABOUT["pulumi up"].seconds)
+    timings.remember("pulumi up", 1.0)  # it had nothing to do
+    timings.remember("pulumi up", 90.0)
+    assert timings.usual("pulumi up") == 90
+
+
+def test_the_table_has_each_part_once_with_its_own_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(timings, "TIMINGS", [])
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    (tmp_path / "tool").write_bytes(b"x" * 3 * 2**20)
+    moments = iter([0.0, 10.0, 40.0, 100.0])
+    monkeypatch.setattr(timings, "time", SimpleNamespace(monotonic=lambda: next(moments)))
+    with timings.timed("the rest"), timings.timed("inner") as inner:
+        inner.kept = tmp_path / "tool"
+    log = (
+        " +  gcp:container/cluster:Cluster cluster created (9s) waiting for it\n"
+        " +  a:b:Disk disk created (0.40s)\n +  a:b:Pod pod creating (7s)\n ~  a:b:Vm vm updated (1.5s) \n"
+    )
+    head, rest, part, *resources, together, tool = timings.table(
+        {"inner": timings.resources(log)}
+    ).splitlines()
+    assert head.split() == ["time", "share", "in", "the", "cache"]
+    assert rest.split() == ["the", "rest", "1m10s", "70%"]
+    assert part.split() == ["inner", "30.0s", "30%", "3", "MB"]
+    assert [line.split() for line in resources] == [
+        ["Cluster", "cluster", "created", "9.0s"],
+        ["Vm", "vm", "updated", "1.5s"],
+    ]
+    assert together.split() == ["together", "1m40s"]
+    assert tool.split() == ["3", "MB", f"{tmp_path}/tool"]
+
+
+@pytest.mark.parametrize(
+    ("free", "absent", "enough"),
+    [(20, (True, True), True), (5, (True, False), False), (0.5, (False, True), False), (0.5, (), True)],
+)
+def test_what_is_needed_on_the_disk_is_there_before_anything_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: float, absent: tuple[bool, ...], enough: bool
+) -> None:
+    tools, environment = absent or (False, False)
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    monkeypatch.delenv("AWESOME_WASM_BUNDLE", raising=False)
+    agent = tmp_path / "builds" / "x" / "krustlet"
+    agent.parent.mkdir(parents=True)
+    agent.touch()
+    usage = SimpleNamespace(free=free * 2**30)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    if enough:
+        prerequisites.check_disk(tools=tools, environment=environment)
+    else:
+        with pytest.raises(StepError, match=rf"{free:.1f} GiB are free .* are needed: "):
+            prerequisites.check_disk(tools=tools, environment=environment)
+
+
+def _user_has(directory: Path, monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
+    """Has PATH lead to programs of the user's own, and to an empty cache."""
+    (directory / "bin").mkdir()
+    _programs(directory / "bin", **{name.replace("_", "-"): printed for name, printed in versions.items()})
+    monkeypatch.setenv("PATH", f"{directory / 'bin'}:/bin-of-nobody")
+    monkeypatch.setattr(paths, "CACHE", directory / "cache")
+    monkeypatch.setattr(toolchain, "_go_version", lambda: "go1.26.1")
+
+
+KUBERNETES = {
+    "kube_apiserver": f"Kubernetes {toolchain.KUBERNETES}",
+    "kube_controller_manager": f"Kubernetes {toolchain.KUBERNETES}",
+    "kube_scheduler": f"Kubernetes {toolchain.KUBERNETES}",
+    "kubectl": f"Client Version: {toolchain.KUBERNETES}",
+    "etcd": f"etcd Version: {toolchain.pinned('kubernetes', 'go.etcd.io/etcd/server/v3')[1:]}",
+}
+
+
+def test_what_the_user_has_in_the_version_that_is_pinned_is_not_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = toolchain.pinned("registry", "github.com/distribution/distribution/v3")
+    pulumi = {"pulumi": toolchain.PULUMI_CLI, "pulumi_language_python": ""}
+    _user_has(tmp_path, monkeypatch, **KUBERNETES, registry=f"registry x {registry}+deb1", **pulumi)
+    assert toolchain.needed(tests=False) == []
+    assert toolchain.directories(tests=False) == []
+
+
+@pytest.mark.parametrize("program", KUBERNETES)
+@pytest.mark.parametrize("printed", ["Kubernetes v1.37.1", "etcd Version: 3.7.30", "v2", "", "1.37"])
+def test_one_of_another_version_is_built_and_only_that_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, printed: str
+) -> None:
+    _user_has(tmp_path, monkeypatch, **{**KUBERNETES, program: printed})
+    cluster = toolchain.needed(tests=False)[0]
+    assert cluster.programs == (program.replace("_", "-"),)
+    assert toolchain.directory(cluster) != toolchain.directory(toolchain.CLUSTER)
+    (package,) = toolchain._packages(cluster)
+    assert package.rpartition("/")[2] in (program.replace("_", "-"), "v3")
+    toolchain.directory(toolchain.CLUSTER).mkdir(parents=True)
+    assert toolchain.needed(tests=False)[0] == toolchain.CLUSTER, "what is built is used"
+
+
+def test_pulumis_versions_are_pinned_in_one_place() -> None:
+    project = (paths.REPOSITORY / "Pulumi.yaml").read_text()
+    assert f'requiredPulumiVersion: ">={toolchain.PULUMI_CLI[1:]}"' in project
+    assert toolchain.pinned("pulumi", "github.com/pulumi/pulumi/pkg/v3") == toolchain.PULUMI_CLI
+    for tool in toolchain.all_tools(tests=True):
+        assert len(toolchain._packages(tool)) == len(
+            [p for p in tool.programs if "pulumi-r" not in p and "-exec" not in p]
+        )
