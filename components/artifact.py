@@ -1,4 +1,4 @@
-"""WasmArtifact and AgentArtifact: a crate, built and pushed by digest; the app's is signed too."""
+"""WasmArtifact and AgentArtifact: a crate, built, pushed by digest; the app's is signed and attested too."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pulumi
 
+from components.providers.attestation import OciAttestation
 from components.providers.cargo import CargoBuild
 from components.providers.compiler import WASM_TARGET
 from components.providers.oci import OciArtifact, OciSignature
@@ -35,7 +36,7 @@ class AgentArtifactArgs:
 
 
 class WasmArtifact(pulumi.ComponentResource):
-    """A WebAssembly component: compiled, pushed and signed."""
+    """A WebAssembly component: compiled, pushed, signed and attested."""
 
     image: pulumi.Output[str]
     """REPOSITORY@DIGEST, known before it is pushed."""
@@ -55,8 +56,8 @@ class WasmArtifact(pulumi.ComponentResource):
             f"{name}-push",
             repository=args.repository,
             kind="wasm",
-            path=build.path,
             sha256=build.sha256,
+            annotations=build.annotations,
             opts=child,
         )
         signature = Signature(
@@ -68,6 +69,14 @@ class WasmArtifact(pulumi.ComponentResource):
             digest=artifact.digest,
             signature=signature.signature,
             bundle_signature=signature.bundle_signature,
+            opts=child,
+        )
+        OciAttestation(
+            f"{name}-attestation",
+            repository=args.repository,
+            digest=artifact.digest,
+            build=build,
+            private_key=key.private_key,
             opts=child,
         )
         self.image = artifact.image
@@ -96,7 +105,6 @@ class AgentArtifact(pulumi.ComponentResource):
             f"{name}-push",
             repository=args.repository,
             kind="agent",
-            path=build.path,
             sha256=build.sha256,
             opts=child,
         )

@@ -23,11 +23,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-PLACES: dict[str, str] = {}
-"""Where the file with a sum (hex) lies on this machine. A build's check notes it for the push in the same
-process, which so knows its digest in a preview too: it is in no state and no diff."""
-
-
 class ProviderError(Exception):
     """What went wrong with a resource and what to do next, in a line or two; no traceback is shown for it."""
 

@@ -5,10 +5,10 @@ Everything here is a function of the file's bytes: a digest is known before anyt
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from components.providers import Lazy, ProviderError
@@ -29,6 +29,9 @@ IMAGE_CONFIG = "application/vnd.oci.image.config.v1+json"
 SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json"
 SIGNATURE_ANNOTATION = "dev.cosignproject.cosign/signature"
 BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+# Readers want a time (wkg does), and the same component has the same digest at any.
+CREATED = "1970-01-01T00:00:00Z"
+DSSE_ENVELOPE = "application/vnd.dsse.envelope.v1+json"
 COSIGN_SIGN = "https://sigstore.dev/cosign/sign/v1"
 
 Kind = Literal["wasm", "agent"]
@@ -82,6 +85,7 @@ def canonical(document: dict[str, Any]) -> bytes:
     return json.dumps(document, separators=(",", ":"), sort_keys=True).encode()
 
 
+@functools.lru_cache(maxsize=4)
 def interface(wasm: bytes) -> Interface:
     """Read what a component imports and exports. Raises OciError when it is no component."""
     engine = wasmtime.Engine()
@@ -119,13 +123,17 @@ def _manifest(
     return Artifact(Blob(MANIFEST, canonical(document)), (config, *blobs))
 
 
-def wasm_artifact(wasm: bytes) -> Artifact:
-    """Lay a component out as CNCF's Wasm OCI artifact. Nothing of the clock, the host or a path is in it."""
+def wasm_artifact(wasm: bytes, annotations: dict[str, str] | None = None) -> Artifact:
+    """Lay a component out as CNCF's Wasm OCI artifact. Nothing of the clock, the host or a path is in it.
+
+    The commit is not among its annotations either: one that leaves the bytes as they are leaves the pods too.
+    """
     layer = Blob(WASM_LAYER, wasm)
     described = interface(wasm)
     config = {
         "architecture": "wasm",
         "os": "wasip2",
+        "created": CREATED,
         "layerDigests": [layer.digest],
         "component": {
             "exports": list(described.exports),
@@ -133,7 +141,8 @@ def wasm_artifact(wasm: bytes) -> Artifact:
             "target": described.target,
         },
     }
-    return _manifest(Blob(WASM_CONFIG, canonical(config)), [layer.descriptor()], [layer])
+    more: dict[str, Any] = {"annotations": annotations} if annotations else {}
+    return _manifest(Blob(WASM_CONFIG, canonical(config)), [layer.descriptor()], [layer], **more)
 
 
 def agent_artifact(binary: bytes) -> Artifact:
@@ -144,23 +153,36 @@ def agent_artifact(binary: bytes) -> Artifact:
 
 def signature_artifact(payload: str, signature: str) -> Artifact:
     """Lay a signature out as cosign does: one layer, the payload, with the signature as an annotation."""
-    layer = Blob(SIMPLE_SIGNING, payload.encode())
+    return _cosign_image([(Blob(SIMPLE_SIGNING, payload.encode()), {SIGNATURE_ANNOTATION: signature})])
+
+
+def attestation_artifact(envelopes: dict[str, bytes]) -> Artifact:
+    """Lay attestations out as cosign 2 does: a layer for each DSSE envelope, by its predicate's type."""
+    return _cosign_image(
+        [
+            (Blob(DSSE_ENVELOPE, envelope), {SIGNATURE_ANNOTATION: "", "predicateType": kind})
+            for kind, envelope in sorted(envelopes.items())
+        ]
+    )
+
+
+def _cosign_image(layers: list[tuple[Blob, dict[str, str]]]) -> Artifact:
     config = {
         "architecture": "",
         "config": {},
         "os": "",
-        "rootfs": {"diff_ids": [layer.digest], "type": "layers"},
+        "rootfs": {"diff_ids": [layer.digest for layer, _ in layers], "type": "layers"},
     }
-    described = layer.descriptor({SIGNATURE_ANNOTATION: signature})
-    return _manifest(Blob(IMAGE_CONFIG, canonical(config)), [described], [layer])
+    described = [layer.descriptor(annotations) for layer, annotations in layers]
+    return _manifest(Blob(IMAGE_CONFIG, canonical(config)), described, [layer for layer, _ in layers])
 
 
-def bundle_artifact(bundle: str, subject: dict[str, Any]) -> Artifact:
+def bundle_artifact(bundle: str, subject: dict[str, Any], predicate_type: str = COSIGN_SIGN) -> Artifact:
     """Lay a Sigstore bundle out as cosign 3 does, but for the time: a referrer of what is described."""
     layer = Blob(BUNDLE, bundle.encode())
     annotations = {
         "dev.sigstore.bundle.content": "dsse-envelope",
-        "dev.sigstore.bundle.predicateType": COSIGN_SIGN,
+        "dev.sigstore.bundle.predicateType": predicate_type,
     }
     return _manifest(
         Blob(EMPTY_CONFIG, b"{}"),
@@ -177,20 +199,11 @@ def signature_tag(digest: str) -> str:
     return f"{digest.replace(':', '-')}.sig"
 
 
-def read_file(path: str, sha256: str) -> bytes:
-    """Read a built file and check that it is the one that is meant. Raises OciError."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise OciError(
-            f"{path} cannot be read ({error.strerror}): it was removed after it was built; "
-            "run `pulumi up` again"
-        ) from None
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise OciError(f"{path} is not the file that was built: remove it and run `pulumi up` again")
-    return content
+def attestation_tag(digest: str) -> str:
+    """Give the tag at which cosign 2 looks for the attestations of an image."""
+    return f"{digest.replace(':', '-')}.att"
 
 
-def artifact(kind: Kind, content: bytes) -> Artifact:
+def artifact(kind: Kind, content: bytes, annotations: dict[str, str] | None = None) -> Artifact:
     """Lay a built file out as what it is."""
-    return wasm_artifact(content) if kind == "wasm" else agent_artifact(content)
+    return wasm_artifact(content, annotations) if kind == "wasm" else agent_artifact(content)

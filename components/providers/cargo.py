@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,18 @@ from pulumi.dynamic import (
 )
 
 from components.providers import (
-    PLACES,
     ProviderError,
     cache_directory,
+    changed,
     freshness,
     inputs,
     is_unknown,
     operation,
+    origin,
     zig,
 )
+from components.providers.artifacts import interface
+from components.providers.cache import place, read_built
 from components.providers.compiler import WASM_TARGET, CargoError, Toolchain, run, toolchain_for
 
 # Raised when the way of building changes in a manner that the other facts do not show.
@@ -56,13 +59,27 @@ ELF_MACHINES = {3: "i686", 62: "x86_64", 183: "aarch64", 243: "riscv64gc"}
 MACH_CPUS = {0x01000007: "x86_64", 0x0100000C: "aarch64"}
 
 
+# Of a crate's manifest, and what OCI calls it:
+# https://github.com/opencontainers/image-spec/blob/main/annotations.md
+ANNOTATIONS = {
+    "version": "version",
+    "description": "description",
+    "license": "licenses",
+    "repository": "source",
+}
+
+
 @dataclass(frozen=True)
 class Built:
-    """A file that cargo made: absolute path, hex sha256 and size in bytes."""
+    """A file that cargo made: absolute path, hex sha256 and size in bytes.
+
+    `read` is what was read for it, None when that cannot be told.
+    """
 
     path: str
     sha256: str
     size: int
+    read: inputs.Inputs | None = field(default=None, compare=False, repr=False)
 
 
 def target_directory(target: str) -> Path:
@@ -79,7 +96,8 @@ def target_directory(target: str) -> Path:
 class Chosen:
     """The one artifact that is wanted of a crate, in cargo's words, and the directory of its lock file.
 
-    A crate is spread when it depends on a directory outside of its workspace.
+    A crate is spread when it depends on a directory outside of its workspace. `annotations` are what its
+    manifest says of it, by OCI's names.
     """
 
     package: str
@@ -87,6 +105,7 @@ class Chosen:
     name: str
     workspace: Path
     is_spread: bool
+    annotations: dict[str, str] = field(default_factory=dict)
 
     @property
     def arguments(self) -> list[str]:
@@ -123,12 +142,17 @@ def choose(crate: Path, target: str = "", example: str = "") -> Chosen:
         Path(one["path"]) for member in found["packages"] for one in member["dependencies"] if "path" in one
     ]
     is_spread = not all(place.is_relative_to(workspace) for place in places)
+    annotations = {
+        f"org.opencontainers.image.{name}": " ".join(package[key].split())
+        for key, name in ANNOTATIONS.items()
+        if package.get(key)
+    }
     if example:
         return Chosen(package["id"], "example", example, workspace, is_spread)
     if target == WASM_TARGET:
         for one in package["targets"]:
             if "cdylib" in one["kind"]:
-                return Chosen(package["id"], "lib", one["name"], workspace, is_spread)
+                return Chosen(package["id"], "lib", one["name"], workspace, is_spread, annotations)
     binaries = [one for one in package["targets"] if one["kind"] == ["bin"]]
     # One that asks for features is not built without them.
     names = [one["name"] for one in binaries if not one.get("required-features")]
@@ -141,7 +165,7 @@ def choose(crate: Path, target: str = "", example: str = "") -> Chosen:
         )
     if not names:
         raise CargoError(f"{crate} has neither a binary nor a cdylib: there is nothing to run")
-    return Chosen(package["id"], "bin", names[0], workspace, is_spread)
+    return Chosen(package["id"], "bin", names[0], workspace, is_spread, annotations)
 
 
 def build(
@@ -156,13 +180,7 @@ def build(
     `crate` is the directory of a package's Cargo.toml; with `example` that one is built in place of its
     binary or component. `variables` are added to the environment. Raises CargoError.
     """
-    job = job_for(crate, target, profile, example, variables)
-    kept = job.kept()
-    if kept is not None:
-        return kept
-    # Cargo's own lock ends before the file is copied, and another clone's build would overwrite it.
-    with _lock(job.outputs):
-        return job.kept() or job.make()
+    return job_for(crate, target, profile, example, variables).built()
 
 
 def job_for(
@@ -223,6 +241,15 @@ class Job:
         is_needed = self.chosen.is_spread and self.toolchain.triple == WASM_TARGET
         return {"RUSTC_WRAPPER": str(WRAPPER)} if is_needed else {}
 
+    def built(self) -> Built:
+        """Take the build from the cache, or make it."""
+        kept = self.kept()
+        if kept is not None:
+            return kept
+        # Cargo's own lock ends before the file is copied, and another clone's build would overwrite it.
+        with _lock(self.outputs):
+            return self.kept() or self.make()
+
     def kept(self) -> Built | None:
         """Give the file of the build that `recorded` finds."""
         found = self.recorded()
@@ -235,11 +262,11 @@ class Job:
             record = inputs.read(path)
             if record is None or not inputs.unchanged(record[0], self.crate, self.environment, digest):
                 continue
-            file = _place(record[1])
+            file = place(record[1]["sha256"], record[1]["name"])
             if file.is_file() and not fault(file, self.toolchain.triple, self.toolchain.glibc):
                 built = measure(file)
                 if built.sha256 == record[1]["sha256"]:
-                    return path, built
+                    return path, replace(built, read=record[0])
         return None
 
     def make(self) -> Built:
@@ -260,7 +287,7 @@ class Job:
         if read is not None and not any(_changed_since(started, self.crate / name) for name in read.files):
             inputs.write(read, self.records / f"{_hash(json.dumps(vars(read), sort_keys=True))}.json", built)
             freshness.remember(build, read, self.records.name, memory)
-        return kept
+        return replace(kept, read=read)
 
     def keep(self, result: Path) -> Built:
         """Put what was built into the cache, and beside it the symbols of a program for other machines."""
@@ -272,12 +299,12 @@ class Job:
             wrong = fault(made, self.toolchain.triple, self.toolchain.glibc)
             if wrong:
                 raise CargoError(f"what cargo made of {self.crate} is of no use: {wrong}")
-            place = _place({"name": made.name, "sha256": measure(made).sha256})
-            place.parent.mkdir(parents=True, exist_ok=True)
+            kept = place(measure(made).sha256, made.name)
+            kept.parent.mkdir(parents=True, exist_ok=True)
             # Renamed: what is killed half way leaves no half file under the final name.
             for file in reversed(files):
-                file.replace(place.with_name(file.name))
-        return measure(place)
+                file.replace(kept.with_name(file.name))
+        return measure(kept)
 
     def compile(self) -> inputs.Build:
         """Run cargo."""
@@ -299,10 +326,6 @@ class Job:
         return inputs.Build(
             messages, result, self.chosen.workspace, self.crate, self.outputs, self.environment
         )
-
-
-def _place(built: dict[str, str]) -> Path:
-    return cache_directory() / "builds" / built["sha256"] / built["name"]
 
 
 def _touch(sources: set[Path]) -> None:
@@ -371,37 +394,50 @@ def _result(messages: list[dict[str, Any]], chosen: Chosen) -> Path:
     raise CargoError(f"nothing to run came out of cargo for {chosen.name}")
 
 
+DESCRIBED = ("origin", "imports", "exports")
+
+
 class CargoBuildProvider(ResourceProvider):
     """CRUD of one cargo build; what is built stays in the cache, which no delete touches."""
 
     serialize_as_secret_always = False
 
     @operation
-    def check(self, _olds: dict[str, Any], news: dict[str, Any]) -> CheckResult:
+    def check(self, olds: dict[str, Any], news: dict[str, Any]) -> CheckResult:
         """Build, so that a preview knows what comes out, and shows cargo's errors.
 
-        What is in the cache already costs no time; what was removed from it is there again afterwards.
+        What is in the cache already costs no time; what was removed from it is there again afterwards. Of
+        what the bytes were made, and what they import, is said when they change: a comment is no change.
         """
         if any(is_unknown(news[key]) for key in ("crate", "target", "profile")):
             return CheckResult(news, [])
         try:
-            built = build(Path(news["crate"]), news["target"], news["profile"])
+            job = job_for(Path(news["crate"]), news["target"], news["profile"])
+            built = job.built()
         except ProviderError as error:
             return CheckResult(news, [CheckFailure("crate", str(error))])
-        PLACES[built.sha256] = built.path
-        return CheckResult({**news, "sha256": built.sha256, "size": built.size}, [])
+        said = {key: olds[key] for key in DESCRIBED if key in olds}
+        if olds.get("sha256") != built.sha256 or "origin" not in said:
+            said = {"origin": origin.facts(job, built)}
+            if job.toolchain.triple == WASM_TARGET:
+                found = interface(read_built(built.sha256))
+                said |= {"imports": list(found.imports), "exports": list(found.exports)}
+        said["annotations"] = job.chosen.annotations
+        return CheckResult({**news, "sha256": built.sha256, "size": built.size, **said}, [])
 
     @operation
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
-        """Other bytes are a change, and nothing else is: not a comment in a source, not another place."""
-        is_there = Path(olds["path"]).is_file()
-        return DiffResult(changes=not is_there or olds["sha256"] != news.get("sha256"))
+        """Other bytes or another version are a change: not a comment in a source, not another place.
+
+        An older program's state says where the file lay, which is nobody's business.
+        """
+        result = changed(olds, news, replace=set(), update={"sha256", "annotations"})
+        return DiffResult(changes="path" in olds or result.changes)
 
     @operation
     def create(self, props: dict[str, Any]) -> CreateResult:
-        """Build."""
-        built = build(Path(props["crate"]), props["target"], props["profile"])
-        return CreateResult(Path(props["crate"]).name, {**props, **asdict(built)})
+        """Take what the check has built."""
+        return CreateResult(Path(props["crate"]).name, props)
 
     @operation
     def read(self, id_: str, props: dict[str, Any]) -> ReadResult:
@@ -410,17 +446,22 @@ class CargoBuildProvider(ResourceProvider):
 
     @operation
     def update(self, _id: str, _olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
-        """Build again."""
-        built = build(Path(news["crate"]), news["target"], news["profile"])
-        return UpdateResult({**news, **asdict(built)})
+        """Take what the check has built."""
+        return UpdateResult(news)
 
 
 class CargoBuild(pulumi.dynamic.Resource, module="cargo", name="Build"):
-    """A crate built with cargo."""
+    """A crate built with cargo; a component says what it `imports` and `exports`.
 
-    path: pulumi.Output[str]
+    `origin` has the sums of what the bytes were made from. The file is in the cache, under its sum.
+    """
+
+    crate: pulumi.Output[str]
+    target: pulumi.Output[str]
+    profile: pulumi.Output[str]
     sha256: pulumi.Output[str]
     size: pulumi.Output[int]
+    annotations: pulumi.Output[dict[str, str]]
 
     def __init__(
         self,
@@ -438,9 +479,9 @@ class CargoBuild(pulumi.dynamic.Resource, module="cargo", name="Build"):
                 "crate": crate,
                 "target": target,
                 "profile": profile,
-                "path": None,
                 "sha256": None,
                 "size": None,
+                "annotations": None,
             },
             opts,
         )

@@ -28,22 +28,27 @@ from pulumi.dynamic import (
     ResourceProvider,
     UpdateResult,
 )
+from pulumi.runtime.rpc import UNKNOWN
 
-from components.providers import PLACES, changed, gone, is_unknown, operation
+from components.providers import changed, gone, is_unknown, operation
 from components.providers.artifacts import (
+    COSIGN_SIGN,
     MANIFEST,
     Artifact,
     Kind,
     OciError,
     artifact,
+    attestation_artifact,
+    attestation_tag,
     bundle_artifact,
-    read_file,
     signature_artifact,
     signature_tag,
 )
+from components.providers.cache import read_built
 from components.providers.referrers import Referrers, subject_descriptor
 from components.providers.signature import bundle as signed_bundle
 from components.providers.signature import payload as signed_document
+from components.providers.signature import statement
 
 REPOSITORY = re.compile(r"[^/\s]+(/[a-z0-9]+([._-]+[a-z0-9]+)*)+")
 ATTEMPTS = 4
@@ -222,14 +227,10 @@ def _said(response: requests.Response) -> str:
         return response.reason or str(response.status_code)
 
 
-def digest_of(kind: Kind, path: str, sha256: str) -> str:
-    """Give the digest of the manifest that a built file has in any registry."""
-    return artifact(kind, read_file(path, sha256)).manifest.digest
-
-
-def push(repository: str, kind: Kind, path: str, sha256: str) -> str:
+def push(repository: str, kind: Kind, sha256: str, annotations: dict[str, str] | None = None) -> str:
     """Push a built file as an artifact, under a tag made of its own sum; give the manifest's digest."""
-    return Client(repository).push_artifact(artifact(kind, read_file(path, sha256)), tag_for(sha256))
+    made = artifact(kind, read_built(sha256), annotations)
+    return Client(repository).push_artifact(made, tag_for(sha256))
 
 
 def tag_for(sha256: str) -> str:
@@ -242,10 +243,16 @@ def push_signature(repository: str, digest: str, payload: str, signature: str) -
     return Client(repository).push_artifact(signature_artifact(payload, signature), signature_tag(digest))
 
 
-def push_bundle(repository: str, digest: str, bundle: str) -> str:
+def push_bundle(repository: str, digest: str, bundle: str, predicate_type: str = COSIGN_SIGN) -> str:
     """Push a Sigstore bundle as a referrer of an image in the registry; give the bundle manifest's digest."""
     client = Client(repository)
-    return Referrers(client, digest).push(bundle_artifact(bundle, subject_descriptor(client, digest)))
+    made = bundle_artifact(bundle, subject_descriptor(client, digest), predicate_type)
+    return Referrers(client, digest).push(made)
+
+
+def push_attestations(repository: str, digest: str, envelopes: dict[str, bytes]) -> str:
+    """Push attestations to where cosign 2 looks for them; give the digest of their manifest."""
+    return Client(repository).push_artifact(attestation_artifact(envelopes), attestation_tag(digest))
 
 
 class Needed:
@@ -274,12 +281,20 @@ class Needed:
 NEEDED = Needed()
 
 
-def _check_repository(news: dict[str, Any]) -> CheckResult:
+def check_repository(news: dict[str, Any]) -> CheckResult:
+    """Check a repository's name."""
     repository = news["repository"]
     if not is_unknown(repository) and not REPOSITORY.fullmatch(repository):
         reason = f"{repository} is no repository: HOST[:PORT]/PATH in lower case is allowed"
         return CheckResult(news, [CheckFailure("repository", reason)])
     return CheckResult(news, [])
+
+
+LAID_OUT = ("kind", "sha256", "annotations")
+
+
+def _laid_out(props: dict[str, Any]) -> Artifact:
+    return artifact(props["kind"], read_built(props["sha256"]), props.get("annotations"))
 
 
 class OciArtifactProvider(ResourceProvider):
@@ -294,23 +309,18 @@ class OciArtifactProvider(ResourceProvider):
         So a preview knows it, and what names the image by digest does not change because the image has to be
         pushed again.
         """
-        checked = _check_repository(news)
-        inputs = {key: value for key, value in news.items() if key != "path"}
-        if not is_unknown(news["path"]) and not is_unknown(news["sha256"]):
-            PLACES[news["sha256"]] = news["path"]
-        if checked.failures or news["sha256"] not in PLACES:
-            return CheckResult(inputs, checked.failures)
-        same = all(olds.get(key) == news[key] for key in ("kind", "sha256")) and olds.get("digest")
-        digest = olds["digest"] if same else digest_of(news["kind"], PLACES[news["sha256"]], news["sha256"])
-        inputs["digest"] = digest
-        if not is_unknown(news["repository"]):
-            inputs["image"] = f"{news['repository']}@{digest}"
-        return CheckResult(inputs, [])
+        checked = check_repository(news)
+        if checked.failures or is_unknown(news["sha256"]) or is_unknown(news.get("annotations")):
+            return checked
+        same = olds.get("digest") and all(olds.get(key) == news.get(key) for key in ("repository", *LAID_OUT))
+        digest = olds["digest"] if same else _laid_out(news).manifest.digest
+        image = UNKNOWN if is_unknown(news["repository"]) else f"{news['repository']}@{digest}"
+        return CheckResult({**news, "digest": digest, "image": image}, [])
 
     @operation
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
         """Other bytes are another artifact."""
-        result = changed(olds, news, replace={"repository", "kind", "sha256"}, update=set())
+        result = changed(olds, news, replace={"repository", *LAID_OUT}, update=set())
         if not result.changes:
             NEEDED.keep(olds["repository"], olds["digest"])
         return result
@@ -318,7 +328,7 @@ class OciArtifactProvider(ResourceProvider):
     @operation
     def create(self, props: dict[str, Any]) -> CreateResult:
         """Push."""
-        digest = push(props["repository"], props["kind"], PLACES[props["sha256"]], props["sha256"])
+        digest = push(props["repository"], props["kind"], props["sha256"], props.get("annotations"))
         NEEDED.keep(props["repository"], digest)
         image = f"{props['repository']}@{digest}"
         return CreateResult(image, {**props, "digest": digest, "image": image})
@@ -348,19 +358,19 @@ class OciArtifact(pulumi.dynamic.Resource, module="oci", name="Artifact"):
         *,
         repository: pulumi.Input[str],
         kind: Kind,
-        path: pulumi.Input[str],
         sha256: pulumi.Input[str],
+        annotations: pulumi.Input[dict[str, str]] | None = None,
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
-        """Push the file at `path`, whose sum is `sha256` (hex), to `repository` (HOST[:PORT]/PATH)."""
+        """Push the built file with the sum `sha256` (hex) to `repository` (HOST[:PORT]/PATH)."""
         super().__init__(
             OciArtifactProvider(),
             resource_name,
             {
                 "repository": repository,
                 "kind": kind,
-                "path": path,
                 "sha256": sha256,
+                "annotations": annotations,
                 "digest": None,
                 "image": None,
             },
@@ -374,7 +384,9 @@ def _push_signatures(props: dict[str, Any]) -> dict[str, str]:
     document = signed_document(repository, digest)
     pushed = {
         "signature_digest": push_signature(repository, digest, document, props["signature"]),
-        "bundle_digest": push_bundle(repository, digest, signed_bundle(digest, props["bundle_signature"])),
+        "bundle_digest": push_bundle(
+            repository, digest, signed_bundle(statement(digest), props["bundle_signature"])
+        ),
     }
     for made in pushed.values():
         NEEDED.keep(repository, made)
@@ -400,7 +412,7 @@ class OciSignatureProvider(ResourceProvider):
     @operation
     def check(self, _olds: dict[str, Any], news: dict[str, Any]) -> CheckResult:
         """Check the repository's name."""
-        return _check_repository(news)
+        return check_repository(news)
 
     @operation
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:

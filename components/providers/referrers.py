@@ -6,6 +6,7 @@ Source: the distribution specification, "Pushing Manifests with Subject" and "Re
 from __future__ import annotations
 
 import json
+import threading
 import urllib.parse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ INDEX = "application/vnd.oci.image.index.v1+json"
 NO_LIST = (400, 404, 405, 406, 501)
 PAGES = 20
 ATTEMPTS = 5
+_REWRITING = threading.Lock()
 
 
 class Referrers:
@@ -88,6 +90,11 @@ class Referrers:
         """Change the index at the tag, where the registry keeps no list; again if others did meanwhile."""
         if self._by_registry() is not None:
             return
+        # No registry can compare and swap; our own threads at least do not take each other's entries away.
+        with _REWRITING:
+            self._rewrite_alone(change)
+
+    def _rewrite_alone(self, change: Callable[[list[Any]], list[Any]]) -> None:
         for _ in range(ATTEMPTS):
             listed, old = self._at_tag()
             wanted = change(listed)

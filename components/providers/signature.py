@@ -29,6 +29,7 @@ from pulumi.dynamic import (
     ResourceProvider,
     UpdateResult,
 )
+from pulumi.runtime.rpc import UNKNOWN
 
 from components.providers import ProviderError, changed, is_unknown, operation
 from components.providers.artifacts import BUNDLE, COSIGN_SIGN, canonical
@@ -128,13 +129,13 @@ def payload(repository: str, digest: str) -> str:
     return json.dumps(document, separators=(",", ":"), sort_keys=True)
 
 
-def statement(digest: str) -> bytes:
-    """Give the in-toto statement by which cosign 3 signs an image."""
+def statement(digest: str, predicate_type: str = COSIGN_SIGN, predicate: bytes = b"{}") -> bytes:
+    """Give the in-toto statement about an image; without a predicate it is cosign 3's signature."""
     document = {
         "_type": "https://in-toto.io/Statement/v1",
         "subject": [{"digest": {"sha256": digest.removeprefix("sha256:")}}],
-        "predicateType": COSIGN_SIGN,
-        "predicate": {},
+        "predicateType": predicate_type,
+        "predicate": json.loads(predicate),
     }
     return canonical(document)
 
@@ -144,8 +145,8 @@ def pre_authentication_encoding(payload_type: str, body: bytes) -> bytes:
     return b"DSSEv1 %d %s %d %s" % (len(payload_type), payload_type.encode(), len(body), body)
 
 
-def sign(private_key: str, repository: str, digest: str) -> Signed:
-    """Sign an image.
+def sign_bytes(private_key: str, message: bytes) -> str:
+    """Sign with a PEM private key, in base64.
 
     The nonce is derived from key and message (RFC 6979), so that signing twice is signing once.
     """
@@ -153,27 +154,42 @@ def sign(private_key: str, repository: str, digest: str) -> Signed:
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise SignatureError("the signing key is no ECDSA key")
     algorithm = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
-
-    def signed(message: bytes) -> str:
-        return base64.b64encode(key.sign(message, algorithm)).decode()
-
-    document, body = payload(repository, digest), statement(digest)
-    return Signed(document, signed(document.encode()), signed(pre_authentication_encoding(IN_TOTO, body)))
+    return base64.b64encode(key.sign(message, algorithm)).decode()
 
 
-def bundle(digest: str, bundle_signature: str) -> str:
-    """Give the Sigstore bundle for an image; the same image and signature give the same bytes.
+def sign_statement(private_key: str, body: bytes) -> str:
+    """Sign an in-toto statement for its DSSE envelope."""
+    return sign_bytes(private_key, pre_authentication_encoding(IN_TOTO, body))
+
+
+def sign(private_key: str, repository: str, digest: str) -> Signed:
+    """Sign an image."""
+    document = payload(repository, digest)
+    return Signed(
+        document,
+        sign_bytes(private_key, document.encode()),
+        sign_statement(private_key, statement(digest)),
+    )
+
+
+def envelope(body: bytes, signature: str) -> dict[str, Any]:
+    """Give the DSSE envelope of a statement and its signature."""
+    return {
+        "payload": base64.b64encode(body).decode(),
+        "payloadType": IN_TOTO,
+        "signatures": [{"sig": signature}],
+    }
+
+
+def bundle(body: bytes, signature: str) -> str:
+    """Give the Sigstore bundle of a statement; the same statement and signature give the same bytes.
 
     It hints at no key: who verifies has the key, and a hint proves nothing.
     """
     document = {
         "mediaType": BUNDLE,
         "verificationMaterial": {"publicKey": {}},
-        "dsseEnvelope": {
-            "payload": base64.b64encode(statement(digest)).decode(),
-            "payloadType": IN_TOTO,
-            "signatures": [{"sig": bundle_signature}],
-        },
+        "dsseEnvelope": envelope(body, signature),
     }
     return canonical(document).decode()
 
@@ -259,11 +275,17 @@ class SignatureProvider(ResourceProvider):
 
     @operation
     def check(self, _olds: dict[str, Any], news: dict[str, Any]) -> CheckResult:
-        """Only a digest can be signed: a tag may point elsewhere tomorrow."""
+        """Only a digest can be signed: a tag may point elsewhere tomorrow.
+
+        The signatures are a function of image and key, so that a preview which knows these knows them.
+        """
         digest = news["digest"]
         if not is_unknown(digest) and not DIGEST.fullmatch(digest):
             return CheckResult(news, [CheckFailure("digest", f"{digest} is no sha256 digest")])
-        return CheckResult(news, [])
+        if any(is_unknown(news[key]) for key in ("repository", "digest", "private_key")):
+            return CheckResult({**news, "signature": UNKNOWN, "bundle_signature": UNKNOWN}, [])
+        signed = sign(news["private_key"], news["repository"], digest)
+        return CheckResult({**news, **signed.outputs()}, [])
 
     @operation
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
@@ -273,15 +295,13 @@ class SignatureProvider(ResourceProvider):
 
     @operation
     def create(self, props: dict[str, Any]) -> CreateResult:
-        """Sign."""
-        signed = sign(props["private_key"], props["repository"], props["digest"])
-        return CreateResult(props["digest"], {**props, **signed.outputs()})
+        """Take what the check has signed."""
+        return CreateResult(props["digest"], props)
 
     @operation
     def update(self, _id: str, _olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
-        """Sign again, which gives the same; every input that matters is a replacement."""
-        signed = sign(news["private_key"], news["repository"], news["digest"])
-        return UpdateResult({**news, **signed.outputs()})
+        """Take what the check has signed; every input that matters is a replacement."""
+        return UpdateResult(news)
 
     @operation
     def read(self, id_: str, props: dict[str, Any]) -> ReadResult:

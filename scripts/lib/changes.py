@@ -48,7 +48,7 @@ RESTARTED = replace("workload-pod") | SMOKE
 # With another image, node or namespace: pulled and compiled before the pod that runs ends.
 MOVED = replace("workload-prepare") | RESTARTED
 RECONFIGURED = update("node-vm", "node-registration") | SMOKE
-IMAGE = replace("app-push", "app-signature", "app-signature-push")
+IMAGE = replace("app-push", "app-signature", "app-signature-push", "app-attestation")
 REGISTRY = replace("registry-repository", "registry-node-reader", "agent-push") | IMAGE | MOVED
 REGISTRY |= update("node-vm")
 JOINED = replace("node-vm", "node-registration") | MOVED
@@ -122,7 +122,7 @@ CHANGES = (
     Change(
         "signingKey",
         "KEY",
-        replace("app-key", "app-signature") | update("app-signature-push") | RECONFIGURED,
+        replace("app-key", "app-signature") | update("app-signature-push", "app-attestation") | RECONFIGURED,
         AGENT,
     ),
     Change("signingKeyPassword", "unused", {}),

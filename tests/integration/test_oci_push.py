@@ -9,8 +9,8 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,18 @@ import pytest
 import requests
 import wasmtime
 
-from components.providers import artifacts, oci, referrers, signature
+from components.providers import (
+    artifacts,
+    attestation,
+    cache,
+    cargo,
+    compiler,
+    oci,
+    origin,
+    referrers,
+    signature,
+)
+from tests.integration.conftest import REPOSITORY
 
 REGISTRY = shutil.which("registry")
 pytestmark = pytest.mark.skipif(
@@ -34,6 +45,7 @@ COMPONENT = bytes(wasmtime.wat2wasm("(component)"))
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Run a registry on loopback and give the name of a repository in it."""
     monkeypatch.setenv("GOOGLE_OAUTH_ACCESS_TOKEN", "any")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -62,20 +74,20 @@ def _wait_for(url: str) -> None:
         session.get(url, timeout=10).raise_for_status()
 
 
-@dataclass(frozen=True)
-class File:
-    """A file as a build leaves it."""
-
-    path: str
-    sha256: str
+def cached(content: bytes) -> str:
+    """Put a file into the cache, as a build does; give its sum."""
+    sum_ = hashlib.sha256(content).hexdigest()
+    path = cache.place(sum_, "app.wasm")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return sum_
 
 
 @pytest.fixture
-def component(tmp_path: Path) -> File:
-    """Write the component to a file."""
-    path = tmp_path / "app.wasm"
-    path.write_bytes(COMPONENT)
-    return File(str(path), hashlib.sha256(COMPONENT).hexdigest())
+def component(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Give the sum of the component, which is in a cache of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return cached(COMPONENT)
 
 
 def get(repository: str, path: str, accept: str = artifacts.MANIFEST) -> requests.Response:
@@ -84,94 +96,168 @@ def get(repository: str, path: str, accept: str = artifacts.MANIFEST) -> request
     return requests.get(f"http://{host}/v2/{name}/{path}", headers={"Accept": accept}, timeout=10)
 
 
-def test_what_is_pushed_is_the_wasm_artifact_layout_under_its_digest(
-    repository: str, component: File
-) -> None:
-    digest = oci.push(repository, "wasm", component.path, component.sha256)
+def test_what_is_pushed_is_the_wasm_artifact_layout_under_its_digest(repository: str, component: str) -> None:
+    digest = oci.push(repository, "wasm", component)
     answer = get(repository, f"manifests/{digest}")
     assert f"sha256:{hashlib.sha256(answer.content).hexdigest()}" == digest
     manifest = answer.json()
     assert manifest["mediaType"] == artifacts.MANIFEST
     assert manifest["config"]["mediaType"] == "application/vnd.wasm.config.v0+json"
     [layer] = manifest["layers"]
-    assert (layer["mediaType"], layer["digest"]) == ("application/wasm", f"sha256:{component.sha256}")
+    assert (layer["mediaType"], layer["digest"]) == ("application/wasm", f"sha256:{component}")
     assert get(repository, f"blobs/{layer['digest']}").content == COMPONENT
     assert get(repository, f"blobs/{manifest['config']['digest']}").json() == {
         "architecture": "wasm",
         "os": "wasip2",
+        "created": "1970-01-01T00:00:00Z",
         "layerDigests": [layer["digest"]],
         "component": {"exports": [], "imports": [], "target": ""},
     }
 
 
-def test_a_push_that_is_repeated_ends_the_same(repository: str, component: File) -> None:
-    first = oci.push(repository, "wasm", component.path, component.sha256)
-    assert oci.push(repository, "wasm", component.path, component.sha256) == first
-    assert get(repository, "tags/list").json()["tags"] == [oci.tag_for(component.sha256)]
+def test_a_push_that_is_repeated_ends_the_same(repository: str, component: str) -> None:
+    first = oci.push(repository, "wasm", component)
+    assert oci.push(repository, "wasm", component) == first
+    assert get(repository, "tags/list").json()["tags"] == [oci.tag_for(component)]
 
 
 def test_a_push_that_was_interrupted_between_blob_and_manifest_is_completed(
-    repository: str, component: File
+    repository: str, component: str
 ) -> None:
     artifact = artifacts.wasm_artifact(COMPONENT)
     half = artifacts.Artifact(artifact.manifest, artifact.blobs[:1])
     with pytest.raises(artifacts.OciError, match="MANIFEST_BLOB_UNKNOWN"):
         oci.Client(repository).push_artifact(half, "half")
-    digest = oci.push(repository, "wasm", component.path, component.sha256)
+    digest = oci.push(repository, "wasm", component)
     assert get(repository, f"manifests/{digest}").ok
 
 
-def test_delete_removes_tag_and_manifest_and_a_second_delete_is_fine(
-    repository: str, component: File
-) -> None:
-    digest = oci.push(repository, "wasm", component.path, component.sha256)
-    props = {"repository": repository, "digest": digest, "sha256": component.sha256}
+def test_delete_removes_tag_and_manifest_and_a_second_delete_is_fine(repository: str, component: str) -> None:
+    digest = oci.push(repository, "wasm", component)
+    props = {"repository": repository, "digest": digest, "sha256": component}
     for _ in range(2):
         oci.OciArtifactProvider().delete("id", props)
         assert get(repository, f"manifests/{digest}").status_code == 404
-        assert get(repository, f"manifests/{oci.tag_for(component.sha256)}").status_code == 404
+        assert get(repository, f"manifests/{oci.tag_for(component)}").status_code == 404
 
 
-def test_delete_leaves_a_tag_that_points_elsewhere_by_now(repository: str, component: File) -> None:
-    digest = oci.push(repository, "wasm", component.path, component.sha256)
-    tag = oci.tag_for(component.sha256)
+def test_delete_leaves_a_tag_that_points_elsewhere_by_now(repository: str, component: str) -> None:
+    digest = oci.push(repository, "wasm", component)
+    tag = oci.tag_for(component)
     newer = oci.Client(repository).push_artifact(artifacts.agent_artifact(b"newer"), tag)
     oci.Client(repository).delete_artifact(digest, tag)
     assert get(repository, f"manifests/{tag}").headers["Docker-Content-Digest"] == newer
 
 
-def test_the_agent_travels_as_an_artifact_of_its_own_type(repository: str, tmp_path: Path) -> None:
-    path = tmp_path / "krustlet"
-    path.write_bytes(b"ELF")
-    sum_ = hashlib.sha256(b"ELF").hexdigest()
-    digest = oci.push(repository, "agent", str(path), sum_)
+def test_the_agent_travels_as_an_artifact_of_its_own_type(repository: str) -> None:
+    sum_ = cached(b"ELF")
+    digest = oci.push(repository, "agent", sum_)
     manifest = get(repository, f"manifests/{digest}").json()
     assert manifest["artifactType"] == "application/vnd.krustlet.agent.v1"
     assert manifest["config"]["mediaType"] == "application/vnd.oci.empty.v1+json"
     assert [layer["digest"] for layer in manifest["layers"]] == [f"sha256:{sum_}"]
 
 
-@pytest.mark.skipif(shutil.which("cosign3") is None, reason="cosign is not on PATH: ./scripts/test brings it")
+COSIGN = pytest.mark.skipif(
+    shutil.which("cosign3") is None, reason="no cosign on PATH: ./scripts/test brings it"
+)
+
+
+@COSIGN
 @pytest.mark.parametrize("program", ["cosign", "cosign3"])
 @pytest.mark.parametrize("formats", [("tag",), ("bundle",), ("tag", "bundle")])
 def test_cosign_verifies_what_was_signed_and_refuses_another_key(
-    repository: str, component: File, tmp_path: Path, program: str, formats: tuple[str, ...]
+    repository: str, component: str, tmp_path: Path, program: str, formats: tuple[str, ...]
 ) -> None:
-    digest = oci.push(repository, "wasm", component.path, component.sha256)
+    digest = oci.push(repository, "wasm", component)
     pair, other = signature.generate_key(), signature.generate_key()
     signed = signature.sign(pair.private_key, repository, digest)
     if "tag" in formats:
         oci.push_signature(repository, digest, signed.payload, signed.signature)
     if "bundle" in formats:
-        oci.push_bundle(repository, digest, signature.bundle(digest, signed.bundle_signature))
+        oci.push_bundle(
+            repository, digest, signature.bundle(signature.statement(digest), signed.bundle_signature)
+        )
     assert _cosign(program, tmp_path, pair.public_key, f"{repository}@{digest}")
     assert not _cosign(program, tmp_path, other.public_key, f"{repository}@{digest}")
 
 
-def test_a_new_signature_of_an_image_leaves_nothing_of_the_old_one(
-    repository: str, component: File, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def predicates() -> dict[str, bytes]:
+    """Give what is attested of the app in this repository."""
+    job = cargo.job_for(REPOSITORY / "wasm_app", compiler.WASM_TARGET, "release")
+    return origin.predicates(job, job.built())
+
+
+@pytest.fixture
+def attested(
+    predicates: dict[str, bytes], repository: str, component: str
+) -> Callable[[str], tuple[str, dict[str, Any]]]:
+    """Give what pushes the component and attests it with a key: its digest and what was pushed."""
+
+    def attest(private_key: str) -> tuple[str, dict[str, Any]]:
+        digest = oci.push(repository, "wasm", component)
+        return digest, attestation.push(repository, digest, predicates, private_key)
+
+    return attest
+
+
+@COSIGN
+@pytest.mark.parametrize("program", ["cosign", "cosign3"])
+@pytest.mark.parametrize("left_out", ["", "tag", "bundle"])
+def test_cosign_verifies_what_is_attested_and_refuses_another_key(
+    attested: Callable[[str], tuple[str, dict[str, Any]]],
+    repository: str,
+    tmp_path: Path,
+    program: str,
+    left_out: str,
 ) -> None:
-    digest = oci.push(repository, "wasm", component.path, component.sha256)
+    pair, other = signature.generate_key(), signature.generate_key()
+    digest, pushed = attested(pair.private_key)
+    image, client = f"{repository}@{digest}", oci.Client(repository)
+    if left_out == "tag":
+        client.delete_artifact(pushed["attestation_digest"], artifacts.attestation_tag(digest))
+    for bundle in pushed["bundle_digests"] if left_out == "bundle" else ():
+        referrers.Referrers(client, digest).remove(bundle)
+    for kind in ("slsaprovenance1", "cyclonedx"):
+        verify = ("verify-attestation", "--type", kind)
+        assert _cosign(program, tmp_path, pair.public_key, image, *verify)
+        assert not _cosign(program, tmp_path, other.public_key, image, *verify)
+    assert not _cosign(program, tmp_path, pair.public_key, image, "verify-attestation", "--type", "vuln")
+
+
+@COSIGN
+@pytest.mark.parametrize("program", ["cosign", "cosign3"])
+def test_signatures_and_attestations_stand_beside_each_other_and_go_one_by_one(
+    repository: str, component: str, tmp_path: Path, program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = oci.push(repository, "wasm", component)
+    image = f"{repository}@{digest}"
+    pair = signature.generate_key()
+    signed = {"repository": repository, "digest": digest}
+    signed |= signature.sign(pair.private_key, repository, digest).outputs()
+    attested = {"repository": repository, "digest": digest, "private_key": pair.private_key}
+    monkeypatch.setattr(attestation, "_predicates", lambda _props: {origin.SBOM: b"{}"})
+    with ThreadPoolExecutor(2) as pool:
+        pushes = [
+            pool.submit(oci.OciSignatureProvider().create, signed),
+            pool.submit(attestation.OciAttestationProvider().create, attested),
+        ]
+        _, made = (push.result().outs for push in pushes)
+    assert made
+    assert _cosign(program, tmp_path, pair.public_key, image)
+    assert _cosign(program, tmp_path, pair.public_key, image, "verify-attestation", "--type", "cyclonedx")
+    monkeypatch.setattr(oci, "NEEDED", oci.Needed())  # the next run's process
+    attestation.OciAttestationProvider().delete("id", made)
+    assert _cosign(program, tmp_path, pair.public_key, image)
+    assert not _cosign(program, tmp_path, pair.public_key, image, "verify-attestation", "--type", "cyclonedx")
+    assert not attestation.OciAttestationProvider().read("id", made).id
+
+
+def test_a_new_signature_of_an_image_leaves_nothing_of_the_old_one(
+    repository: str, component: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = oci.push(repository, "wasm", component)
     provider = oci.OciSignatureProvider()
     made: list[dict[str, Any]] = []
     for _ in range(2):
@@ -194,13 +280,13 @@ def test_a_new_signature_of_an_image_leaves_nothing_of_the_old_one(
     monkeypatch.setattr(oci, "NEEDED", oci.Needed())
     provider.delete("id", made[1])
     assert get(repository, f"manifests/{digest.replace(':', '-')}").status_code == 404
-    assert get(repository, "tags/list").json()["tags"] == [oci.tag_for(component.sha256)]
+    assert get(repository, "tags/list").json()["tags"] == [oci.tag_for(component)]
 
 
 def test_what_others_have_refer_to_an_image_stays_when_its_signature_goes(
-    repository: str, component: File, monkeypatch: pytest.MonkeyPatch
+    repository: str, component: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digest = oci.push(repository, "wasm", component.path, component.sha256)
+    digest = oci.push(repository, "wasm", component)
     client = oci.Client(repository)
     subject = referrers.subject_descriptor(client, digest)
     others = referrers.Referrers(client, digest).push(artifacts.bundle_artifact("{}", subject))
@@ -225,7 +311,7 @@ def _referrers(repository: str, digest: str) -> list[str]:
     return [item["digest"] for item in answer.json()["manifests"]]
 
 
-def _cosign(program: str, directory: Path, public_key: str, image: str) -> bool:
+def _cosign(program: str, directory: Path, public_key: str, image: str, *verify: str) -> bool:
     # cosign 2 wants Sigstore's root before it looks at a bundle, also for a key, and would ask the internet.
     root = directory / "trusted_root.json"
     root.write_text('{"mediaType": "application/vnd.dev.sigstore.trustedroot+json;version=0.1"}')
@@ -233,7 +319,7 @@ def _cosign(program: str, directory: Path, public_key: str, image: str) -> bool:
     key.write_text(public_key)
     command = [
         program,
-        "verify",
+        *(verify or ("verify",)),
         "--insecure-ignore-tlog",
         "--allow-http-registry",
         f"--trusted-root={root}",
@@ -244,17 +330,9 @@ def _cosign(program: str, directory: Path, public_key: str, image: str) -> bool:
     return subprocess.run(command, capture_output=True, text=True, check=False).returncode == 0
 
 
-def test_a_file_that_is_no_component_is_not_pushed(repository: str, tmp_path: Path) -> None:
-    path = tmp_path / "core.wasm"
-    path.write_bytes(wasmtime.wat2wasm("(module)"))
+def test_a_file_that_is_no_component_is_not_pushed(repository: str) -> None:
     with pytest.raises(artifacts.OciError, match="no WebAssembly component"):
-        oci.push(repository, "wasm", str(path), hashlib.sha256(path.read_bytes()).hexdigest())
-
-
-def test_a_file_that_was_changed_after_its_build_is_not_pushed(repository: str, component: File) -> None:
-    Path(component.path).write_bytes(COMPONENT + b"\0")
-    with pytest.raises(artifacts.OciError, match="not the file that was built"):
-        oci.push(repository, "wasm", component.path, component.sha256)
+        oci.push(repository, "wasm", cached(bytes(wasmtime.wat2wasm("(module)"))))
 
 
 class _Refusing(BaseHTTPRequestHandler):
@@ -278,14 +356,14 @@ class _Refusing(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def test_refused_credentials_are_an_error_at_once(component: File, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_credentials_are_an_error_at_once(component: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOOGLE_OAUTH_ACCESS_TOKEN", "expired")
     monkeypatch.setattr(time, "sleep", lambda _seconds: pytest.fail("a refusal is final"))
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Refusing)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         with pytest.raises(artifacts.OciError, match="refused"):
-            oci.push(f"127.0.0.1:{server.server_port}/p/app", "wasm", component.path, component.sha256)
+            oci.push(f"127.0.0.1:{server.server_port}/p/app", "wasm", component)
     finally:
         server.shutdown()
         server.server_close()

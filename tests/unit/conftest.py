@@ -67,7 +67,6 @@ class Cloud(mocks.Mocks):
             "command:local:Command": {"stdout": "6469693230"},
             "kubernetes:core/v1:Pod": {"metadata": {**args.inputs.get("metadata", {}), "uid": "pod-uid"}},
             "pulumi-python:dynamic/cargo:Build": {
-                "path": "/cache/file",
                 "sha256": "ab" * 32,
                 "size": 72000,
             },
@@ -76,6 +75,7 @@ class Cloud(mocks.Mocks):
                 "image": f"{args.inputs.get('repository')}@sha256:" + "12" * 32,
             },
             "pulumi-python:dynamic/oci:Signature": {"signature_digest": "sha256:" + "34" * 32},
+            "pulumi-python:dynamic/oci:Attestation": {"attestation_digest": "sha256:" + "56" * 32},
             "pulumi-python:dynamic/signature:Key": {"private_key": "PRIVATE", "public_key": "PUBLIC"},
             "pulumi-python:dynamic/signature:Signature": {
                 "payload": "{}",

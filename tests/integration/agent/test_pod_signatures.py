@@ -54,7 +54,9 @@ class Image:
 
     def bundle(self, digest: str = "", key: str = "") -> str:
         """A bundle over this image, or another digest, by the trusted key or another one."""
-        return signature.bundle(digest or self.digest, self.signed(digest, key).bundle_signature)
+        return signature.bundle(
+            signature.statement(digest or self.digest), self.signed(digest, key).bundle_signature
+        )
 
     def sign_by_bundle(self, bundle: str) -> None:
         """As cosign 3 does it."""

@@ -75,6 +75,7 @@ def test_the_names_of_the_resources_are_these(program: Monitor) -> None:
         "app-push",
         "app-signature",
         "app-signature-push",
+        "app-attestation",
         "agent-build",
         "agent-push",
         "cluster-network",
@@ -98,7 +99,7 @@ def test_the_names_of_the_resources_are_these(program: Monitor) -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["app-signature", "node-token", "node-registration"])
+@pytest.mark.parametrize("name", ["app-signature", "app-attestation", "node-token", "node-registration"])
 def test_every_key_token_and_kubeconfig_among_the_inputs_is_a_secret(program: Monitor, name: str) -> None:
     resource = program.registered[name]
     held = KEYS & resource.inputs.keys()
@@ -160,6 +161,20 @@ def test_the_pod_names_its_image_by_digest_and_waits_for_the_signature(program: 
     image = pod.plain("spec")["containers"][0]["image"]
     assert image == "europe-west1-docker.pkg.dev/p/awesome-wasm/primorial@sha256:" + "12" * 32
     assert "app-signature-push" in pod.dependencies
+
+
+def test_no_path_of_this_machine_is_in_any_input(program: Monitor) -> None:
+    for name, resource in program.registered.items():
+        assert str(REPOSITORY) not in json.dumps(resource.inputs), name
+        assert "path" not in resource.inputs, name
+
+
+def test_what_is_attested_is_the_image_that_runs(program: Monitor) -> None:
+    attestation, push = program.registered["app-attestation"], program.registered["app-push"]
+    assert attestation.plain("repository") == push.plain("repository")
+    assert attestation.plain("digest") == "sha256:" + "12" * 32
+    assert attestation.plain("sha256") == push.plain("sha256")
+    assert "app-push" in attestation.dependencies, "a referrer needs its subject, and ends before it"
 
 
 def test_the_vm_starts_after_it_may_pull_and_ask_for_certificates(program: Monitor) -> None:
@@ -250,6 +265,7 @@ def test_nothing_is_named_after_the_app_but_its_image_and_its_pod(
         "app-push",
         "app-signature",
         "app-signature-push",
+        "app-attestation",
         "workload-prepare",
         "workload-pod",
         "workload-smoke-test",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 import pulumi
 import pytest
 
-from components.providers import cargo, inputs
+from components.providers import cache, cargo, inputs, origin
+from components.providers.artifacts import Interface
 from components.providers.compiler import WASM_TARGET, CargoError
 
 pytestmark = pytest.mark.skipif(shutil.which("cargo") is None, reason="cargo is not on PATH")
@@ -479,24 +481,58 @@ def test_a_directory_s_links_to_itself_end(tmp_path: Path) -> None:
 PROPS = {"target": WASM_TARGET, "profile": "release"}
 
 
-def test_check_builds_so_that_a_preview_knows_the_bytes(app: Path, built: cargo.Built) -> None:
+def test_check_builds_so_that_a_preview_knows_the_bytes(
+    app: Path, built: cargo.Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cargo, "interface", lambda _wasm: Interface(("wasi:a/b",), (), ""))
     provider, props = cargo.CargoBuildProvider(), {"crate": str(app), **PROPS}
     checked = provider.check({}, props).inputs
-    made = provider.create(checked).outs
-    assert made is not None
-    assert {**props, "sha256": built.sha256, "size": built.size} == checked, "and not where it lies"
-    assert cargo.PLACES[built.sha256] == made["path"]
-    assert (made["sha256"], made["size"]) == (built.sha256, built.size)
+    assert provider.create(checked).outs == checked
+    assert (checked["sha256"], checked["size"]) == (built.sha256, built.size)
+    assert (checked["imports"], checked["exports"]) == (["wasi:a/b"], [])
+    assert str(built.path) not in json.dumps(checked), "it lies where its sum says"
+    assert cache.read_built(built.sha256) == Path(built.path).read_bytes()
     # A comment: it is compiled again, and the same bytes come out.
-    write("src/lib.rs", LIBRARY + "// nothing new\n")(app, pytest.MonkeyPatch())
-    inputs_ = provider.check({}, props).inputs
-    assert provider.diff("app", made, inputs_).changes is False
-    assert provider.diff("app", made, {**inputs_, "sha256": "another"}).changes is True
+    write("src/lib.rs", LIBRARY + "// nothing new\n")(app, monkeypatch)
+    assert provider.check(checked, props).inputs == checked
+    assert provider.diff("app", checked, {**checked, "sha256": "another"}).changes is True
     # A build that is gone is made again, and is no change.
-    Path(made["path"]).unlink()
-    assert provider.read("app", made).id == "app"
-    assert provider.diff("app", made, provider.check({}, props).inputs).changes is False
-    assert Path(made["path"]).is_file()
+    Path(built.path).unlink()
+    assert provider.read("app", checked).id == "app"
+    assert provider.diff("app", checked, provider.check(checked, props).inputs).changes is False
+    assert Path(built.path).is_file()
+
+
+ORIGINS: dict[str, tuple[set[str], Change]] = {
+    "a source": ({"source"}, write("nested/lib.rs", TEXT)),
+    "the lock file": ({"lock file"}, write("Cargo.lock", "# a comment\n" + TREE["app/Cargo.lock"])),
+    "a profile": (
+        {"profile"},
+        write("Cargo.toml", TREE["app/Cargo.toml"] + "[profile.release]\nopt-level = 1\n"),
+    ),
+    "flags": ({"configuration"}, variable("RUSTFLAGS", "--cfg flag")),
+    "a dependency's manifest": (
+        {"source"},
+        write("../shared/Cargo.toml", TREE["shared/Cargo.toml"].replace("more = []", "less = []")),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ORIGINS)
+def test_a_preview_says_of_which_part_of_its_origin_an_app_has_another(
+    name: str, app: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, change = ORIGINS[name]
+
+    def facts() -> dict[str, str]:
+        job = cargo.job_for(app, WASM_TARGET, "release")
+        return origin.facts(job, job.built())
+
+    before = facts()
+    change(app, monkeypatch)
+    after = facts()
+    assert {part for part in before.keys() | after.keys() if before.get(part) != after.get(part)} == parts
+    assert "unknown" not in after.values()
 
 
 @pytest.mark.parametrize("missing", ["Cargo.toml", "Cargo.lock"])
@@ -511,11 +547,11 @@ def test_check_lets_what_is_unknown_pass() -> None:
     assert cargo.CargoBuildProvider().check({}, props).inputs == props
 
 
-def test_another_place_of_the_crate_is_no_change(tmp_path: Path) -> None:
-    olds = {"crate": "a", "target": "", "profile": "release", "sha256": "1", "path": str(tmp_path / "x")}
+def test_another_place_of_the_crate_is_no_change_and_an_older_state_loses_its_path() -> None:
+    olds = {"crate": "a", "target": "", "profile": "release", "sha256": "1"}
     provider = cargo.CargoBuildProvider()
-    assert provider.diff("id", olds, {**olds, "crate": "b"}).changes is True, "there is no file"
-    (tmp_path / "x").touch()
     assert provider.diff("id", olds, {**olds, "crate": "b"}).changes is False
     result = provider.diff("id", olds, {**olds, "sha256": "2"})
     assert (result.changes, result.replaces) == (True, None)
+    assert provider.diff("id", {**olds, "path": "/home/somebody/file"}, olds).changes is True
+    assert "path" not in (provider.update("id", olds, olds).outs or {})

@@ -17,8 +17,8 @@ import pytest
 from pulumi.dynamic import ResourceProvider
 from pulumi.runtime.rpc import UNKNOWN
 
-from components.providers import artifacts, oci
-from components.providers.signature import payload
+from components.providers import artifacts, attestation, cache, oci
+from components.providers.signature import generate_key, payload
 
 ACTIONS = {"GET": "pull", "HEAD": "pull", "POST": "push", "PUT": "push", "DELETE": "delete"}
 
@@ -183,15 +183,18 @@ def test_a_registry_that_does_not_answer_is_given_up_in_the_end(
 def binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: Registry) -> dict[str, Any]:
     """Give the inputs of an artifact's push, in a process that did nothing yet."""
     monkeypatch.setattr(oci, "NEEDED", oci.Needed())
-    monkeypatch.setattr(oci, "PLACES", {})
-    path = tmp_path / "krustlet"
-    path.write_bytes(b"krustlet")
+    monkeypatch.setattr(attestation, "_predicates", lambda _props: {"https://a/1": b"{}", "https://b": b"{}"})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     sum_ = hashlib.sha256(b"krustlet").hexdigest()
-    return {"repository": registry.name, "kind": "agent", "path": str(path), "sha256": sum_}
+    path = cache.place(sum_, "krustlet")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"krustlet")
+    return {"repository": registry.name, "kind": "agent", "sha256": sum_}
 
 
 IMAGE = b'{"schemaVersion": 2, "config": {}, "layers": []}'
 SIGNED = {
+    "private_key": generate_key().private_key,
     "signature": "c2ln",
     "bundle_signature": "c2ln",
     "digest": f"sha256:{hashlib.sha256(IMAGE).hexdigest()}",
@@ -206,7 +209,7 @@ def made_by(provider: ResourceProvider, inputs: Outputs) -> Outputs:
     return made
 
 
-PUSHES = [oci.OciArtifactProvider, oci.OciSignatureProvider]
+PUSHES = [oci.OciArtifactProvider, oci.OciSignatureProvider, attestation.OciAttestationProvider]
 
 
 @pytest.mark.parametrize("kind", PUSHES)
@@ -282,20 +285,8 @@ def test_a_preview_knows_the_image_before_it_is_pushed(binary: Outputs) -> None:
     checked = provider.check({}, binary).inputs
     assert checked["image"] == made_by(provider, binary)["image"]
     elsewhere = provider.check(checked, {**binary, "repository": UNKNOWN}).inputs
-    assert elsewhere["digest"] == checked["digest"]
-    assert "image" not in elsewhere
+    assert (elsewhere["digest"], elsewhere["image"]) == (checked["digest"], UNKNOWN)
     assert "digest" not in provider.check(checked, {**binary, "sha256": UNKNOWN}).inputs
-
-
-def test_a_preview_knows_the_image_of_what_it_has_just_compiled(
-    binary: Outputs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    provider, compiled = oci.OciArtifactProvider(), {**binary, "path": UNKNOWN}
-    assert "digest" not in provider.check({}, compiled).inputs, "nobody has said where it lies"
-    monkeypatch.setitem(oci.PLACES, str(binary["sha256"]), str(binary["path"]))
-    told = provider.check({}, compiled).inputs
-    assert told == provider.check({}, binary).inputs, "so that the up fits the preview's plan"
-    assert told["image"] == made_by(provider, binary)["image"]
 
 
 def test_where_the_file_lies_is_in_no_state_and_an_older_state_that_has_it_is_as_good(
@@ -304,10 +295,42 @@ def test_where_the_file_lies_is_in_no_state_and_an_older_state_that_has_it_is_as
     provider = oci.OciArtifactProvider()
     made = made_by(provider, binary)
     assert str(tmp_path) not in json.dumps(made)
-    for unknown in ("path", "sha256", "repository"):
-        assert "path" not in provider.check({}, {**binary, unknown: UNKNOWN}).inputs
     older = {**made, "path": "/elsewhere/krustlet"}
     assert provider.diff("id", older, provider.check(older, binary).inputs).changes is False
+
+
+@pytest.mark.parametrize("damage", ["gone", "changed"])
+def test_a_file_that_is_not_the_one_that_was_built_is_not_pushed(
+    damage: str, registry: Registry, binary: Outputs
+) -> None:
+    path = cache.place(binary["sha256"], "krustlet")
+    checked = oci.OciArtifactProvider().check({}, binary).inputs
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(b"another")
+    before = dict(registry.stored)
+    with pytest.raises(cache.CacheError, match="run `pulumi up` again"):
+        oci.OciArtifactProvider().create(checked)
+    assert registry.stored == before
+
+
+def test_a_new_key_s_attestations_take_the_place_of_the_old_ones(
+    registry: Registry, binary: Outputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider, inputs = attestation.OciAttestationProvider(), {**binary, **SIGNED}
+    old = made_by(provider, inputs)
+    monkeypatch.setattr(oci, "NEEDED", oci.Needed())  # the next run's process
+    news = {**inputs, "private_key": generate_key().private_key}
+    result = provider.diff("id", old, news)
+    assert (result.changes, result.replaces) == (True, [])
+    new = provider.update("id", old, news).outs
+    assert new
+    assert provider.read("id", new).id == "id"
+    assert not provider.read("id", old).id
+    for gone in {old["attestation_digest"], *old["bundle_digests"]}:
+        assert gone not in registry.stored
+    assert provider.diff("id", new, {**news, "crate": "elsewhere", "sha256": "the same"}).changes is False
 
 
 def test_what_is_signed_is_in_no_state_and_an_older_state_that_has_it_is_as_good(

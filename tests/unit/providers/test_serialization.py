@@ -14,6 +14,7 @@ import pytest
 from pulumi.dynamic import ResourceProvider
 from pulumi.dynamic.dynamic import serialize_provider
 
+from components.providers.attestation import OciAttestationProvider
 from components.providers.cargo import CargoBuildProvider
 from components.providers.oci import OciArtifactProvider, OciSignatureProvider
 from components.providers.registration import BootstrapTokenProvider, NodeRegistrationProvider
@@ -23,6 +24,7 @@ from tests.unit.conftest import REPOSITORY
 PROVIDERS: list[type[ResourceProvider]] = [
     CargoBuildProvider,
     OciArtifactProvider,
+    OciAttestationProvider,
     OciSignatureProvider,
     BootstrapTokenProvider,
     NodeRegistrationProvider,
@@ -46,7 +48,9 @@ def test_an_edit_of_a_provider_s_source_leaves_what_is_stored_as_it_was(tmp_path
     before = _stored(tmp_path)
     source = tmp_path / "components" / "providers" / "cargo.py"
     text = source.read_text()
-    edited = text.replace('"""Build."""', '"""Build, said otherwise."""\n        # A new comment.', 1)
+    edited = text.replace(
+        '"""Take what', '"""Said otherwise."""\n        # A new comment.\n        """Take what', 1
+    )
     assert edited != text
     source.write_text(edited)
     assert _stored(tmp_path) == before

@@ -6,12 +6,12 @@ import base64
 import json
 
 import nacl.secret
-import pulumi
 import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
+from pulumi.runtime.rpc import UNKNOWN
 
 from components.providers import signature
 
@@ -115,9 +115,24 @@ def test_check_refuses_a_bad_key_without_showing_it() -> None:
     assert "secret" not in result.failures[0].reason
 
 
+PROPS = {"repository": REPOSITORY, "digest": DIGEST}
+
+
 def test_only_a_digest_is_signed() -> None:
-    provider = signature.SignatureProvider()
-    props = {"repository": REPOSITORY, "private_key": "k"}
+    provider, key = signature.SignatureProvider(), signature.generate_key().private_key
+    props = {**PROPS, "private_key": key}
     assert provider.check({}, {**props, "digest": "latest"}).failures
-    assert not provider.check({}, {**props, "digest": DIGEST}).failures
-    assert not provider.check({}, {**props, "digest": pulumi.runtime.rpc.UNKNOWN}).failures
+    assert not provider.check({}, props).failures
+    assert not provider.check({}, {**props, "digest": UNKNOWN}).failures
+
+
+def test_a_preview_that_knows_key_and_digest_knows_what_is_signed() -> None:
+    provider, key = signature.SignatureProvider(), signature.generate_key().private_key
+    props = {**PROPS, "private_key": key}
+    checked = provider.check({}, props).inputs
+    assert checked == {**props, **signature.sign(key, REPOSITORY, DIGEST).outputs()}
+    assert provider.create(checked).outs == checked
+    assert provider.diff("id", checked, provider.check(checked, props).inputs).changes is False
+    for unknown in props:
+        told = provider.check(checked, {**props, unknown: UNKNOWN}).inputs
+        assert (told["signature"], told["bundle_signature"]) == (UNKNOWN, UNKNOWN)

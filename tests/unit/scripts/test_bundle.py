@@ -23,7 +23,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from components.providers import cargo, inputs, signature
+from components.providers import cache, cargo, inputs, signature
 from scripts.lib import bundle, paths, toolchain
 from scripts.lib.bundle import BundleError, Manifest, Packed
 
@@ -46,7 +46,7 @@ class Machine:
         """Have what is called next run on it."""
         patch = self._monkeypatch.setattr
         patch(paths, "CACHE", self.cache)
-        patch(cargo, "cache_directory", lambda: self.cache)
+        patch(cache, "cache_directory", lambda: self.cache)
         patch(toolchain, "_go_version", lambda: "go1.26.1")
         patch(toolchain, "needed", lambda **_: [TOOL])
         patch(toolchain, "all_tools", lambda **_: [TOOL])
@@ -62,7 +62,7 @@ class Machine:
             for path in records.glob("*.json"):
                 found = inputs.read(path)
                 assert found
-                file = cargo._place(found[1])
+                file = cache.place(found[1]["sha256"], found[1]["name"])
                 if inputs.unchanged(found[0], self.crate, {}, inputs.digest) and file.is_file():
                     return path, cargo.measure(file)
             return None
