@@ -74,6 +74,12 @@ def _sections(report: Report) -> list[str]:
     if report.messages:
         fence = _fence(report.messages)
         lines += ["#### Messages", "", fence, *"\n".join(report.messages).splitlines(), fence, ""]
+    for change in report.built:
+        lines += [f"#### Built: {code(change.name)}", ""]
+        if change.because:
+            lines += [f"Made of another {', '.join(f'**{part}**' for part in change.because)}.", ""]
+        rows = [[row, code(old), code(new)] for row, old, new in change.rows]
+        lines += [*_table(["", "before", "after"], rows), ""]
     if report.configuration:
         rows = [[code(key), code(old), code(new)] for key, old, new in report.configuration]
         lines += ["#### Configuration", "", *_table(["key", "before", "after"], rows), ""]

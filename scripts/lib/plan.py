@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from policy.rules import CREDENTIAL
+from scripts.lib import built
 from scripts.lib.changes import AGENT, ALL, BOOT, CHANGES, NONE, POD, VM, Change
 
 Event = dict[str, Any]
@@ -49,6 +50,7 @@ class Report:
     steps: list[Step] = field(default_factory=list)
     unchanged: int = 0
     downtime: str = NONE
+    built: list[built.Change] = field(default_factory=list)
     configuration: list[tuple[str, str, str]] = field(default_factory=list)
     policies: list[str] = field(default_factory=list)
     violations: list[dict[str, str]] = field(default_factory=list)
@@ -209,6 +211,16 @@ def _steps(events: Iterable[Event]) -> tuple[list[Step], int]:
     )
 
 
+def _changing(events: Iterable[Event]) -> dict[str, Event]:
+    """What the engine tells of each resource that changes and is there afterwards, by its name."""
+    told = ((event.get("resourcePreEvent") or {}).get("metadata") for event in events)
+    return {
+        _name(metadata["urn"]): metadata
+        for metadata in told
+        if metadata and metadata.get("new") and metadata["op"] not in (*_ENDED, "same", "read", "refresh")
+    }
+
+
 def _applies(change: Change, plan: Mapping[str, str], changed: set[str], steps: list[Step]) -> bool:
     if not change.plan or not change.plan.items() <= plan.items():
         return False
@@ -288,6 +300,7 @@ def read(
     report = Report(stack)
     report.configuration = [(key, redactor.text(old), redactor.text(new)) for key, old, new in configuration]
     report.steps, report.unchanged = _steps(clean)
+    report.built = built.read(_changing(clean))
     changed = {key for key, _, _ in report.configuration}
     report.downtime = downtime(report.steps, changed)
     for step in report.steps:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts.lib import commands, comment, drift, paths, plan, preview
+from scripts.lib import built, commands, comment, drift, paths, plan, preview
 from scripts.lib.plan import Report, Step
 
 DATA = Path(__file__).with_name("data")
@@ -262,3 +262,51 @@ def test_a_cron_job_is_told_by_the_status(
     assert ("[secret] is locked" in said.err) == (status == 1)
     if status != 1:
         assert bool(json.loads(said.out)) == (status == 2)
+
+
+def _told(name: str, type_: str, old: dict[str, Any] | None, new: dict[str, Any], op: str) -> plan.Event:
+    metadata: dict[str, Any] = {"urn": f"u::p::t::{name}", "type": type_, "op": op, "new": {"inputs": new}}
+    return {"resourcePreEvent": {"metadata": metadata | ({"old": {"inputs": old}} if old else {})}}
+
+
+ORIGIN = {"source": "1", "lock file": "1", "toolchain": "rustc 1", "profile": "release", "configuration": "1"}
+HTTP = ["wasi:http/types@0.2.0"]
+OLD = {
+    "sha256": "1",
+    "size": 1000,
+    "imports": HTTP,
+    "exports": ["wasi:http/incoming-handler@0.2.0"],
+    "origin": ORIGIN,
+}
+
+
+@settings(deadline=None, max_examples=60)
+@given(parts=st.sets(st.sampled_from(sorted(ORIGIN))), first=st.booleans())
+def test_an_app_that_changes_has_a_table_of_what_it_is_and_reaches_and_of_what_changed(
+    parts: set[str], first: bool
+) -> None:
+    imports = [*HTTP, "wasi:sockets/tcp@0.2.0", "wasi:io/poll@0.2.0", "acme:missile/launch"]
+    new = {**OLD, "sha256": "2", "size": 2000, "imports": imports}
+    new["origin"] = ORIGIN | dict.fromkeys(parts, "another")
+    events = [
+        _told("app-build", built.BUILD, None if first else OLD, new, "create" if first else "update"),
+        _told("app-push", "t", None if first else {"digest": "sha256:a"}, {"digest": "sha256:b"}, "replace"),
+    ]
+    report = plan.read("local", events)
+    (app,) = report.built
+    rows = {row: (before, after) for row, before, after in app.rows}
+    before = built.NOTHING
+    assert rows["digest"] == (before if first else "sha256:a", "sha256:b")
+    assert rows["bytes"] == (before if first else "1,000", "2,000")
+    assert rows["capabilities"] == (before if first else "none", "acme:missile/launch, sockets")
+    assert rows["imports"][1] == ", ".join(imports)
+    assert set(app.because) == (set() if first else parts)
+    text = comment.markdown(report)
+    assert "#### Built: `app`" in text
+    assert all(f"**{part}**" in text for part in app.because)
+    assert "acme:missile/launch" in comment.page(report)
+
+
+def test_an_app_that_stays_as_it_is_has_no_table() -> None:
+    events = [_told("app-build", built.BUILD, OLD, {**OLD, "origin": {}}, op) for op in ("same", "update")]
+    assert plan.read("local", events).built == []
