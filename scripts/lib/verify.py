@@ -30,7 +30,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT = 15
 POLL_SECONDS = 1.0
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+INDEX = "application/vnd.oci.image.index.v1+json"
 SIGNATURE_ANNOTATION = "dev.cosignproject.cosign/signature"
+BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+ATTESTED = {"https://slsa.dev/provenance/v1", "https://cyclonedx.org/bom"}
+SIGNED = "https://sigstore.dev/cosign/sign/v1"
 OUTPUTS = ("url", "image", "public_key", "kubeconfig", "node", "namespace", "pod", "wasm_bytes")
 PRIMORIALS = (1, 2, 30, 97, 1000)
 FACTORED = (1, 2, 360, 6469693230, 2**61 - 1, 18446744073709551557, 2**64 - 1)
@@ -140,6 +144,15 @@ class Registry:
         """Read a manifest's bytes."""
         return self._read(f"manifests/{reference}", MANIFEST)
 
+    def referrers(self) -> list[dict[str, Any]]:
+        """List what refers to the image: by the registry, else by the index at its tag."""
+        accept = {"Accept": INDEX}
+        answer = self._session.get(f"{self.base}/referrers/{self.digest}", headers=accept, timeout=TIMEOUT)
+        listed = answer.ok and answer.headers.get("Content-Type", "").startswith(INDEX)
+        body = answer.content if listed else self._read(f"manifests/{self.digest.replace(':', '-')}", INDEX)
+        found: list[dict[str, Any]] = json.loads(body)["manifests"]
+        return found
+
     def blob(self, digest: str) -> bytes:
         """Read a blob and check its digest."""
         content = self._read(f"blobs/{digest}", "*/*")
@@ -192,6 +205,8 @@ class Stack:
             "pod is Ready with the pushed digest": self.pod,
             "manifest is what its digest says": self.manifest,
             "signature is valid for the public key": self.signature,
+            "attestations are valid for the public key": self.attestations,
+            "bundles are valid for the public key": self.bundles,
             "primorials are right": self.primorials,
             "factors are right": self.factors,
             "bad input is refused": self.bad_input,
@@ -248,11 +263,15 @@ class Stack:
         expect(len(wasm) == int(self._outputs["wasm_bytes"]), f"it has {len(wasm)} bytes")
         return f"{self._image}, {len(wasm)} bytes"
 
-    def signature(self) -> str:
-        """Check the signature as `cosign verify --key` does."""
+    def _key(self) -> ec.EllipticCurvePublicKey:
         key = serialization.load_pem_public_key(str(self._outputs["public_key"]).encode())
         if not isinstance(key, ec.EllipticCurvePublicKey):
             raise VerifyError("the public key is no ECDSA key")
+        return key
+
+    def signature(self) -> str:
+        """Check the signature as `cosign verify --key` does."""
+        key = self._key()
         tag = self.registry.digest.replace(":", "-") + ".sig"
         for layer in json.loads(self.registry.manifest(tag))["layers"]:
             payload = self.registry.blob(layer["digest"])
@@ -265,6 +284,42 @@ class Stack:
             expect(signed == self.registry.digest, f"{signed} is signed")
             return f"at the tag {tag[:19]}….sig"
         raise VerifyError("no signature fits the public key")
+
+    def attestations(self) -> str:
+        """Check the attestations at the tag as `cosign verify-attestation --key` of cosign 2 does."""
+        tag = self.registry.digest.replace(":", "-") + ".att"
+        layers = json.loads(self.registry.manifest(tag))["layers"]
+        found = {self._attested(json.loads(self.registry.blob(layer["digest"]))) for layer in layers}
+        expect(found >= ATTESTED, f"what is attested is {sorted(found)}")
+        return ", ".join(sorted(found))
+
+    def bundles(self) -> str:
+        """Check the Sigstore bundles that refer to the image as cosign 3 does; others' are not looked at."""
+        found = set()
+        for listed in self.registry.referrers():
+            manifest = json.loads(self.registry.manifest(listed["digest"]))
+            if manifest.get("artifactType") != BUNDLE:
+                continue
+            subject = manifest["subject"]["digest"]
+            expect(subject == self.registry.digest, f"{listed['digest']} refers to {subject}")
+            bundle = json.loads(self.registry.blob(manifest["layers"][0]["digest"]))
+            found.add(self._attested(bundle["dsseEnvelope"]))
+        expect(found >= {SIGNED, *ATTESTED}, f"what is signed is {sorted(found)}")
+        return ", ".join(sorted(found))
+
+    def _attested(self, envelope: dict[str, Any]) -> str:
+        """Check a DSSE envelope and its subject; give the predicate's type, "" of one by another key."""
+        kind, body = str(envelope["payloadType"]), base64.b64decode(envelope["payload"])
+        signature = base64.b64decode(envelope["signatures"][0]["sig"])
+        message = b"DSSEv1 %d %s %d %s" % (len(kind), kind.encode(), len(body), body)
+        try:
+            self._key().verify(signature, message, ec.ECDSA(hashes.SHA256()))
+        except InvalidSignature:
+            return ""
+        statement = json.loads(body)
+        subjects = [f"sha256:{subject['digest']['sha256']}" for subject in statement["subject"]]
+        expect(subjects == [self.registry.digest], f"a statement is about {subjects}")
+        return str(statement["predicateType"])
 
     def _get(self, path: str) -> requests.Response:
         return requests.get(f"{self._url}{path}", timeout=TIMEOUT, allow_redirects=False)
