@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from google.auth import identity_pool
 
 from scripts.lib.comment import LIMIT, MARKER
 from tests.unit.conftest import REPOSITORY
@@ -48,14 +50,84 @@ def test_who_runs_the_code_of_a_pull_request_may_write_nothing(path: Path) -> No
     for job, step in _steps(path):
         granted = {**workflow["permissions"], **job.get("permissions", {})}
         runs_code = str(step.get("uses", "")).startswith("actions/checkout")
-        assert not (runs_code and "write" in granted.values())
+        # A token of the run's own writes nothing here; it is for Google, and for no fork.
+        writable = {what for what, access in granted.items() if access == "write"}
+        if writable == {"id-token"}:
+            assert "head.repo.full_name == github.repository" in job["if"]
+            writable.clear()
+        assert not (runs_code and writable)
         assert not (runs_code and "workflow_run" in events)
         if runs_code:
             assert step["with"]["persist-credentials"] is False
 
 
+def _step(path: Path, name: str) -> str:
+    """The script of a step by its name."""
+    (script,) = [str(step["run"]) for _, step in _steps(path) if step.get("name") == name]
+    return script
+
+
+def _run(script: str, directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a step as GitHub's runner does."""
+    command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script]
+    environment = {"PATH": os.environ["PATH"], **environment}
+    return subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("up", [0, 1])
+def test_a_review_stack_s_checks_and_figures_are_in_the_comment(tmp_path: Path, up: int) -> None:
+    scripts, preview = tmp_path / "scripts", tmp_path / ".preview"
+    for directory in (scripts, preview):
+        directory.mkdir()
+    for name, status in (("up", up), ("verify", 0), ("bench", 0)):
+        (scripts / name).write_text(f"#!/bin/sh\necho the word of {name} $*\nexit {status}\n")
+        (scripts / name).chmod(0o755)
+    script = _step(REPOSITORY / ".github/workflows/preview.yml", "review stack")
+    result = _run(script, tmp_path, GITHUB_STEP_SUMMARY=str(tmp_path / "summary"))
+    assert result.returncode == up
+    review = (preview / "review.md").read_text()
+    assert (tmp_path / "summary").read_text() == review
+    assert ("the word of verify" in review) == ("the word of bench start" in review) == (up == 0)
+    assert ("the word of up" in review) == (up == 1)
+    (tmp_path / "comment").mkdir()
+    body = f"{MARKER}\n" + "ß" * LIMIT
+    status, _, given = _comment(tmp_path / "comment", body=body, review=review)
+    assert (status, len(given)) == (0, LIMIT)
+    assert given.endswith(review)
+
+
+def test_the_credentials_of_a_run_are_such_as_google_s_library_takes(tmp_path: Path) -> None:
+    script = _step(REPOSITORY / ".github/workflows/preview.yml", "credentials")
+    result = _run(
+        script,
+        tmp_path,
+        PROVIDER="projects/1/locations/global/workloadIdentityPools/github/providers/github",
+        ACCOUNT="previews@p.iam.gserviceaccount.com",
+        ACTIONS_ID_TOKEN_REQUEST_URL="https://token.example/?api-version=2.0",
+        ACTIONS_ID_TOKEN_REQUEST_TOKEN="for-this-run",
+        RUNNER_TEMP=str(tmp_path),
+        GITHUB_ENV=str(tmp_path / "env"),
+    )
+    assert result.returncode == 0, result.stderr
+    file = Path((tmp_path / "env").read_text().strip().removeprefix("GOOGLE_APPLICATION_CREDENTIALS="))
+    assert file.stat().st_mode & 0o077 == 0
+    credentials = identity_pool.Credentials.from_file(str(file))  # type: ignore[no-untyped-call]
+    assert credentials.service_account_email == "previews@p.iam.gserviceaccount.com"
+    source = json.loads(file.read_text())["credential_source"]
+    assert source["url"].startswith("https://token.example/?api-version=2.0&audience=https%3A%2F%2Fiam.")
+    assert "for-this-run" not in result.stdout + result.stderr
+
+
 def _comment(
-    tmp_path: Path, *, body: str | None, number: str = "7", head: str = HEAD, comments: str = ""
+    tmp_path: Path,
+    *,
+    body: str | None,
+    number: str = "7",
+    head: str = HEAD,
+    comments: str = "",
+    review: str = "",
 ) -> Any:
     """Run the step that comments; give its result, what gh was asked, and the body that it was given."""
     (script,) = [
@@ -69,6 +141,8 @@ def _comment(
         artifact.mkdir()
         (artifact / "preview.md").write_text(body)
         (artifact / "number").write_text(number)
+        if review:
+            (artifact / "review.md").write_text(review)
     environment = {
         "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
         "GITHUB_REPOSITORY": "o/r",
@@ -80,10 +154,7 @@ def _comment(
         "GH_COMMENTS": comments,
     }
     (tmp_path / "work").mkdir()
-    command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script]
-    result = subprocess.run(
-        command, cwd=tmp_path / "work", env=environment, capture_output=True, text=True, check=False
-    )
+    result = _run(script, tmp_path / "work", **environment)
     given = Path(f"{log}.body")
     return result.returncode, log.read_text(), given.read_text() if given.exists() else None
 
