@@ -101,6 +101,25 @@ def clone(target: Path) -> Stack:
     return stack
 
 
+def private_keys(stack: Stack) -> list[str]:
+    """The private keys in the state, in clear, PEM."""
+    exported = json.loads(stack.run("pulumi", "stack", "export", "--show-secrets").stdout)
+    return [
+        json.loads(text) if text.startswith('"') else text
+        for resource in exported["deployment"]["resources"]
+        for text in _strings(resource.get("outputs", {}))
+        if "BEGIN PRIVATE KEY" in text
+    ]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _strings(inner)
+
+
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """The stack that most tests share, up and verified."""

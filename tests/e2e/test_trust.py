@@ -4,11 +4,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Stack
+from components.providers.signature import generate_key
+from tests.e2e.conftest import Stack, private_keys
 from tests.waiting import until
 
 SIGN = ("--yes", "--tlog-upload=false", "--new-bundle-format=false", "--use-signing-config=false")
@@ -72,27 +72,12 @@ class Bench:
 
     def own_key(self) -> Path:
         """The stack's signing key, as cosign takes it."""
-        exported = json.loads(self.stack.run("pulumi", "stack", "export", "--show-secrets").stdout)
-        pem = next(
-            json.loads(text) if text.startswith('"') else text
-            for resource in exported["deployment"]["resources"]
-            for text in _strings(resource.get("outputs", {}))
-            if "BEGIN PRIVATE KEY" in text
-        )
         plain = self.files / "own.pem"
-        plain.write_text(pem)
+        plain.write_text(private_keys(self.stack)[0])
         self.peers.env["COSIGN_PASSWORD"] = ""
         prefix = self.files / "own"
         self.peers.run("cosign", "import-key-pair", "--key", str(plain), "--output-key-prefix", str(prefix))
         return prefix.with_suffix(".key")
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _strings(inner)
 
 
 @pytest.fixture
@@ -179,3 +164,28 @@ def test_a_module_altered_in_the_registry_is_refused(bench: Bench, pod: str) -> 
         "ImagePullBackOff",
         "SignatureValidationFailed",
     )
+
+
+def test_another_key_takes_the_place_of_the_first_which_then_starts_no_pod_any_more(
+    bench: Bench, pod: str
+) -> None:
+    stack, before = bench.stack, bench.stack.outputs()
+    revoked, image = bench.own_key(), bench.push("revoked", flavour=b"revoked")
+    try:
+        key = generate_key()
+        stack.run("pulumi", "config", "set", "--secret", "signingKey", text=key.private_key)
+        stack.run("pulumi", "up", "--yes")
+        assert stack.outputs()["public_key"] == key.public_key
+        assert stack.outputs()["image"] == before["image"]
+        # The node looks at the signature when the pod starts.
+        stack.run("./scripts/verify")
+        bench.sign(image, revoked)
+        _run(stack, pod, image)
+        until(lambda: _waiting_reason(stack, pod) == "SignatureValidationFailed", "the refusal")
+        assert "key" in until(lambda: _events(stack, pod), "an event that says so")
+    finally:
+        stack.run("git", "checkout", "--quiet", "Pulumi.local.yaml")
+        stack.run("pulumi", "up", "--yes")
+    # A key that is trusted again is trusted by the node too.
+    namespace = stack.outputs()["namespace"]
+    stack.kubectl("wait", "--for=condition=Ready", f"pod/{pod}", "-n", namespace, "--timeout=120s")
