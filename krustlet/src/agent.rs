@@ -1,5 +1,6 @@
 //! The agent as a whole: joins the cluster, becomes a node, takes up its pods, and at the end lets go of them in order.
 
+use crate::addresses::{self, Addresses};
 use crate::api;
 use crate::bootstrap::{self, Membership};
 use crate::certificates::{ServingCertificate, Wanted};
@@ -99,6 +100,7 @@ async fn serve(
     let listener = TcpListener::bind(listen)
         .await
         .with_context(|| format!("failed to listen on {listen}; choose another --addr or --port"))?;
+    let addresses = pod_addresses(&options, &names, address, &membership.server).await?;
     let config = NodeConfig {
         name: names.node_name.clone(),
         hostname: names.hostname.clone(),
@@ -108,6 +110,7 @@ async fn serve(
         labels: options.node_labels(),
         provider_id: options.provider_id.clone(),
         max_pods: options.max_pods,
+        pod_cidr: options.pod_cidr,
     };
     let disk = Disk::watch(names.data_dir.clone()).await;
     let transition = options.eviction_pressure_transition_period;
@@ -116,7 +119,7 @@ async fn serve(
     let facts = PodFacts {
         node_name: names.node_name.clone(),
         host_ip: address.to_string(),
-        pod_ip: address.to_string(),
+        pod_ip: String::new(),
         allocatable_cpu_millis: machine.cpus * 1000,
         allocatable_memory: machine.allocatable_memory(),
     };
@@ -128,8 +131,8 @@ async fn serve(
 
     // The HTTPS API answers as soon as it has a certificate, whatever else happens.
     let serving = Arc::new(ServingCertificate::default());
-    let addresses: Vec<IpAddr> = std::iter::once(address).chain(options.external_ip).collect();
-    let wanted = Wanted::serving(&names.node_name, &names.hostname, &addresses);
+    let ips: Vec<IpAddr> = std::iter::once(address).chain(options.external_ip).collect();
+    let wanted = Wanted::serving(&names.node_name, &names.hostname, &ips);
     let _serving = vital.spawn(
         "keeping the serving certificate",
         bootstrap::keep_serving_certificate(
@@ -175,7 +178,7 @@ async fn serve(
         runtime,
         events: events.clone(),
         facts,
-        address,
+        addresses,
         data_dir: names.data_dir.clone(),
         host_paths: Arc::new(HostPaths { allowed: options.hostpath_allow.clone(), data_dir: names.data_dir.clone() }),
         ports: Ports::default(),
@@ -361,12 +364,34 @@ fn client_ca(certificates: &[Vec<u8>]) -> anyhow::Result<RootCertStore> {
     Ok(store)
 }
 
+/// Where the pods are served. Fails when they cannot be there.
+async fn pod_addresses(
+    options: &Options,
+    names: &Names,
+    address: IpAddr,
+    server: &http::Uri,
+) -> anyhow::Result<Addresses> {
+    let Some(range) = options.pod_cidr else { return Ok(Addresses::of_node(address)) };
+    let listen = options.listen_address(address).ip();
+    let mut others: Vec<IpAddr> = [address, listen].into_iter().chain(options.external_ip).collect();
+    // One whose name does not resolve now cannot be told.
+    others.extend(api_server(server).await.into_iter().flatten());
+    addresses::check_range(range, &others)?;
+    info!(%range, "each pod has an address of its own");
+    Addresses::from_range(address, range, &names.data_dir)
+}
+
+async fn api_server(server: &http::Uri) -> std::io::Result<Vec<IpAddr>> {
+    let host = server.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
+    let found = tokio::net::lookup_host((host, server.port_u16().unwrap_or(443))).await?;
+    Ok(found.map(|address| address.ip()).collect())
+}
+
 /// Keeps guests from the API server, wherever its name leads.
 async fn refuse_api_server(runtime: &Runtime, server: &http::Uri) {
     let host = server.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
-    let port = server.port_u16().unwrap_or(443);
-    match tokio::net::lookup_host((host, port)).await {
-        Ok(found) => runtime.refuse_api_server(host, found.map(|address| address.ip())),
+    match api_server(server).await {
+        Ok(found) => runtime.refuse_api_server(host, found),
         Err(error) => {
             // Guests cannot resolve it either, and its name is refused.
             runtime.refuse_api_server(host, []);

@@ -7,7 +7,7 @@ use crate::pressure;
 use anyhow::{Context, bail, ensure};
 use clap::{Parser, ValueEnum};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
-use krustlet_runtime::{EgressConfig, IpNet, PublicKey, Verification};
+use krustlet_runtime::{EgressConfig, IpNet, Ipv4Net, PublicKey, Verification};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -40,6 +40,11 @@ pub struct Options {
     /// Name of the Node object [default: the host name in lower case]
     #[arg(long, env = "KRUSTLET_NODE_NAME")]
     node_name: Option<String>,
+
+    /// Range of IPv4 addresses, one for each pod; this machine must hold all of it as local [default: pods are served on
+    /// ports of the node's address]
+    #[arg(long, env = "KRUSTLET_POD_CIDR", value_parser = parse_range)]
+    pub pod_cidr: Option<Ipv4Net>,
 
     /// Labels for the Node object: key=value,…
     #[arg(long, env = "NODE_LABELS", value_delimiter = ',', value_parser = parse_label)]
@@ -262,6 +267,14 @@ fn parse_network(text: &str) -> Result<IpNet, String> {
     Ok(network.trunc())
 }
 
+fn parse_range(text: &str) -> Result<Ipv4Net, String> {
+    let range: Ipv4Net = text.trim().parse().map_err(|_| format!("{text:?} is no range such as 10.1.2.0/24"))?;
+    if range != range.trunc() {
+        return Err(format!("{text:?} is an address within {0}; write {0}", range.trunc()));
+    }
+    Ok(range)
+}
+
 /// A quantity of memory as Kubernetes writes it.
 fn parse_bytes(text: &str) -> Result<u64, String> {
     let quantity = Quantity(text.trim().to_owned());
@@ -325,6 +338,16 @@ mod tests {
         assert!(parse(&[]).egress().unwrap().networks.is_empty());
         assert!(Options::try_parse_from(["krustlet", "--guest-egress-networks=localhost"]).is_err());
         assert!(parse(&["--guest-ca-file=/does/not/exist"]).egress().is_err());
+    }
+
+    #[test]
+    fn the_range_of_the_pods_addresses_is_one_of_ipv4_written_as_the_api_server_wants_it() {
+        assert_eq!(parse(&["--pod-cidr=10.1.2.0/24"]).pod_cidr.unwrap().to_string(), "10.1.2.0/24");
+        assert_eq!(parse(&[]).pod_cidr, None);
+        for (bad, why) in [("10.1.2.3/24", "write 10.1.2.0/24"), ("10.1.2.0", "no range"), ("fd00::/64", "no range")] {
+            let error = Options::try_parse_from(["krustlet", "--pod-cidr", bad]).unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+        }
     }
 
     #[test]

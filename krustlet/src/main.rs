@@ -1,5 +1,6 @@
 //! `krustlet`: a Kubernetes node agent that runs WebAssembly.
 
+mod addresses;
 mod agent;
 mod api;
 mod backoff;

@@ -12,6 +12,7 @@ use k8s_openapi::api::core::v1::{
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, OwnerReference, Time};
+use krustlet_runtime::Ipv4Net;
 use kube::api::{Api, ObjectMeta, Patch, PatchParams, PostParams};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
@@ -40,6 +41,9 @@ pub const OPERATING_SYSTEM: &str = "wasi";
 /// Which labels the agent set at its last start, so that one that is gone from the flags goes from the Node too.
 const LABELS_ANNOTATION: &str = "krustlet.dev/node-labels";
 
+/// Which address and ports pods have here, for who reads `kubectl describe node`.
+const NETWORK_ANNOTATION: &str = "krustlet.dev/pod-network";
+
 /// The Kubernetes version whose API this agent is written to, then its own.
 fn kubelet_version() -> String {
     format!("v1.37.0+krustlet.{}", env!("CARGO_PKG_VERSION"))
@@ -56,6 +60,8 @@ pub struct NodeConfig {
     pub labels: BTreeMap<String, String>,
     pub provider_id: Option<String>,
     pub max_pods: u32,
+    /// The range that pods get addresses from.
+    pub pod_cidr: Option<Ipv4Net>,
 }
 
 impl NodeConfig {
@@ -101,17 +107,34 @@ impl NodeConfig {
         Node {
             metadata: ObjectMeta {
                 name: Some(self.name.clone()),
-                annotations: Some(BTreeMap::from([(LABELS_ANNOTATION.to_owned(), label_keys(&labels))])),
+                annotations: Some(BTreeMap::from([
+                    (LABELS_ANNOTATION.to_owned(), label_keys(&labels)),
+                    (NETWORK_ANNOTATION.to_owned(), self.network(None)),
+                ])),
                 labels: Some(labels),
                 ..ObjectMeta::default()
             },
             spec: Some(NodeSpec {
                 provider_id: self.provider_id.clone(),
+                pod_cidr: self.pod_cidr.map(|range| range.to_string()),
+                pod_cidrs: self.pod_cidr.map(|range| vec![range.to_string()]),
                 taints: Some(Self::taints()),
                 ..NodeSpec::default()
             }),
             status: None,
         }
+    }
+
+    /// The contract that holds for pods; with the Node's podCIDR, which may be another that was set before.
+    fn network(&self, existing: Option<&str>) -> String {
+        let Some(range) = self.pod_cidr else {
+            return "node: a containerPort is a port of the node's address".to_owned();
+        };
+        let mut text = format!("pod: each pod has an address of its own out of {range}");
+        if let Some(other) = existing.filter(|other| *other != range.to_string()) {
+            text += &format!("; the Node's podCIDR {other} was set before and is of no effect");
+        }
+        text
     }
 
     /// What to change on an existing Node so that it follows the flags; nothing when it does.
@@ -137,15 +160,28 @@ impl NodeConfig {
             }
         }
         let record = label_keys(&wanted);
+        let range = existing.spec.as_ref().and_then(|spec| spec.pod_cidr.as_deref()).filter(|range| !range.is_empty());
+        let network = self.network(range);
+        let told = existing.metadata.annotations.as_ref().and_then(|all| all.get(NETWORK_ANNOTATION));
         let mut patch = serde_json::Map::new();
-        if !labels.is_empty() || record != recorded {
-            patch.insert("metadata".into(), json!({"labels": labels, "annotations": {LABELS_ANNOTATION: record}}));
+        if !labels.is_empty() || record != recorded || told != Some(&network) {
+            let annotations = json!({LABELS_ANNOTATION: record, NETWORK_ANNOTATION: network});
+            patch.insert("metadata".into(), json!({"labels": labels, "annotations": annotations}));
         }
+        let mut spec = serde_json::Map::new();
         let provider = existing.spec.as_ref().and_then(|spec| spec.provider_id.as_deref()).unwrap_or_default();
         if let Some(wanted) = &self.provider_id
             && provider.is_empty()
         {
-            patch.insert("spec".into(), json!({"providerID": wanted}));
+            spec.insert("providerID".into(), json!(wanted));
+        }
+        // The API server takes it once and never again.
+        if let (Some(wanted), None) = (self.pod_cidr, range) {
+            spec.insert("podCIDR".into(), json!(wanted.to_string()));
+            spec.insert("podCIDRs".into(), json!([wanted.to_string()]));
+        }
+        if !spec.is_empty() {
+            patch.insert("spec".into(), spec.into());
         }
         (!patch.is_empty()).then_some(serde_json::Value::Object(patch))
     }
@@ -630,6 +666,7 @@ mod tests {
             labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
             provider_id: Some("gce://p/z/wasm-1".into()),
             max_pods: 500,
+            pod_cidr: None,
         }
     }
 
@@ -647,6 +684,22 @@ mod tests {
         let patch = config(&[("zone", "2")]).correction(&node).unwrap();
         assert_eq!(patch["metadata"]["labels"], json!({"team": null, "zone": "2"}));
         assert!(patch.get("spec").is_none());
+    }
+
+    #[test]
+    fn the_nodes_pod_cidr_is_set_once_and_its_annotation_says_which_contract_holds() {
+        let ranged = |range: &str| NodeConfig { pod_cidr: Some(range.parse().unwrap()), ..config(&[]) };
+        let (before, first) = (config(&[]).node(), ranged("10.1.0.0/24"));
+        assert!(before.metadata.annotations.as_ref().unwrap()[NETWORK_ANNOTATION].starts_with("node: "));
+        let patch = first.correction(&before).unwrap();
+        assert_eq!(patch["spec"], json!({"podCIDR": "10.1.0.0/24", "podCIDRs": ["10.1.0.0/24"]}));
+        assert_eq!(first.correction(&first.node()), None);
+        let patch = ranged("10.2.0.0/24").correction(&first.node()).unwrap();
+        assert!(patch.get("spec").is_none(), "the API server would refuse it");
+        let told = patch["metadata"]["annotations"][NETWORK_ANNOTATION].as_str().unwrap();
+        assert!(told.contains("out of 10.2.0.0/24") && told.contains("podCIDR 10.1.0.0/24"), "{told}");
+        let back = config(&[]).correction(&first.node()).unwrap();
+        assert!(back["metadata"]["annotations"][NETWORK_ANNOTATION].as_str().unwrap().starts_with("node: "));
     }
 
     #[test]

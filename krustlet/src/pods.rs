@@ -129,10 +129,13 @@ impl Pods {
         if !*self.taken_up.borrow() {
             // Found now, before a pod comes that is not on the list; removed while the others are taken up.
             tokio::spawn(remove_leftovers(leftovers(&self.node.data_dir, &pods)));
+            self.node.addresses.take_up(&pods);
             // The pod that served on a port before the agent stopped has it again, whichever comes first now.
             for pod in pods.iter().filter(|pod| phase(pod) == "Running" && pod.metadata.deletion_timestamp.is_none()) {
+                let Some(address) = self.node.addresses.of(pod) else { continue };
                 for (_, container) in pod.spec.iter().flat_map(containers) {
-                    let _ = self.node.ports.claim(&ports::served(container), &holder(pod, container));
+                    let served = ports::served(container, address, self.node.addresses.node());
+                    let _ = self.node.ports.claim(&served, &holder(pod, container));
                 }
             }
         }
@@ -190,7 +193,10 @@ impl Pods {
     fn drop_pod(&mut self, uid: &str) {
         self.node.roster.remove_pod(uid);
         match self.workers.get(uid) {
-            Some(Worked { task: None, .. }) => drop(self.workers.remove(uid)),
+            Some(Worked { task: None, .. }) => {
+                self.workers.remove(uid);
+                self.node.addresses.release(uid);
+            }
             Some(worked) => drop(worked.updates.send_replace(None)),
             None => {}
         }
@@ -263,6 +269,7 @@ async fn remove_leftovers(paths: Vec<PathBuf>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::addresses::Addresses;
     use crate::disk::{self, Disk};
     use crate::events::Recorder;
     use crate::memory::{self, Memory};
@@ -296,7 +303,7 @@ mod tests {
             runtime: Runtime::new(config, &mut prometheus_client::registry::Registry::default()).unwrap(),
             events: Recorder::new(client.clone(), "node").0,
             facts: PodFacts::default(),
-            address: [127, 0, 0, 1].into(),
+            addresses: Addresses::of_node([127, 0, 0, 1].into()),
             data_dir: directory.to_owned(),
             objects: Objects::new(client.clone()),
             pull_secrets: PullSecrets::default(),

@@ -1,7 +1,8 @@
-//! Which pod has which port of the node. There is no pod network: a containerPort is a port on the node's address.
+//! Which pod has which port of the node's address, and which of its containers which port of the pod's own.
 
 use parking_lot::Mutex;
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use tokio::sync::Notify;
 use tokio::sync::futures::OwnedNotified;
@@ -19,28 +20,28 @@ pub struct Holder {
 /// Why ports cannot be had.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Taken {
-    pub port: u16,
+    pub address: SocketAddr,
     pub holder: Holder,
 }
 
-/// The ports of one node.
+/// The ports of one node and its pods.
 #[derive(Debug, Default)]
 pub struct Ports {
-    held: Mutex<HashMap<u16, Holder>>,
+    held: Mutex<HashMap<SocketAddr, Holder>>,
     released: Arc<Notify>,
 }
 
 impl Ports {
     /// Takes all of the ports for `holder`, who may have some already, or none of them: two that want the same ports never
     /// wait for each other with one of them each. Then tells who has one.
-    pub fn claim(&self, ports: &[u16], holder: &Holder) -> Result<(), Taken> {
+    pub fn claim(&self, addresses: &[SocketAddr], holder: &Holder) -> Result<(), Taken> {
         let mut held = self.held.lock();
-        for port in ports {
-            if let Some(other) = held.get(port).filter(|other| *other != holder) {
-                return Err(Taken { port: *port, holder: other.clone() });
+        for address in addresses {
+            if let Some(other) = held.get(address).filter(|other| *other != holder) {
+                return Err(Taken { address: *address, holder: other.clone() });
             }
         }
-        held.extend(ports.iter().map(|port| (*port, holder.clone())));
+        held.extend(addresses.iter().map(|address| (*address, holder.clone())));
         Ok(())
     }
 
@@ -78,25 +79,30 @@ mod tests {
         Holder { uid: uid.into(), container: container.into(), pod: format!("default/{uid}") }
     }
 
+    fn at<const N: usize>(numbers: [u16; N]) -> [SocketAddr; N] {
+        numbers.map(|number| ([127, 0, 0, 1], number).into())
+    }
+
     #[tokio::test]
     async fn a_port_has_one_holder_and_is_free_again_when_the_pod_is_gone() {
         let ports = Ports::default();
-        assert!(ports.claim(&[8080], &holder("a", "web")).is_ok());
-        assert!(ports.claim(&[8080], &holder("a", "web")).is_ok());
-        assert_eq!(ports.claim(&[8080], &holder("a", "other")).unwrap_err().holder.container, "web");
-        assert_eq!(ports.claim(&[8080], &holder("b", "web")).unwrap_err().holder.pod, "default/a");
+        assert!(ports.claim(&at([8080]), &holder("a", "web")).is_ok());
+        assert!(ports.claim(&at([8080]), &holder("a", "web")).is_ok());
+        assert_eq!(ports.claim(&at([8080]), &holder("a", "other")).unwrap_err().holder.container, "web");
+        assert_eq!(ports.claim(&at([8080]), &holder("b", "web")).unwrap_err().holder.pod, "default/a");
         let released = ports.released();
         ports.release_pod("a");
         released.await;
-        assert!(ports.claim(&[8080], &holder("b", "web")).is_ok());
+        assert!(ports.claim(&at([8080]), &holder("b", "web")).is_ok());
+        assert!(ports.claim(&[([127, 0, 0, 2], 8080).into()], &holder("c", "web")).is_ok(), "another address");
     }
 
     #[test]
     fn several_ports_are_taken_all_or_none() {
         let ports = Ports::default();
-        assert!(ports.claim(&[2], &holder("b", "web")).is_ok());
-        let taken = ports.claim(&[1, 2, 3], &holder("a", "web")).unwrap_err();
-        assert_eq!((taken.port, taken.holder.uid.as_str()), (2, "b"));
-        assert!(ports.claim(&[1, 3], &holder("c", "web")).is_ok(), "a has none of them");
+        assert!(ports.claim(&at([2]), &holder("b", "web")).is_ok());
+        let taken = ports.claim(&at([1, 2, 3]), &holder("a", "web")).unwrap_err();
+        assert_eq!((taken.address.port(), taken.holder.uid.as_str()), (2, "b"));
+        assert!(ports.claim(&at([1, 3]), &holder("c", "web")).is_ok(), "a has none of them");
     }
 }

@@ -8,6 +8,7 @@ pub mod waiting {
     pub const ERR_IMAGE_PULL: &str = "ErrImagePull";
     pub const IMAGE_PULL_BACK_OFF: &str = "ImagePullBackOff";
     pub const PORT_IN_USE: &str = "PortInUse";
+    pub const NO_POD_ADDRESS: &str = "NoPodAddress";
     pub const CREATE_CONTAINER_CONFIG_ERROR: &str = "CreateContainerConfigError";
     pub const CREATE_CONTAINER_ERROR: &str = "CreateContainerError";
 }
@@ -59,6 +60,8 @@ pub mod event {
     pub const BACK_OFF: &str = "BackOff";
     pub const FAILED: &str = "Failed";
     pub const FAILED_PULL_SECRET: &str = "FailedToRetrieveImagePullSecret";
+    /// The kubelet's word for a pod that gets no address, among other things.
+    pub const FAILED_POD_SANDBOX: &str = "FailedCreatePodSandBox";
     pub const FAILED_MOUNT: &str = "FailedMount";
     pub const FAILED_PRE_STOP_HOOK: &str = "FailedPreStopHook";
     pub const FAILED_POST_START_HOOK: &str = "FailedPostStartHook";

@@ -57,7 +57,7 @@ pub use error::{LoadError, PullError, StartError};
 pub use garbage::Freed;
 pub use guest::{ContainerSpec, PodMemory, Stats};
 pub use http::HttpServer;
-pub use ipnet::IpNet;
+pub use ipnet::{IpNet, Ipv4Net};
 pub use logs::{LogFile, LogLimits, LogStream};
 pub use module::{Kind, Module};
 pub use mounts::Mount;

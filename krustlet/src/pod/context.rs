@@ -6,13 +6,13 @@ use super::roster::Roster;
 use super::sources::Objects;
 use super::uid;
 use super::volumes::HostPaths;
+use crate::addresses::Addresses;
 use crate::events::Recorder;
 use crate::eviction::Evictions;
 use crate::ports::Ports;
 use crate::pressure::Signals;
 use k8s_openapi::api::core::v1::Pod;
 use krustlet_runtime::Runtime;
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
@@ -22,7 +22,7 @@ pub struct NodeContext {
     pub runtime: Runtime,
     pub events: Recorder,
     pub facts: PodFacts,
-    pub address: IpAddr,
+    pub addresses: Addresses,
     pub data_dir: PathBuf,
     pub objects: Objects,
     pub pull_secrets: PullSecrets,
@@ -36,6 +36,12 @@ pub struct NodeContext {
 }
 
 impl NodeContext {
+    /// What the pod may learn about where it runs; its address only when it has one.
+    pub fn facts_of(&self, pod: &Pod) -> PodFacts {
+        let address = self.addresses.of(pod).map(|address| address.ip.to_string());
+        PodFacts { pod_ip: address.unwrap_or_default(), ..self.facts.clone() }
+    }
+
     /// Where a pod's volumes and memory are kept.
     pub fn pod_dir(&self, pod: &Pod) -> PathBuf {
         self.data_dir.join("pods").join(uid(pod))

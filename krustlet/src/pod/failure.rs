@@ -10,6 +10,8 @@ pub enum Obstacle {
     Image,
     Configuration,
     Port,
+    /// The node has no address left for the pod.
+    Address,
     Container,
 }
 
@@ -45,6 +47,15 @@ impl Failure {
 
     pub fn port(message: impl Into<String>) -> Self {
         Self { obstacle: Obstacle::Port, reason: waiting::PORT_IN_USE, message: message.into(), event: event::FAILED }
+    }
+
+    pub fn address(message: impl Into<String>) -> Self {
+        Self {
+            obstacle: Obstacle::Address,
+            reason: waiting::NO_POD_ADDRESS,
+            message: message.into(),
+            event: event::FAILED_POD_SANDBOX,
+        }
     }
 
     pub fn volumes(error: &ConfigError) -> Self {

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 pub struct PodFacts {
     pub node_name: String,
     pub host_ip: String,
+    /// Empty as long as the pod has none.
     pub pod_ip: String,
     /// Thousandths of a core.
     pub allocatable_cpu_millis: u64,

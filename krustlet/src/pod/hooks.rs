@@ -1,13 +1,16 @@
 //! Lifecycle hooks: postStart and preStop, as httpGet or sleep.
 
 use super::http_get::HttpGet;
+use crate::addresses::PodAddress;
 use crate::http_client::Error;
 use k8s_openapi::api::core::v1::{Container, LifecycleHandler};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 /// The kubelet's name for itself in a hook.
 const USER_AGENT: &str = "kube-lifecycle/1.37";
+/// To see whether the hooks can be done, any address will do.
+const ANY: PodAddress = PodAddress { ip: IpAddr::V4(Ipv4Addr::UNSPECIFIED), is_own: false };
 
 /// Says why the container's hooks cannot be done here, if they cannot.
 pub fn validate(container: &Container) -> Result<(), String> {
@@ -23,8 +26,7 @@ pub fn validate(container: &Container) -> Result<(), String> {
             return Err(format!("{name}: tcpSocket is not supported; use httpGet or sleep"));
         }
         if let Some(get) = &handler.http_get {
-            HttpGet::of(get, container, IpAddr::from([127, 0, 0, 1]), USER_AGENT)
-                .map_err(|cause| format!("{name}: httpGet: {cause}"))?;
+            HttpGet::of(get, container, ANY, USER_AGENT).map_err(|cause| format!("{name}: httpGet: {cause}"))?;
         }
     }
     Ok(())
@@ -39,7 +41,7 @@ pub fn pre_stop(container: &Container) -> Option<&LifecycleHandler> {
 }
 
 /// Does what the hook says. Takes as long as the other side takes: the caller sets the limit.
-pub async fn run(container: &Container, handler: &LifecycleHandler, address: IpAddr) -> Result<(), String> {
+pub async fn run(container: &Container, handler: &LifecycleHandler, address: PodAddress) -> Result<(), String> {
     if let Some(sleep) = &handler.sleep {
         tokio::time::sleep(Duration::from_secs(u64::try_from(sleep.seconds).unwrap_or(0))).await;
     }
@@ -96,7 +98,7 @@ mod tests {
             let container = container(json!({"httpGet": {"path": "/bye", "port": port}}));
             let hook = pre_stop(&container).unwrap();
             // Nobody listens there.
-            let error = run(&container, hook, IpAddr::from([127, 255, 255, 253])).await.unwrap_err();
+            let error = run(&container, hook, PodAddress::of_node([127, 255, 255, 253].into())).await.unwrap_err();
             assert!(error.contains(&format!("http://127.255.255.253:{expected}/bye")), "{error}");
         }
     }
@@ -108,7 +110,7 @@ mod tests {
         let port = listener.local_addr().unwrap().port();
         tokio::spawn(async move { axum::serve(listener, app).await });
         let bye = |path: &str| container(json!({"httpGet": {"path": path, "port": port, "scheme": "HTTPS"}}));
-        let address = IpAddr::from([127, 0, 0, 1]);
+        let address = PodAddress::of_node([127, 0, 0, 1].into());
         let container = bye("/bye");
         assert_eq!(run(&container, pre_stop(&container).unwrap(), address).await, Ok(()));
         let container = bye("/nothing");
@@ -118,6 +120,6 @@ mod tests {
     #[tokio::test]
     async fn a_hook_may_sleep() {
         let container = container(json!({"sleep": {"seconds": 0}}));
-        assert_eq!(run(&container, pre_stop(&container).unwrap(), IpAddr::from([127, 0, 0, 1])).await, Ok(()));
+        assert_eq!(run(&container, pre_stop(&container).unwrap(), ANY).await, Ok(()));
     }
 }

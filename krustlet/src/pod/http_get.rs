@@ -1,11 +1,11 @@
 //! The httpGet of a probe or a hook, as the kubelet puts it together.
 
 use super::ports;
+use crate::addresses::PodAddress;
 use crate::http_client::{self, Error};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use k8s_openapi::api::core::v1::{Container, HTTPGetAction};
 use std::fmt::{Display, Formatter};
-use std::net::IpAddr;
 use url::Url;
 
 /// An answer is read up to here and no further.
@@ -22,11 +22,11 @@ impl HttpGet {
     pub fn of(
         get: &HTTPGetAction,
         container: &Container,
-        address: IpAddr,
+        address: PodAddress,
         user_agent: &'static str,
     ) -> Result<Self, String> {
-        let host = get.host.clone().filter(|host| !host.is_empty()).unwrap_or_else(|| address.to_string());
-        let port = ports::resolve(&get.port, container)?;
+        let host = get.host.clone().filter(|host| !host.is_empty()).unwrap_or_else(|| address.ip.to_string());
+        let port = ports::resolve(&get.port, container, address)?;
         Ok(Self { url: url(get, &host, port)?, headers: headers(get, user_agent)? })
     }
 
@@ -97,7 +97,8 @@ mod tests {
             let mut get = get;
             get["port"] = json!(8080);
             let get = serde_json::from_value(get).unwrap();
-            HttpGet::of(&get, &Container::default(), address.parse().unwrap(), USER_AGENT).unwrap().url.to_string()
+            let address = PodAddress::of_node(address.parse().unwrap());
+            HttpGet::of(&get, &Container::default(), address, USER_AGENT).unwrap().url.to_string()
         };
         assert_eq!(url(json!({}), "10.0.0.1"), "http://10.0.0.1:8080/");
         assert_eq!(

@@ -144,6 +144,12 @@ fn with_nulls(status: &PodStatus) -> serde_json::Result<Value> {
     let mut body = serde_json::to_value(status)?;
     take_back(&mut body);
     body.get_mut("conditions").and_then(Value::as_array_mut).into_iter().flatten().for_each(take_back);
+    if let Some(fields) = body.as_object_mut() {
+        fields.entry("podIP").or_insert(Value::Null);
+        // Addresses would be merged, and one that the pod had before would stay.
+        let addresses = fields.entry("podIPs").or_insert_with(|| json!([]));
+        addresses.as_array_mut().into_iter().for_each(|all| all.push(json!({"$patch": "replace"})));
+    }
     Ok(body)
 }
 
@@ -155,7 +161,7 @@ fn version(pod: &Pod) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use k8s_openapi::api::core::v1::PodCondition;
+    use k8s_openapi::api::core::v1::{PodCondition, PodIP};
 
     fn status(phase: &str) -> PodStatus {
         PodStatus { phase: Some(phase.into()), ..PodStatus::default() }
@@ -280,5 +286,17 @@ mod tests {
         let patch = with_nulls(&status).unwrap();
         assert_eq!(patch["reason"], Value::Null);
         assert!(patch["conditions"][0].as_object().unwrap().contains_key("message"));
+    }
+
+    #[test]
+    fn an_address_takes_the_place_of_the_one_before() {
+        let mut status = status("Running");
+        let replace = json!({"$patch": "replace"});
+        let patch = with_nulls(&status).unwrap();
+        assert_eq!((&patch["podIP"], &patch["podIPs"]), (&Value::Null, &json!([replace])));
+        status.pod_ip = Some("10.0.0.1".into());
+        status.pod_ips = Some(vec![PodIP { ip: "10.0.0.1".into() }]);
+        let patch = with_nulls(&status).unwrap();
+        assert_eq!((&patch["podIP"], &patch["podIPs"]), (&json!("10.0.0.1"), &json!([{"ip": "10.0.0.1"}, replace])));
     }
 }

@@ -3,12 +3,14 @@
 use super::context::NodeContext;
 use super::environment::{self, ContainerEnvironment};
 use super::failure::Failure;
+use super::fields::PodFacts;
 use super::guest::{Guest, GuestKind};
 use super::lifecycle::Launched;
 use super::limits::{self, Limits};
 use super::sources::{ConfigError, Wanted};
 use super::volumes::{Mounts, PodVolumes};
 use super::{Role, annotation, full_name, hooks, images, namespace, ports, probes, uid};
+use crate::addresses::PodAddress;
 use crate::logs;
 use crate::ports::Holder;
 use k8s_openapi::api::core::v1::{Container, Pod};
@@ -27,6 +29,8 @@ pub struct Start {
     pub pod: Arc<Pod>,
     pub container: Container,
     pub role: Role,
+    pub address: PodAddress,
+    pub facts: PodFacts,
     pub volumes: Arc<OnceCell<PodVolumes>>,
 }
 
@@ -59,11 +63,11 @@ impl Start {
         let begin = Instant::now();
         let volumes = async {
             let dir = node.pod_dir(&self.pod).join("volumes");
-            let prepare = || PodVolumes::prepare(&node.objects, &self.pod, &node.facts, &dir, &node.host_paths, begin);
+            let prepare = || PodVolumes::prepare(&node.objects, &self.pod, &self.facts, &dir, &node.host_paths, begin);
             self.volumes.get_or_try_init(prepare).await.map_err(|error| Failure::volumes(&error))
         };
         let environment = async {
-            environment::resolve(&node.objects, &self.pod, &self.container, &node.facts, begin)
+            environment::resolve(&node.objects, &self.pod, &self.container, &self.facts, begin)
                 .await
                 .map_err(|error| Failure::configuration(error.to_string()))
         };
@@ -187,21 +191,23 @@ impl Prepared {
     }
 
     fn claim_ports(&self) -> Result<Vec<SocketAddr>, Failure> {
-        let Start { node, pod, container, .. } = &self.start;
-        let numbers = ports::served(container);
-        if numbers.is_empty() {
+        let Start { node, pod, container, address, .. } = &self.start;
+        let served = ports::served(container, *address, node.addresses.node());
+        if served.is_empty() {
             return Err(Failure::container(
                 "this component serves HTTP, and the container names no containerPort of protocol TCP to serve it on",
             ));
         }
-        node.ports.claim(&numbers, &holder(pod, container)).map_err(|taken| {
+        node.ports.claim(&served, &holder(pod, container)).map_err(|taken| {
+            let whose = if taken.address.ip() == node.addresses.node() { "this node" } else { "the pod's address" };
             Failure::port(format!(
-                "port {} of this node is served by container {} of pod {}; choose another containerPort or delete that \
-                 pod",
-                taken.port, taken.holder.container, taken.holder.pod
+                "port {} of {whose} is served by container {} of pod {}; choose another containerPort or delete that pod",
+                taken.address.port(),
+                taken.holder.container,
+                taken.holder.pod
             ))
         })?;
-        Ok(numbers.into_iter().map(|number| SocketAddr::new(node.address, number)).collect())
+        Ok(served)
     }
 
     fn spec(self, log: LogFile) -> (Module, ContainerSpec) {

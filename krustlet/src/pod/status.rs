@@ -175,6 +175,7 @@ pub fn build(view: &View<'_>) -> PodStatus {
         (!all.is_empty()).then_some(all)
     };
     let phase = phase(view);
+    let pod_ip = Some(view.facts.pod_ip.clone()).filter(|ip| !ip.is_empty());
     PodStatus {
         phase: Some(phase.to_owned()),
         reason: view.failure.map(|failure| failure.reason.clone()),
@@ -182,8 +183,8 @@ pub fn build(view: &View<'_>) -> PodStatus {
         conditions: Some(conditions(view, phase)),
         host_ip: Some(view.facts.host_ip.clone()),
         host_ips: Some(vec![HostIP { ip: view.facts.host_ip.clone() }]),
-        pod_ip: Some(view.facts.pod_ip.clone()),
-        pod_ips: Some(vec![PodIP { ip: view.facts.pod_ip.clone() }]),
+        pod_ips: pod_ip.clone().map(|ip| vec![PodIP { ip }]),
+        pod_ip,
         start_time: Some(Time(view.start_time)),
         init_container_statuses: statuses(true),
         container_statuses: statuses(false),

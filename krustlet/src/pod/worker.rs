@@ -6,7 +6,7 @@
 
 use super::checkpoint::{Checkpoint, KILLED};
 use super::context::NodeContext;
-use super::failure::Failure;
+use super::failure::{Failure, Obstacle};
 use super::guest::Guest;
 use super::lifecycle::{Effect, End, Event, Launched, MIN_GRACE, Now, PodLifecycle};
 use super::probes::{self, ProbeEvent, Prober};
@@ -14,6 +14,7 @@ use super::roster::Entry;
 use super::start::{Prepared, Start, Started};
 use super::volumes::PodVolumes;
 use super::{full_name, hooks, name, namespace, publish, status, uid};
+use crate::addresses::PodAddress;
 use crate::backoff::jitter;
 use crate::client::{describe, status_code};
 use crate::logs;
@@ -37,6 +38,10 @@ use tokio::sync::{OnceCell, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, error, warn};
+
+/// A deleted pod with an address of its own takes requests for so long yet, at most half of its grace: those who follow its
+/// EndpointSlice call it until they have heard that it goes.
+const DEREGISTRATION: Duration = Duration::from_secs(3);
 
 /// What the worker of a pod is told: the pod's newest object, or none when the object is gone.
 pub type Updates = watch::Receiver<Option<Arc<Pod>>>;
@@ -63,6 +68,8 @@ pub struct Worker {
     containers: Vec<Running>,
     volumes: Arc<OnceCell<PodVolumes>>,
     checkpoint: Checkpoint,
+    /// When the first container was stopped of a pod that was deleted.
+    leaving_since: Option<Instant>,
 }
 
 /// What there is of a container beside its lifecycle.
@@ -103,9 +110,20 @@ impl Worker {
     pub fn new(node: Arc<NodeContext>, pod: Arc<Pod>, updates: Updates, rejected: Option<status::Failure>) -> Self {
         let (outbox, inbox) = mpsc::unbounded_channel();
         let checkpoint = Checkpoint::open(&node.pod_dir(&pod));
-        let lifecycle = PodLifecycle::new(pod, node.facts.clone(), &checkpoint, rejected, jitter, Now::read());
+        let facts = node.facts_of(&pod);
+        let lifecycle = PodLifecycle::new(pod, facts, &checkpoint, rejected, jitter, Now::read());
         let containers = (0..lifecycle.len()).map(|_| Running::default()).collect();
-        Self { node, lifecycle, updates, inbox, outbox, containers, volumes: Arc::default(), checkpoint }
+        Self {
+            node,
+            lifecycle,
+            updates,
+            inbox,
+            outbox,
+            containers,
+            volumes: Arc::default(),
+            checkpoint,
+            leaving_since: None,
+        }
     }
 
     /// Lives as long as the pod's object does, or until the agent ends.
@@ -125,6 +143,7 @@ impl Worker {
         }
         self.node.ports.release_pod(uid(self.lifecycle.pod()));
         if self.lifecycle.is_gone() {
+            self.node.addresses.release(uid(self.lifecycle.pod()));
             self.remove_files().await;
         }
     }
@@ -150,7 +169,8 @@ impl Worker {
     /// Sleeps until something happens.
     async fn next_event(&mut self) -> Event {
         let deadline = self.lifecycle.deadline();
-        let waits_for_port = self.lifecycle.waits_for_port();
+        let waits_for_port = self.lifecycle.waits_for(Obstacle::Port);
+        let waits_for_address = self.lifecycle.waits_for(Obstacle::Address);
         let is_shutting_down = self.lifecycle.is_shutting_down();
         let may_be_evicted = self.lifecycle.may_be_evicted();
         let pod = self.lifecycle.pod().clone();
@@ -165,7 +185,8 @@ impl Worker {
             () = sleep_until(deadline) => return Event::Tick,
             message = node.evictions.of(uid(&pod)), if may_be_evicted => return Event::Evicted(message),
             () = node.shutdown.cancelled(), if !is_shutting_down => return Event::ShuttingDown,
-            () = node.ports.released(), if waits_for_port => return Event::PortReleased,
+            () = node.ports.released(), if waits_for_port => return Event::Released(Obstacle::Port),
+            () = node.addresses.released(), if waits_for_address => return Event::Released(Obstacle::Address),
         };
         match report {
             Report::Event(event) => event,
@@ -184,7 +205,7 @@ impl Worker {
     /// Carries the effect out, or has it carried out; gives the answer if there is one at once.
     async fn perform(&mut self, effect: Effect) -> Option<Event> {
         match effect {
-            Effect::Prepare { index, generation } => self.prepare(index, generation),
+            Effect::Prepare { index, generation } => return Some(self.prepare(index, generation)),
             Effect::Abandon { index } => self.containers[index] = Running::default(),
             Effect::Launch { index, generation, attempt } => {
                 let result = self.launch(index, generation, attempt).await;
@@ -206,7 +227,10 @@ impl Worker {
             Effect::ReleasePorts { container: Some(container) } => {
                 self.node.ports.release(uid(self.lifecycle.pod()), &container);
             }
-            Effect::ReleasePorts { container: None } => self.node.ports.release_pod(uid(self.lifecycle.pod())),
+            Effect::ReleasePorts { container: None } => {
+                self.node.ports.release_pod(uid(self.lifecycle.pod()));
+                self.node.addresses.release(uid(self.lifecycle.pod()));
+            }
             Effect::Refresh => self.refresh(),
             Effect::Tell { container, severity, reason, message } => {
                 self.node.events.pod(self.lifecycle.pod(), container.as_deref(), severity, reason, message);
@@ -227,10 +251,31 @@ impl Worker {
     fn new_start(&self, index: usize) -> Option<Start> {
         let (role, container) = self.lifecycle.spec(index)?;
         let (node, pod) = (self.node.clone(), self.lifecycle.pod().clone());
-        Some(Start { node, pod, container, role, volumes: self.volumes.clone() })
+        let (address, facts) = (self.address(), node.facts_of(&pod));
+        Some(Start { node, pod, container, role, address, facts, volumes: self.volumes.clone() })
     }
 
-    fn prepare(&mut self, index: usize, generation: u32) {
+    /// Where the pod is reached. Before it has an address, nothing of it is served.
+    fn address(&self) -> PodAddress {
+        let known = self.node.addresses.of(self.lifecycle.pod());
+        known.unwrap_or_else(|| PodAddress::of_node(self.node.addresses.node()))
+    }
+
+    /// Begins to fetch what the container needs, once its pod has an address.
+    fn prepare(&mut self, index: usize, generation: u32) -> Event {
+        match self.node.addresses.take(self.lifecycle.pod()) {
+            Ok(address) => {
+                self.fetch(index, generation);
+                Event::Addressed(address.ip)
+            }
+            Err(why) => {
+                let result = Err(Failure::address(why));
+                Event::Prepared { index, generation, result, prepared: self.volumes.initialized() }
+            }
+        }
+    }
+
+    fn fetch(&mut self, index: usize, generation: u32) {
         let Some(start) = self.new_start(index) else { return };
         let volumes = self.volumes.clone();
         let work = async move {
@@ -300,7 +345,7 @@ impl Worker {
 
     fn post_start(&mut self, index: usize, generation: u32) {
         let Some((_, spec)) = self.lifecycle.spec(index) else { return };
-        let address = self.node.address;
+        let address = self.address();
         let work = async move {
             let result = match hooks::post_start(&spec) {
                 Some(hook) => hooks::run(&spec, hook, address).await,
@@ -318,16 +363,24 @@ impl Worker {
     fn probe(&mut self, index: usize, generation: u32) {
         let Some((_, spec)) = self.lifecycle.spec(index) else { return };
         let (sender, events) = mpsc::channel(8);
-        let probing = Probing { _prober: probes::spawn(&spec, self.node.address, sender), events };
+        let probing = Probing { _prober: probes::spawn(&spec, self.address(), sender), events };
         if let Some(live) = self.containers[index].guest.as_mut().filter(|live| live.generation == generation) {
             live.probes = Some(probing);
         }
+    }
+
+    /// Until when the pod is called though it was deleted. Who gives it no time does not wait for that.
+    fn deregistered_at(&mut self, grace: Duration) -> Option<Instant> {
+        let is_called = self.address().is_own && self.lifecycle.is_deleted() && !self.lifecycle.is_gone();
+        let waits = is_called && grace > MIN_GRACE;
+        waits.then(|| *self.leaving_since.get_or_insert_with(Instant::now) + DEREGISTRATION.min(grace / 2))
     }
 
     /// preStop hook, then the requests in flight, all of it until then. A command has no signals, so it ends at once, as a
     /// process without a handler for SIGTERM would.
     fn stop(&mut self, index: usize, generation: u32, until: Instant, grace: Duration) {
         let spec = self.lifecycle.spec(index).map(|(_, spec)| spec).unwrap_or_default();
+        let (address, deregistered_at) = (self.address(), self.deregistered_at(grace));
         let Some(live) = &mut self.containers[index].guest else {
             let report = ended_by("the container has no guest".to_owned(), index, generation);
             let _ = self.outbox.send(report);
@@ -338,7 +391,6 @@ impl Worker {
         let (guest, log) = (live.guest.clone(), live.log.clone());
         drop(self.containers[index].swapping.take());
         let (sender, deadline) = watch::channel(until);
-        let address = self.node.address;
         let outbox = self.outbox.clone();
         let work = async move {
             if let Some(hook) = hooks::pre_stop(&spec) {
@@ -358,6 +410,12 @@ impl Worker {
                     return std::future::pending().await;
                 }
             };
+            if deregistered_at.is_some() {
+                tokio::select! {
+                    () = sleep_until(deregistered_at) => {}
+                    () = passed(deadline.clone(), Duration::ZERO) => {}
+                }
+            }
             let finished = drain(&server, deadline, MIN_GRACE.min(grace)).await;
             let message = if finished { "" } else { "requests in flight were cut off at the end of the grace period" };
             let last_words = last_words(tells_last_words(&spec), &log).await;
@@ -394,7 +452,7 @@ impl Worker {
         let (node, pod, volumes) = (self.node.clone(), self.lifecycle.pod().clone(), self.volumes.clone());
         let work = async move {
             let error = match volumes.get() {
-                Some(present) => present.refresh(&node.objects, &pod, &node.facts).await.err(),
+                Some(present) => present.refresh(&node.objects, &pod, &node.facts_of(&pod)).await.err(),
                 None => None,
             };
             Report::Event(Event::Refreshed { error: error.map(|error| error.to_string()) })

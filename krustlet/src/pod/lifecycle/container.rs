@@ -190,7 +190,7 @@ impl ContainerLifecycle {
         match obstacle {
             Obstacle::Image | Obstacle::Container => &mut self.image_backoff,
             Obstacle::Configuration => &mut self.configuration_backoff,
-            Obstacle::Port => &mut self.port_backoff,
+            Obstacle::Port | Obstacle::Address => &mut self.port_backoff,
         }
     }
 

@@ -1,14 +1,14 @@
 //! What happens to a pod, and what is to be done about it.
 
 use super::super::checkpoint::Record;
-use super::super::failure::Failure;
+use super::super::failure::{Failure, Obstacle};
 use super::super::guest::GuestKind;
 use super::super::probes::ProbeEvent;
 use super::container::End;
 use crate::events::Severity;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -49,8 +49,10 @@ pub enum Event {
     Gone,
     /// The agent is to end.
     ShuttingDown,
-    /// Some port of the node has become free.
-    PortReleased,
+    /// Some port, or some address, has become free.
+    Released(Obstacle),
+    /// The pod has this address from now on.
+    Addressed(IpAddr),
     /// What the container needs is there, or is not to be had; `prepared` tells whether the pod's volumes are there.
     Prepared {
         index: usize,
@@ -178,7 +180,7 @@ pub enum Effect {
         container: String,
         record: Record,
     },
-    /// Give up the ports of one container, or of the pod.
+    /// Give up the ports of one container, or the ports and the address of the pod.
     ReleasePorts {
         container: Option<String>,
     },

@@ -181,6 +181,10 @@ impl PodLifecycle {
         self.shutdown && !waits && !self.publisher.is_writing() && !active
     }
 
+    pub fn is_deleted(&self) -> bool {
+        self.deleted.is_some()
+    }
+
     /// Whether the pod's files have no further use.
     pub fn is_gone(&self) -> bool {
         self.gone
@@ -219,10 +223,9 @@ impl PodLifecycle {
         self.containers.get(index).map(|container| container.generation)
     }
 
-    pub fn waits_for_port(&self) -> bool {
-        let waits = |container: &ContainerLifecycle| {
-            matches!(container.activity, Activity::Waiting { obstacle: Some(Obstacle::Port), .. })
-        };
+    /// Whether it waits for a port, or for an address, to become free.
+    pub fn waits_for(&self, wanted: Obstacle) -> bool {
+        let waits = |container: &ContainerLifecycle| matches!(&container.activity, Activity::Waiting { obstacle, .. } if *obstacle == Some(wanted));
         self.containers.iter().any(waits)
     }
 
@@ -270,13 +273,16 @@ impl PodLifecycle {
             Event::Shown(pod) => self.on_shown(pod),
             Event::Gone => self.gone = true,
             Event::ShuttingDown => self.shutdown = true,
-            Event::PortReleased => {
+            Event::Released(released) => {
                 for container in &mut self.containers {
-                    if let Activity::Waiting { until, obstacle: Some(Obstacle::Port), .. } = &mut container.activity {
+                    if let Activity::Waiting { until, obstacle, .. } = &mut container.activity
+                        && *obstacle == Some(released)
+                    {
                         *until = self.now.at;
                     }
                 }
             }
+            Event::Addressed(address) => self.facts.pod_ip = address.to_string(),
             Event::Prepared { index, result, prepared, .. } => {
                 self.prepared |= prepared;
                 self.on_prepared(index, result);

@@ -275,7 +275,10 @@ impl World {
                 self.step(Event::Tick);
             }
             18 => self.late(),
-            19 => self.step(Event::PortReleased),
+            19 => {
+                let released = self.dice.of(&[Obstacle::Port, Obstacle::Address]);
+                self.step(Event::Released(released));
+            }
             20 if std::mem::take(&mut self.refreshing) => {
                 if self.dice.one_in(6) {
                     self.step(Event::Evicted("too much".to_owned()));
@@ -302,7 +305,8 @@ impl World {
     fn prepare(&mut self, index: usize) {
         let Some(generation) = self.places[index].preparing.take() else { return };
         let result = if self.dice.one_in(5) {
-            let obstacle = self.dice.of(&[Obstacle::Image, Obstacle::Configuration, Obstacle::Container]);
+            let kinds = [Obstacle::Image, Obstacle::Configuration, Obstacle::Container, Obstacle::Address];
+            let obstacle = self.dice.of(&kinds);
             Err(Failure { obstacle, ..Failure::container("no") })
         } else {
             Ok(self.kinds[index])

@@ -88,7 +88,7 @@ fn what_stands_in_the_way_is_tried_again_after_growing_waits() {
         assert_eq!(Sim::prepares(&sim.pass(Duration::from_millis(1))), [0], "{wait}");
     }
     sim.cannot_prepare(0, Obstacle::Port);
-    assert_eq!(Sim::prepares(&sim.step(Event::PortReleased)), [0], "at once when a port is free");
+    assert_eq!(Sim::prepares(&sim.step(Event::Released(Obstacle::Port))), [0], "at once when a port is free");
     assert_eq!(sim.restarts("main"), 0);
 }
 

@@ -8,11 +8,12 @@ pub use tracker::{ProbeEvent, ProbeKind};
 
 use super::http_get::HttpGet;
 use super::ports;
+use crate::addresses::PodAddress;
 use crate::panics::message_of;
 use crate::telemetry::{ProbeLabels, metrics};
 use futures::FutureExt as _;
 use k8s_openapi::api::core::v1::{Container, Probe};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::Ipv4Addr;
 use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 use tokio::net::TcpStream;
@@ -31,7 +32,7 @@ pub fn is_probed(container: &Container) -> bool {
 
 /// Says why the container's probes cannot be done here, if they cannot.
 pub fn validate(container: &Container) -> Result<(), String> {
-    Plan::of(container, IpAddr::V4(Ipv4Addr::UNSPECIFIED)).map(|_| ())
+    Plan::of(container, PodAddress::of_node(Ipv4Addr::UNSPECIFIED.into())).map(|_| ())
 }
 
 /// The grace period that the failed probe asks for in place of the pod's, in seconds.
@@ -59,7 +60,7 @@ impl Drop for Prober {
 }
 
 /// Starts probing a container that has just started at `address`. Events carry the container's name.
-pub fn spawn(container: &Container, address: IpAddr, events: mpsc::Sender<(String, ProbeEvent)>) -> Prober {
+pub fn spawn(container: &Container, address: PodAddress, events: mpsc::Sender<(String, ProbeEvent)>) -> Prober {
     let name = container.name.clone();
     let task = match Plan::of(container, address) {
         Ok(plan) if plan.is_empty() => None,
@@ -99,7 +100,7 @@ enum Action {
 }
 
 impl Plan {
-    fn of(container: &Container, address: IpAddr) -> Result<Self, String> {
+    fn of(container: &Container, address: PodAddress) -> Result<Self, String> {
         let task = |probe: &Option<Probe>, kind| {
             let task = probe.as_ref().map(|probe| Task::of(probe, kind, container, address)).transpose();
             task.map_err(|why| format!("container {}: {kind}Probe: {why}", container.name))
@@ -146,7 +147,7 @@ impl Events {
 }
 
 impl Task {
-    fn of(probe: &Probe, kind: ProbeKind, container: &Container, address: IpAddr) -> Result<Self, String> {
+    fn of(probe: &Probe, kind: ProbeKind, container: &Container, address: PodAddress) -> Result<Self, String> {
         let count = |value: Option<i32>, default: u32| value.and_then(|v| u32::try_from(v).ok()).unwrap_or(default);
         let seconds = |value, default| Duration::from_secs(u64::from(count(value, default)));
         Ok(Self {
@@ -198,12 +199,12 @@ fn count(kind: ProbeKind, success: bool) {
 }
 
 impl Action {
-    fn of(probe: &Probe, container: &Container, address: IpAddr) -> Result<Self, String> {
+    fn of(probe: &Probe, container: &Container, address: PodAddress) -> Result<Self, String> {
         if let Some(get) = &probe.http_get {
             Ok(Self::Http(HttpGet::of(get, container, address, USER_AGENT)?))
         } else if let Some(socket) = &probe.tcp_socket {
-            let host = socket.host.clone().filter(|host| !host.is_empty()).unwrap_or_else(|| address.to_string());
-            Ok(Self::Tcp { host, port: ports::resolve(&socket.port, container)? })
+            let host = socket.host.clone().filter(|host| !host.is_empty()).unwrap_or_else(|| address.ip.to_string());
+            Ok(Self::Tcp { host, port: ports::resolve(&socket.port, container, address)? })
         } else if probe.exec.is_some() {
             Err("exec is not supported: a WebAssembly module has no process to run a command in; use httpGet or tcpSocket"
                 .into())
@@ -280,7 +281,7 @@ mod tests {
     async fn a_try_that_panics_has_failed_and_the_probe_goes_on() {
         let (sender, mut events) = mpsc::channel(8);
         let probes = json!({"livenessProbe": {"tcpSocket": {"port": 1}, "periodSeconds": 1, "failureThreshold": 2}});
-        let mut plan = Plan::of(&container(probes), "127.0.0.1".parse().unwrap()).unwrap();
+        let mut plan = Plan::of(&container(probes), PodAddress::of_node("127.0.0.1".parse().unwrap())).unwrap();
         plan.liveness.as_mut().unwrap().action = Action::Bug;
         let probing = tokio::spawn(plan.run(Events { name: "app".into(), events: sender }));
         let mut said = Vec::new();
@@ -323,7 +324,7 @@ mod tests {
 
     async fn attempt(probe: Value) -> Result<(), String> {
         let container = container(json!({"livenessProbe": probe}));
-        let address = "127.0.0.1".parse().unwrap();
+        let address = PodAddress::of_node("127.0.0.1".parse().unwrap());
         let action = Action::of(container.liveness_probe.as_ref().unwrap(), &container, address).unwrap();
         action.attempt(Duration::from_secs(1)).await
     }
@@ -381,7 +382,7 @@ mod tests {
     /// All events until the prober ends by itself.
     async fn events(probes: Value) -> Vec<ProbeEvent> {
         let (sender, mut receiver) = mpsc::channel(16);
-        let _prober = spawn(&container(probes), "127.0.0.1".parse().unwrap(), sender);
+        let _prober = spawn(&container(probes), PodAddress::of_node("127.0.0.1".parse().unwrap()), sender);
         let mut events = Vec::new();
         while let Some((name, event)) = receiver.recv().await {
             assert_eq!(name, "app");
@@ -396,7 +397,7 @@ mod tests {
         let get = |path: &str| json!({"httpGet": {"path": path, "port": port}, "failureThreshold": 1});
         let (sender, mut receiver) = mpsc::channel(16);
         let probes = json!({"startupProbe": get("/ok"), "readinessProbe": get("/ok"), "livenessProbe": get("/ok")});
-        let prober = spawn(&container(probes), "127.0.0.1".parse().unwrap(), sender);
+        let prober = spawn(&container(probes), PodAddress::of_node("127.0.0.1".parse().unwrap()), sender);
         assert_eq!(receiver.recv().await.unwrap().1, ProbeEvent::Started);
         assert_eq!(receiver.recv().await.unwrap().1, ProbeEvent::Ready(true));
         drop(prober);
@@ -417,7 +418,7 @@ mod tests {
     #[tokio::test]
     async fn a_container_without_probes_costs_nothing() {
         let (sender, mut receiver) = mpsc::channel(1);
-        let prober = spawn(&container(json!({})), "127.0.0.1".parse().unwrap(), sender);
+        let prober = spawn(&container(json!({})), PodAddress::of_node("127.0.0.1".parse().unwrap()), sender);
         assert!(prober.task.is_none());
         assert_eq!(receiver.recv().await, None);
     }
