@@ -37,7 +37,7 @@ ABOUT = {
     "build pulumi-language-python": About(20, "What starts Python for the CLI", _PAGE),
     "build peers": About(4 * 60, "Clients that the tests compare ours with", "docs/supply-chain.md"),
     "build cosign3": About(4 * 60, "A client that the tests compare ours with", "docs/supply-chain.md"),
-    "virtual environment": About(40, "The program's and localcloud's libraries", "requirements.in"),
+    "virtual environment": About(20, "The program's and localcloud's libraries", "requirements.in"),
     "take the bundle": About(15, "What another machine has built", _PAGE),
     "compile krustlet": About(10 * 60, "The node agent", "krustlet/README.md"),
     "compile wasm_app": About(75, "The app, for wasm", "wasm_app/src/lib.rs"),

@@ -1,15 +1,20 @@
 """The virtual environment, in the cache and keyed by the lock file and the Python that it is made with."""
 
 import hashlib
+import os
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.lib import paths
-from scripts.lib.steps import Log, lock, step
+from scripts.lib.steps import Log, StepError, lock, step
 
 LOCK_FILE = paths.REPOSITORY / "requirements.txt"
+UV = Path(__file__).with_name("uv.txt")
 
 
 def directory() -> Path:
@@ -21,13 +26,33 @@ def directory() -> Path:
 
 def _make(target: Path, log: Log) -> Path:
     log.run([sys.executable, "-m", "venv", "--clear", target])
-    python = target / "bin" / "python"
-    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    python = str(target / "bin" / "python")
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input"]
     # What is compiled here is never read: PYTHONPYCACHEPREFIX leads elsewhere, and to what is imported only.
-    log.run([*pip, "--no-compile", "--require-hashes", "--requirement", LOCK_FILE])
+    install = [*pip, "install", "--no-compile", "--require-hashes"]
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        try:
+            log.run([*install, "--requirement", str(UV), "--target", f"{scratch}/uv"])
+            # Its cache beside the environment: files are linked from it, and only those links stay.
+            uv = [f"{scratch}/uv/bin/uv", "--cache-dir", f"{scratch}/cache", "pip", "install"]
+            what = ["--python", python, "--require-hashes", "--requirement", str(LOCK_FILE)]
+            log.run([*uv, *what], env=_as_pip(pip))
+        except StepError:
+            # Not for this platform, or it does not reach what pip does.
+            log.run([*install, "--requirement", str(LOCK_FILE)])
     # The last thing: an environment without it was interrupted and is made anew.
     (target / "complete").touch()
     return target
+
+
+def _as_pip(pip: Sequence[str]) -> dict[str, str]:
+    """An environment in which uv asks the index, and believes the certificates, that pip is told to."""
+    asked = subprocess.run([*pip, "config", "list"], capture_output=True, text=True, check=False)
+    told: dict[str, str] = {}
+    for place in ("global", "install", ":env:"):  # what stands later goes before
+        told |= re.findall(rf"^{place}\.(index-url|cert)='(.*)'$", asked.stdout, re.MULTILINE)
+    names = {"UV_DEFAULT_INDEX": "index-url", "SSL_CERT_FILE": "cert"}
+    return {**{name: told[key] for name, key in names.items() if key in told}, **os.environ}
 
 
 def is_complete() -> bool:
