@@ -186,6 +186,3 @@ def test_another_key_takes_the_place_of_the_first_which_then_starts_no_pod_any_m
     finally:
         stack.run("git", "checkout", "--quiet", "Pulumi.local.yaml")
         stack.run("pulumi", "up", "--yes")
-    # A key that is trusted again is trusted by the node too.
-    namespace = stack.outputs()["namespace"]
-    stack.kubectl("wait", "--for=condition=Ready", f"pod/{pod}", "-n", namespace, "--timeout=120s")
