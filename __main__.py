@@ -11,21 +11,24 @@ from components import config
 from components.artifact import AgentArtifact, AgentArtifactArgs, WasmArtifact, WasmArtifactArgs
 from components.cluster import KubernetesCluster, KubernetesClusterArgs
 from components.node import KrustletNode, KrustletNodeArgs
+from components.project import ProjectServices, ProjectServicesArgs
 from components.registry import ContainerRegistry, ContainerRegistryArgs
 from components.workload import WasmPod, WasmPodArgs
 
 settings = config.load()
 google, app = settings.google, settings.app
 
+services = ProjectServices("services", ProjectServicesArgs(google.project, google.enable_services))
 registry = ContainerRegistry(
     "registry",
-    ContainerRegistryArgs(google.project, settings.registry.name, settings.registry.location),
+    ContainerRegistryArgs(google.project, settings.registry.name, settings.registry.location, services),
 )
 artifact = WasmArtifact(
     "app",
     WasmArtifactArgs(
         app.crate,
         pulumi.Output.concat(registry.url, "/", app.name),
+        registry.lifetime,
         settings.signing_key,
         settings.signing_key_password,
     ),
@@ -37,12 +40,15 @@ agent = AgentArtifact(
     AgentArtifactArgs(
         settings.node.agent_crate,
         pulumi.Output.concat(registry.url, "/krustlet"),
+        registry.lifetime,
         settings.node.agent_target,
     ),
 )
 cluster = KubernetesCluster(
     "cluster",
-    KubernetesClusterArgs(google.project, google.region, google.zone, settings.cluster, settings.network),
+    KubernetesClusterArgs(
+        google.project, google.region, google.zone, settings.cluster, settings.network, services
+    ),
 )
 node = KrustletNode(
     "node",
@@ -57,6 +63,7 @@ node = KrustletNode(
         registry,
         agent,
         artifact,
+        services,
     ),
 )
 workload = WasmPod(

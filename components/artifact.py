@@ -15,23 +15,25 @@ from components.providers.signature import Signature, SigningKey
 
 @dataclass(frozen=True)
 class WasmArtifactArgs:
-    """`repository` is HOST[:PORT]/PATH.
+    """`repository` is HOST[:PORT]/PATH; what is in it ends with `lifetime`: nobody has to delete it first.
 
     Without a `signing_key` (PEM) one is generated and kept in the state.
     """
 
     crate: str
     repository: pulumi.Input[str]
+    lifetime: pulumi.Resource
     signing_key: pulumi.Input[str] | None = None
     signing_key_password: pulumi.Input[str] | None = None
 
 
 @dataclass(frozen=True)
 class AgentArtifactArgs:
-    """`target` is a Rust target, "" for this machine's."""
+    """`target` is a Rust target, "" for this machine's; `repository` and `lifetime` as the app's."""
 
     crate: str
     repository: pulumi.Input[str]
+    lifetime: pulumi.Resource
     target: str = ""
 
 
@@ -50,6 +52,7 @@ class WasmArtifact(pulumi.ComponentResource):
     def __init__(self, name: str, args: WasmArtifactArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("awesome-wasm:artifact:WasmArtifact", name, None, opts)
         child = pulumi.ResourceOptions(parent=self)
+        stored = pulumi.ResourceOptions(parent=self, deleted_with=args.lifetime)
         build = CargoBuild(f"{name}-build", args.crate, WASM_TARGET, opts=child)
         key = SigningKey(f"{name}-key", args.signing_key, args.signing_key_password, opts=child)
         artifact = OciArtifact(
@@ -58,7 +61,7 @@ class WasmArtifact(pulumi.ComponentResource):
             kind="wasm",
             sha256=build.sha256,
             annotations=build.annotations,
-            opts=child,
+            opts=stored,
         )
         signature = Signature(
             f"{name}-signature", args.repository, artifact.digest, key.private_key, opts=child
@@ -69,7 +72,7 @@ class WasmArtifact(pulumi.ComponentResource):
             digest=artifact.digest,
             signature=signature.signature,
             bundle_signature=signature.bundle_signature,
-            opts=child,
+            opts=stored,
         )
         OciAttestation(
             f"{name}-attestation",
@@ -77,7 +80,7 @@ class WasmArtifact(pulumi.ComponentResource):
             digest=artifact.digest,
             build=build,
             private_key=key.private_key,
-            opts=child,
+            opts=stored,
         )
         self.image = artifact.image
         self.public_key = key.public_key
@@ -100,13 +103,14 @@ class AgentArtifact(pulumi.ComponentResource):
     ) -> None:
         super().__init__("awesome-wasm:artifact:AgentArtifact", name, None, opts)
         child = pulumi.ResourceOptions(parent=self)
+        stored = pulumi.ResourceOptions(parent=self, deleted_with=args.lifetime)
         build = CargoBuild(f"{name}-build", args.crate, args.target, opts=child)
         artifact = OciArtifact(
             f"{name}-push",
             repository=args.repository,
             kind="agent",
             sha256=build.sha256,
-            opts=child,
+            opts=stored,
         )
         self.image = artifact.image
         self.pushed = artifact

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import pulumi_gcp as gcp
 import pulumi_kubernetes as kubernetes
 
 from components.config import ClusterConfig, NetworkConfig
+from components.project import ProjectServices
 
 AUTH_PLUGIN = "gke-gcloud-auth-plugin"
 # Google's plugin gives a token of whoever calls it: nothing secret is in the kubeconfig itself. The token
@@ -28,6 +30,9 @@ EXEC_CREDENTIALS = {
 PODS_RANGE = "pods"
 SERVICES_RANGE = "services"
 SYSTEM_POOL = "system"
+SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+# What a node does for Google: its logs, its figures. https://cloud.google.com/kubernetes-engine/docs/how-to/hardening-your-cluster
+NODE_ROLE = "roles/container.defaultNodeServiceAccount"
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class KubernetesClusterArgs:
     zone: str
     cluster: ClusterConfig
     network: NetworkConfig
+    services: ProjectServices
 
 
 def kubeconfig(name: str, endpoint: str, certificate: str, credentials: dict[str, Any]) -> str:
@@ -67,6 +73,21 @@ def kubeconfig(name: str, endpoint: str, certificate: str, credentials: dict[str
     )
 
 
+def _authorized(
+    networks: tuple[str, ...],
+) -> gcp.container.ClusterMasterAuthorizedNetworksConfigArgsDict | None:
+    """Give who may reach the API server, None for everybody.
+
+    The VM is none of the cluster's own nodes: it comes from an address of Google's.
+    """
+    if not networks:
+        return None
+    return {
+        "cidr_blocks": [{"cidr_block": network, "display_name": "configured"} for network in networks],
+        "gcp_public_cidrs_access_enabled": True,
+    }
+
+
 class KubernetesCluster(pulumi.ComponentResource):
     """A GKE cluster in a network of its own."""
 
@@ -89,7 +110,7 @@ class KubernetesCluster(pulumi.ComponentResource):
         self, name: str, args: KubernetesClusterArgs, opts: pulumi.ResourceOptions | None = None
     ) -> None:
         super().__init__("awesome-wasm:cluster:KubernetesCluster", name, None, opts)
-        child = pulumi.ResourceOptions(parent=self)
+        child = pulumi.ResourceOptions(parent=self, depends_on=args.services.enabled)
         network = gcp.compute.Network(
             f"{name}-network",
             project=args.project,
@@ -128,12 +149,27 @@ class KubernetesCluster(pulumi.ComponentResource):
                 "services_secondary_range_name": SERVICES_RANGE,
             },
             release_channel={"channel": args.cluster.release_channel},
+            master_authorized_networks_config=_authorized(args.cluster.authorized_networks),
             # Google makes no cluster without a pool, and what is said of that one cannot be changed later.
             initial_node_count=1,
             remove_default_node_pool=True,
             deletion_protection=args.cluster.deletion_protection,
             # Once its pool is gone it says nothing any more, as in the state of an earlier version.
             opts=pulumi.ResourceOptions(parent=self, ignore_changes=["initialNodeCount", "nodeConfig"]),
+        )
+        account = gcp.serviceaccount.Account(
+            f"{name}-account",
+            project=args.project,
+            account_id=f"{args.cluster.name[:24]}-nodes".ljust(6, "x"),
+            display_name=f"The Linux nodes of {args.cluster.name}",
+            opts=child,
+        )
+        role = gcp.projects.IAMMember(
+            f"{name}-node-role",
+            project=args.project,
+            role=NODE_ROLE,
+            member=pulumi.Output.concat("serviceAccount:", account.email),
+            opts=pulumi.ResourceOptions(parent=self),
         )
         # Google's own pods (DNS, the way from the control plane to the nodes) need Linux; ours does not
         # run there.
@@ -144,9 +180,20 @@ class KubernetesCluster(pulumi.ComponentResource):
             cluster=cluster.name,
             name=SYSTEM_POOL,
             node_count=args.cluster.nodes,
-            node_config={"machine_type": args.cluster.machine_type},
-            opts=pulumi.ResourceOptions(parent=self, deleted_with=cluster),
+            node_config={
+                "machine_type": args.cluster.machine_type,
+                # What they may do is the account's roles' affair, and not the default account's, an editor.
+                "service_account": account.email,
+                "oauth_scopes": [SCOPE],
+                "shielded_instance_config": {
+                    "enable_secure_boot": True,
+                    "enable_integrity_monitoring": True,
+                },
+            },
+            opts=pulumi.ResourceOptions(parent=self, deleted_with=cluster, depends_on=[role]),
         )
+        if not args.cluster.authorized_networks:
+            pulumi.log.info("open to the world: the API server (authorizedNetworks limits it)", cluster)
         self.lifetime = cluster
         self.name = cluster.name
         self.endpoint = cluster.endpoint
@@ -160,7 +207,16 @@ class KubernetesCluster(pulumi.ComponentResource):
         self.subnetwork = subnetwork.id
         # GKE's control plane reaches nodes through agents that run as pods on the cluster's own nodes.
         self.control_plane_ranges = [args.network.machines, args.network.pods]
-        self.provider = kubernetes.Provider(f"{name}-provider", kubeconfig=self.kubeconfig, opts=child)
+        # A kubeconfig that a preview does not know would have all that is in the cluster made anew; what the
+        # cluster alone has tells whether it is another.
+        self.provider = kubernetes.Provider(
+            f"{name}-provider",
+            kubeconfig=self.kubeconfig,
+            cluster_identifier=self.certificate.apply(
+                lambda certificate: hashlib.sha256(certificate.encode()).hexdigest()
+            ),
+            opts=pulumi.ResourceOptions(parent=self),
+        )
         self.register_outputs(
             {
                 "name": self.name,

@@ -19,6 +19,8 @@ from components.providers.signature import SignatureError, read_key
 # Registries that answer to Container Registry's old names, and the location that each must have. Source:
 # Artifact Registry's documentation, "Transition from Container Registry".
 GCR_LOCATIONS = {"gcr.io": "us", "us.gcr.io": "us", "eu.gcr.io": "europe", "asia.gcr.io": "asia"}
+# How a VM proves who it is when it joins: as its own service account, or with a bootstrap token.
+BY_IDENTITY, BY_TOKEN = "identity", "token"
 RELEASE_CHANNELS = ("RAPID", "REGULAR", "STABLE", "EXTENDED")
 
 # Registry and Kubernetes API are reached with the application default credentials; so then is all the rest.
@@ -54,11 +56,12 @@ class ConfigError(pulumi.RunError):
 
 @dataclass(frozen=True)
 class GoogleConfig:
-    """Where on Google Cloud the stack lives."""
+    """Where on Google Cloud the stack lives, and whether it enables the APIs that it needs."""
 
     project: str
     region: str
     zone: str
+    enable_services: bool
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class ClusterConfig:
     machine_type: str
     nodes: int
     deletion_protection: bool
+    authorized_networks: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class NodeConfig:
     max_pods: int
     agent_crate: str
     agent_target: str
+    bootstrap: str
 
 
 @dataclass(frozen=True)
@@ -199,6 +204,18 @@ class _Reader:
             raise self.error(key, values, allowed)
         return tuple(values)
 
+    def cidrs(self, key: str) -> tuple[str, ...]:
+        allowed = "a list of IPv4 networks in CIDR form, or an empty one"
+        values = self._given(key, self._config.get_object, allowed)
+        if not isinstance(values, list):
+            raise self.error(key, values, allowed)
+        for value in values:
+            try:
+                ipaddress.IPv4Network(str(value))  # a number would be taken for an address
+            except ValueError:
+                raise self.error(key, value, allowed) from None
+        return tuple(values)
+
     def crate(self, key: str) -> str:
         allowed = "a directory with a Cargo.toml, relative to Pulumi.yaml"
         value = cast(str, self._given(key, self._config.get, allowed))
@@ -230,7 +247,7 @@ def load() -> StackConfig:
     keys = _Reader(pulumi.Config())
     keys.check_signing_key("signingKey", "signingKeyPassword")
     return StackConfig(
-        google=_google(_Reader(pulumi.Config("gcp"), "gcp:")),
+        google=_google(_Reader(pulumi.Config("gcp"), "gcp:"), keys.boolean("enableServices")),
         registry=_registry(keys),
         network=_network(keys),
         cluster=ClusterConfig(
@@ -239,6 +256,7 @@ def load() -> StackConfig:
             machine_type=keys.text("clusterMachineType", _WORD, "a machine type, as in e2-small"),
             nodes=keys.integer("clusterNodes", 1, 100),
             deletion_protection=keys.boolean("deletionProtection"),
+            authorized_networks=keys.cidrs("authorizedNetworks"),
         ),
         node=NodeConfig(
             name=keys.text("nodeName", _DNS_LABEL, NAME_RULE),
@@ -250,6 +268,7 @@ def load() -> StackConfig:
             agent_target=keys.text(
                 "agentTarget", _RUST_TARGET, "a Rust target, or nothing for this machine's"
             ),
+            bootstrap=keys.one_of("bootstrap", (BY_IDENTITY, BY_TOKEN)),
         ),
         app=AppConfig(
             crate=keys.crate("appCrate"),
@@ -264,7 +283,7 @@ def load() -> StackConfig:
     )
 
 
-def _google(keys: _Reader) -> GoogleConfig:
+def _google(keys: _Reader, enable_services: bool) -> GoogleConfig:
     for key, instead in _CREDENTIALS.items():
         keys.refuse(key, f"nothing, because it would reach the gcp plugin alone; {instead}")
     project = keys.text("project", _PROJECT, "the id of a Google Cloud project")
@@ -272,7 +291,7 @@ def _google(keys: _Reader) -> GoogleConfig:
     zone = keys.text("zone", _ZONE, "a zone of the region, as in europe-west1-b")
     if not zone.startswith(f"{region}-"):
         raise keys.error("zone", zone, f"a zone of the region {region}, as in {region}-b")
-    return GoogleConfig(project, region, zone)
+    return GoogleConfig(project, region, zone, enable_services)
 
 
 def _registry(keys: _Reader) -> RegistryConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +13,20 @@ import pulumi_kubernetes as kubernetes
 
 from components.artifact import AgentArtifact, WasmArtifact
 from components.cluster import KubernetesCluster, kubeconfig
-from components.config import AGENT_PORT, NodeConfig
+from components.config import AGENT_PORT, BY_IDENTITY, BY_TOKEN, NodeConfig
+from components.project import ProjectServices
 from components.providers.certificates import BOOTSTRAP_GROUP
 from components.providers.registration import CONFIGURATION_LABEL, BootstrapToken, NodeRegistration
 from components.registry import ContainerRegistry
 
 STARTUP_SCRIPT = Path(__file__).with_name("startup.sh")
-# What the registry and the metadata server ask for; what the account may do is the IAM policy's affair.
-SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+IDENTITY_SCRIPT = Path(__file__).with_name("identity.sh")
+# What the registry asks for, and what tells the API server the account's address. What the account may do is
+# the IAM policy's affair. https://cloud.google.com/kubernetes-engine/docs/how-to/role-based-access-control
+SCOPES = [
+    "https://www.googleapis.com/auth/cloud-platform",
+    "https://www.googleapis.com/auth/userinfo.email",
+]
 # Below it the service needs a capability, which the startup script gives to its unit.
 FIRST_UNPRIVILEGED_PORT = 1024
 
@@ -38,19 +45,35 @@ class KrustletNodeArgs:
     registry: ContainerRegistry
     agent: AgentArtifact
     artifact: WasmArtifact
+    services: ProjectServices
 
 
-def bootstrap_kubeconfig(endpoint: str, certificate: str, token: str) -> str:
-    """Give the kubeconfig with which an agent asks for its certificates."""
-    return kubeconfig("bootstrap", endpoint, certificate, {"token": token})
+def bootstrap_kubeconfig(endpoint: str, certificate: str, token: str = "") -> str:
+    """Give the kubeconfig with which an agent asks for its certificates: as its VM, or with a token."""
+    execution = {
+        "apiVersion": "client.authentication.k8s.io/v1",
+        "command": "/bin/sh",
+        "args": ["-c", IDENTITY_SCRIPT.read_text()],
+        "interactiveMode": "Never",
+    }
+    return kubeconfig("bootstrap", endpoint, certificate, {"token": token} if token else {"exec": execution})
 
 
-def configuration(agent: str, verification_key: str, machine_type: str, max_pods: int, port: int) -> str:
+def configuration(
+    agent: str,
+    verification_key: str,
+    machine_type: str,
+    max_pods: int,
+    port: int,
+    *,
+    bootstrap: str = BY_IDENTITY,
+) -> str:
     """Give a short name for all that a VM may be told anew while it runs.
 
     The VM gives it to its Node as a label, so that everybody sees which configuration the agent runs with.
     """
     told = [agent, verification_key, machine_type, str(max_pods), str(port < FIRST_UNPRIVILEGED_PORT)]
+    told.append(bootstrap)
     return hashlib.sha256("\0".join(told).encode()).hexdigest()[:12]
 
 
@@ -76,7 +99,7 @@ class KrustletNode(pulumi.ComponentResource):
         self._name = name
         self._args = args
         self.cluster = args.cluster
-        child = pulumi.ResourceOptions(parent=self)
+        child = pulumi.ResourceOptions(parent=self, depends_on=args.services.enabled)
         account = gcp.serviceaccount.Account(
             f"{name}-account",
             project=args.project,
@@ -99,22 +122,30 @@ class KrustletNode(pulumi.ComponentResource):
             args.cluster.kubeconfig,
             opts=pulumi.ResourceOptions(parent=self, deleted_with=args.cluster.lifetime),
         )
-        binding = self._allow_certificate_requests()
+        binding = self._allow_certificate_requests(account)
         self._configuration = pulumi.Output.all(args.agent.sha256, args.artifact.public_key).apply(
             lambda told: configuration(
-                told[0], told[1], args.node.machine_type, args.node.max_pods, args.app_port
+                *told,
+                args.node.machine_type,
+                args.node.max_pods,
+                args.app_port,
+                bootstrap=args.node.bootstrap,
             )
         )
         # An agent that gets another key finds what is signed with it.
-        needs = [args.agent.pushed, args.artifact.signed, pull, binding, *firewalls]
+        needs = [args.agent.pushed, args.artifact.signed, pull, binding, token, *firewalls]
         instance = self._instance(account, address, token, needs)
-        self.registration = self._registration(instance, address, token)
+        self.registration = self._registration(instance, address, account, token)
         self.name = self.registration.node
         self.address = address.address
         self.register_outputs({"name": self.name, "address": self.address})
 
     def _firewalls(self, account: gcp.serviceaccount.Account) -> list[pulumi.Resource]:
         """Open the app's port to whom the configuration names, and the agent's to the control plane alone."""
+        world = [source for source in self._args.app_sources if ipaddress.ip_network(source).prefixlen == 0]
+        if world:
+            port = self._args.app_port
+            pulumi.log.info(f"open to the world: the app's port {port} (sourceRanges limits it)", self)
         opened = {
             "app": (self._args.app_port, list(self._args.app_sources)),
             "agent": (AGENT_PORT, self._args.cluster.control_plane_ranges),
@@ -134,8 +165,11 @@ class KrustletNode(pulumi.ComponentResource):
             for what, (port, sources) in opened.items()
         ]
 
-    def _allow_certificate_requests(self) -> pulumi.Resource:
-        """Let the bearer of a bootstrap token ask for a client certificate, and nothing else."""
+    def _allow_certificate_requests(self, account: gcp.serviceaccount.Account) -> pulumi.Resource:
+        """Let the VM's account, or the bearer of a bootstrap token, ask for a client certificate: no more."""
+        subject: dict[str, pulumi.Input[str]] = {"kind": "User", "name": account.email}
+        if self._args.node.bootstrap == BY_TOKEN:
+            subject = {"kind": "Group", "name": BOOTSTRAP_GROUP}
         return kubernetes.rbac.v1.ClusterRoleBinding(
             f"{self._name}-bootstrap",
             metadata={"name": "krustlet-bootstrap"},
@@ -144,7 +178,7 @@ class KrustletNode(pulumi.ComponentResource):
                 "kind": "ClusterRole",
                 "name": "system:node-bootstrapper",
             },
-            subjects=[{"api_group": "rbac.authorization.k8s.io", "kind": "Group", "name": BOOTSTRAP_GROUP}],
+            subjects=[kubernetes.rbac.v1.SubjectArgs(api_group="rbac.authorization.k8s.io", **subject)],
             opts=pulumi.ResourceOptions(
                 parent=self,
                 provider=self._args.cluster.provider,
@@ -163,6 +197,7 @@ class KrustletNode(pulumi.ComponentResource):
             size=self._args.node.disk_size_gb,
             opts=pulumi.ResourceOptions(
                 parent=self,
+                depends_on=self._args.services.enabled,
                 delete_before_replace=True,
                 # It has the agent's certificates, which are good for one cluster.
                 replacement_trigger=[self._args.cluster.certificate],
@@ -177,10 +212,12 @@ class KrustletNode(pulumi.ComponentResource):
         needs: list[pulumi.Resource],
     ) -> gcp.compute.Instance:
         args = self._args
-        bootstrap: pulumi.Output[str] = pulumi.Output.all(
-            args.cluster.endpoint, args.cluster.certificate, token.token
-        ).apply(lambda parts: bootstrap_kubeconfig(*parts))
-        secret_bootstrap: pulumi.Output[str] = pulumi.Output.secret(bootstrap)
+        told: list[pulumi.Input[str]] = [args.cluster.endpoint, args.cluster.certificate]
+        if args.node.bootstrap == BY_TOKEN:
+            told.append(pulumi.Output.secret(token.token))
+        bootstrap: pulumi.Output[str] = pulumi.Output.all(*told).apply(
+            lambda parts: bootstrap_kubeconfig(*parts)
+        )
         return gcp.compute.Instance(
             f"{self._name}-vm",
             project=args.project,
@@ -191,7 +228,7 @@ class KrustletNode(pulumi.ComponentResource):
             network_interfaces=[
                 {"subnetwork": args.cluster.subnetwork, "access_configs": [{"nat_ip": address.address}]}
             ],
-            service_account={"email": account.email, "scopes": [SCOPE]},
+            service_account={"email": account.email, "scopes": SCOPES},
             shielded_instance_config={
                 "enable_secure_boot": True,
                 "enable_vtpm": True,
@@ -200,7 +237,7 @@ class KrustletNode(pulumi.ComponentResource):
             metadata={
                 "krustlet-image": args.agent.image,
                 "krustlet-sha256": args.agent.sha256,
-                "krustlet-bootstrap-kubeconfig": secret_bootstrap,
+                "krustlet-bootstrap-kubeconfig": bootstrap,
                 "krustlet-verification-key": args.artifact.public_key,
                 "krustlet-node-labels": pulumi.Output.concat(
                     f"krustlet.dev/runtime=wasmtime,{CONFIGURATION_LABEL}=", self._configuration
@@ -222,7 +259,11 @@ class KrustletNode(pulumi.ComponentResource):
         )
 
     def _registration(
-        self, instance: gcp.compute.Instance, address: gcp.compute.Address, token: BootstrapToken
+        self,
+        instance: gcp.compute.Instance,
+        address: gcp.compute.Address,
+        account: gcp.serviceaccount.Account,
+        token: BootstrapToken,
     ) -> NodeRegistration:
         args = self._args
         return NodeRegistration(
@@ -234,6 +275,7 @@ class KrustletNode(pulumi.ComponentResource):
             addresses=[instance.network_interfaces[0].network_ip, address.address],
             configuration=self._configuration,
             token=token.token,
+            account="" if args.node.bootstrap == BY_TOKEN else account.email,
             kubeconfig=args.cluster.kubeconfig,
             opts=pulumi.ResourceOptions(
                 parent=self,

@@ -8,6 +8,7 @@ import pulumi
 import pulumi_gcp as gcp
 
 from components.config import GCR_LOCATIONS
+from components.project import ProjectServices
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class ContainerRegistryArgs:
     project: str
     name: str
     location: str
+    services: ProjectServices
 
 
 def image_prefix(registry_uri: str, project: str, name: str) -> str:
@@ -36,20 +38,22 @@ class ContainerRegistry(pulumi.ComponentResource):
 
     url: pulumi.Output[str]
     """What the name of an image in it starts with, without a slash at the end."""
+    lifetime: pulumi.Resource
+    """What all that is in it ends with (`deleted_with`)."""
 
     def __init__(
         self, name: str, args: ContainerRegistryArgs, opts: pulumi.ResourceOptions | None = None
     ) -> None:
         super().__init__("awesome-wasm:registry:ContainerRegistry", name, None, opts)
         self._name = name
-        self._repository = gcp.artifactregistry.Repository(
+        self.lifetime = self._repository = gcp.artifactregistry.Repository(
             f"{name}-repository",
             project=args.project,
             location=args.location,
             repository_id=args.name,
             format="DOCKER",
             description="WebAssembly components, their signatures and the node agent",
-            opts=pulumi.ResourceOptions(parent=self),
+            opts=pulumi.ResourceOptions(parent=self, depends_on=args.services.enabled),
         )
         self.url = self._repository.registry_uri.apply(lambda uri: image_prefix(uri, args.project, args.name))
         self.register_outputs({"url": self.url})
@@ -63,5 +67,5 @@ class ContainerRegistry(pulumi.ComponentResource):
             repository=self._repository.repository_id,
             role="roles/artifactregistry.reader",
             member=pulumi.Output.concat("serviceAccount:", email),
-            opts=pulumi.ResourceOptions(parent=self),
+            opts=pulumi.ResourceOptions(parent=self, deleted_with=self._repository),
         )

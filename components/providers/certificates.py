@@ -14,6 +14,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
+# How the API server names the bearer of a bootstrap token: with its id at the end.
+BOOTSTRAP_USER = "system:bootstrap:"
 BOOTSTRAP_GROUP = "system:bootstrappers:krustlet"
 CLIENT_SIGNER = "kubernetes.io/kube-apiserver-client-kubelet"
 SERVING_SIGNER = "kubernetes.io/kubelet-serving"
@@ -71,35 +73,36 @@ class Request:
     expiration_seconds: int | None = None
 
 
-def judge(request: Request, vm: Machine, token_id: str) -> Verdict | None:
+def judge(request: Request, vm: Machine, asker: str) -> Verdict | None:
     """Decide about a certificate request; None when it is another node's or has another signer.
 
-    A request is this machine's affair when it comes with this machine's token, or from the node itself, or
-    when it asks for this node's name.
+    A request is this machine's affair when it comes from `asker`, or from the node itself, or when it asks
+    for this node's name. `asker` is who may ask for the first certificate: `system:bootstrap:TOKEN-ID`, or
+    the address of the VM's own service account.
     """
     if request.signer not in (CLIENT_SIGNER, SERVING_SIGNER):
         return None
-    bootstrap, node = f"system:bootstrap:{token_id}", f"system:node:{vm.name}"
+    node = f"system:node:{vm.name}"
     try:
         csr = x509.load_pem_x509_csr(request.pem)
         names = [str(item.value) for item in csr.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     except UNREADABLE:
-        return Verdict(False, "it is no PKCS#10 request") if request.username in (bootstrap, node) else None
-    if request.username not in (bootstrap, node) and node not in names:
+        return Verdict(False, "it is no PKCS#10 request") if request.username in (asker, node) else None
+    if request.username not in (asker, node) and node not in names:
         return None
     try:
-        lie = _lie(request, csr, vm, token_id)
+        lie = _lie(request, csr, vm, asker)
     except UNREADABLE as error:
         lie = f"it cannot be read: {error}"
     return Verdict(False, lie) if lie else Verdict(True, f"it is {vm.name}'s, as created")
 
 
-def is_from(request: Request, vm: Machine, token_id: str) -> bool:
-    """Say whether a request comes with this machine's token or from its node, and not only names it."""
-    return request.username in (f"system:bootstrap:{token_id}", f"system:node:{vm.name}")
+def is_from(request: Request, vm: Machine, asker: str) -> bool:
+    """Say whether a request comes from this machine or from its node, and not only names it."""
+    return request.username in (asker, f"system:node:{vm.name}")
 
 
-def _lie(request: Request, csr: x509.CertificateSigningRequest, vm: Machine, token_id: str) -> str:
+def _lie(request: Request, csr: x509.CertificateSigningRequest, vm: Machine, asker: str) -> str:
     """Give the first thing in a request that is not as it must be, "" when there is none."""
     node = f"system:node:{vm.name}"
     subject = sorted((item.oid.dotted_string, str(item.value)) for item in csr.subject)
@@ -122,7 +125,7 @@ def _lie(request: Request, csr: x509.CertificateSigningRequest, vm: Machine, tok
     if unknown:
         return f"it asks for the extension {unknown[0]}"
     if request.signer == CLIENT_SIGNER:
-        return _client_lie(request, csr, vm, token_id)
+        return _client_lie(request, csr, vm, asker)
     return _serving_lie(request, csr, vm)
 
 
@@ -140,8 +143,9 @@ def _alternative_names(csr: x509.CertificateSigningRequest) -> list[x509.General
         return []
 
 
-def _client_lie(request: Request, csr: x509.CertificateSigningRequest, vm: Machine, token_id: str) -> str:
-    first = request.username == f"system:bootstrap:{token_id}" and BOOTSTRAP_GROUP in request.groups
+def _client_lie(request: Request, csr: x509.CertificateSigningRequest, vm: Machine, asker: str) -> str:
+    is_token = asker.startswith(BOOTSTRAP_USER)
+    first = request.username == asker and (not is_token or BOOTSTRAP_GROUP in request.groups)
     renewal = request.username == f"system:node:{vm.name}" and NODES_GROUP in request.groups
     if not first and not renewal:
         return f"{request.username} may not ask for this node's client certificate"

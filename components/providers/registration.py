@@ -1,8 +1,8 @@
 """Lets one VM join the cluster as a node, by Kubernetes' TLS bootstrap.
 
-The VM asks for its certificates with a token that lives for minutes. A request that is true is approved, one
-that lies is denied (certificates.py). Then the node must become Ready, and the token is deleted, on every way
-out.
+The VM asks for its certificates as its own service account, or with a bootstrap token that lives for minutes.
+A request that is true is approved, one that lies is denied (certificates.py). Then the node must become
+Ready, and a token is deleted, on every way out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,15 @@ from pulumi.dynamic import (
 )
 
 from components.providers import Lazy, ProviderError, changed, gone, is_unknown, operation
-from components.providers.certificates import BOOTSTRAP_GROUP, Machine, Request, Verdict, is_from, judge
+from components.providers.certificates import (
+    BOOTSTRAP_GROUP,
+    BOOTSTRAP_USER,
+    Machine,
+    Request,
+    Verdict,
+    is_from,
+    judge,
+)
 
 if TYPE_CHECKING:
     import kubernetes
@@ -318,18 +326,24 @@ def join(
     token: str,
     since: datetime | None,
     *,
+    account: str = "",
     timeout: timedelta = TIMEOUT,
     log: Callable[[str], None] = lambda _line: None,
 ) -> Any:
     """Let the machine in and wait until it is Ready; give its Node.
 
-    Raises RegistrationError after `timeout`, with the last known condition. The token is gone afterwards,
-    unless the API server is away at the end too: then it ends on its own.
+    It asks as its service account, given by its address, else with the token. Raises RegistrationError after
+    `timeout`, with the last known condition. The token is gone afterwards, unless the API server is away at
+    the end too: then it ends on its own.
     """
+    if account:
+        return _ready_node(cluster, vm, account, since, timeout=timeout, log=log)
     with _api_errors("the bootstrap token cannot be made"):
         cluster.put_token(token, f"Lets the VM {vm.name} join")
     try:
-        node = _ready_node(cluster, vm, token.partition(".")[0], since, timeout=timeout, log=log)
+        node = _ready_node(
+            cluster, vm, BOOTSTRAP_USER + token.partition(".")[0], since, timeout=timeout, log=log
+        )
     except BaseException:
         # Why the node did not join matters more than what becomes of the token.
         with suppress(RegistrationError):
@@ -347,7 +361,7 @@ def _forget(cluster: Cluster, token: str) -> None:
 def _ready_node(
     cluster: Cluster,
     vm: Machine,
-    token_id: str,
+    asker: str,
     since: datetime | None,
     *,
     timeout: timedelta,
@@ -362,8 +376,8 @@ def _ready_node(
     while time.monotonic() < end:
         try:
             with _api_errors(f"{vm.name} is waited for"):
-                denied = _decide_all(cluster, vm, token_id, log) or denied
-                known = _no_new_denial(cluster, vm, token_id, known)
+                denied = _decide_all(cluster, vm, asker, log) or denied
+                known = _no_new_denial(cluster, vm, asker, known)
                 node = cluster.node(vm.name)
                 trouble = not_ready(node, cluster.renewed(vm.name), since, vm.configuration)
                 if not trouble:
@@ -382,7 +396,7 @@ def _ready_node(
     )
 
 
-def _no_new_denial(cluster: Cluster, vm: Machine, token_id: str, known: set[str] | None) -> set[str]:
+def _no_new_denial(cluster: Cluster, vm: Machine, asker: str, known: set[str] | None) -> set[str]:
     """Give the uids of the machine's requests that others denied.
 
     Raises DeniedError for one that is not `known`.
@@ -390,7 +404,7 @@ def _no_new_denial(cluster: Cluster, vm: Machine, token_id: str, known: set[str]
     denials = {
         item.metadata.uid: f"the request {item.metadata.name} for {request.signer} is {why}"
         for item, request, why in cluster.denials()
-        if is_from(request, vm, token_id)
+        if is_from(request, vm, asker)
     }
     new = [said for uid, said in denials.items() if known is not None and uid not in known]
     if new:
@@ -398,11 +412,11 @@ def _no_new_denial(cluster: Cluster, vm: Machine, token_id: str, known: set[str]
     return set(denials)
 
 
-def _decide_all(cluster: Cluster, vm: Machine, token_id: str, log: Callable[[str], None]) -> str:
+def _decide_all(cluster: Cluster, vm: Machine, asker: str, log: Callable[[str], None]) -> str:
     """Decide about each open request of this machine; give the last refusal, "" when there was none."""
     refused = ""
     for item, request in cluster.requests():
-        verdict = judge(request, vm, token_id)
+        verdict = judge(request, vm, asker)
         if verdict is None:
             continue
         cluster.decide(item, verdict)
@@ -483,7 +497,7 @@ def _joined(props: dict[str, Any]) -> Any:
     with _api_errors("the cluster cannot be reached"):
         cluster = Cluster(props["kubeconfig"])
     since = datetime.fromisoformat(created) if created else None
-    return join(cluster, machine(props), props["token"], since)
+    return join(cluster, machine(props), props["token"], since, account=props.get("account") or "")
 
 
 class NodeRegistrationProvider(ResourceProvider):
@@ -561,13 +575,15 @@ class NodeRegistration(pulumi.dynamic.Resource, module="registration", name="Nod
         addresses: Sequence[pulumi.Input[str]],
         configuration: pulumi.Input[str],
         token: pulumi.Input[str],
+        account: pulumi.Input[str],
         kubeconfig: pulumi.Input[str],
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
         """Wait for the VM `instance` (Google's numeric id), `created` then (RFC 3339), to join as `node`.
 
         `hostnames` and `addresses` are what its serving certificate may be for, besides `node` itself;
-        `configuration` is what its agent must run with.
+        `configuration` is what its agent must run with. It asks for its first certificate as `account`, or
+        with the token where that is "".
         """
         super().__init__(
             NodeRegistrationProvider(),
@@ -580,6 +596,7 @@ class NodeRegistration(pulumi.dynamic.Resource, module="registration", name="Nod
                 "addresses": addresses,
                 "configuration": configuration,
                 "token": pulumi.Output.secret(token),
+                "account": account,
                 "kubeconfig": pulumi.Output.secret(kubeconfig),
                 "uid": None,
             },

@@ -1,7 +1,7 @@
 """Who calls, and whether they may.
 
-The developer owns the project. A service account may do what the policies of single repositories grant it,
-and nothing else: localcloud has no project policy.
+The developer owns the project. A service account may do what the policies of the project and of single
+repositories grant it with the roles for repositories, and nothing else.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def authorize(call: Call) -> None:
     if service == "artifactregistry" and "repository" in call.path:
         key = "projects/{project}/locations/{location}/repositories/{repository}".format_map(call.path)
         record = call.store.get(key)
-        if record is not None and permission in granted(record, call.principal.member):
+        if record is not None and permission in granted(call.store, record, call.principal.member):
             return
         raise ApiError(
             403,

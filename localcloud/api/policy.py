@@ -1,4 +1,4 @@
-"""IAM policies of single resources: reading, writing with etags, and what they grant."""
+"""IAM policies of the project and of single resources: reading, writing with etags, and what they grant."""
 
 from __future__ import annotations
 
@@ -38,11 +38,17 @@ REPOSITORY_ROLES: dict[str, set[str]] = {
     "roles/editor": _WRITE,
     "roles/owner": _ADMIN,
 }
-_WITH_POLICIES = ("artifactregistry.repositories", "iam.serviceAccounts")
+PROJECT = "cloudresourcemanager.projects"
+_WITH_POLICIES = ("artifactregistry.repositories", "iam.serviceAccounts", PROJECT)
 _MEMBER = re.compile(
     r"deleted:serviceAccount:[^@\s:]+@[^@\s:?]+\?uid=\d+|allUsers|allAuthenticatedUsers|(user|serviceAccount|group):[^@\s:]+@[^@\s:]+|domain:[^@\s:]+\.[^@\s:]+"
     r"|principal(Set)?://\S+|project(Owner|Editor|Viewer):\S+"
 )
+
+
+def project_key(project: str) -> str:
+    """Give the key of the record with a project's policy."""
+    return f"projects/{project}/policy"
 
 
 def get_policy(record: Record) -> Json:
@@ -111,13 +117,14 @@ def _check_member(member: str, account_exists: Callable[[str], bool]) -> None:
         raise ApiError(400, f"Service account {email} does not exist.")
 
 
-def granted(record: Record, member: str | None) -> set[str]:
-    """The permissions that a resource's policy gives a member (None: an anonymous caller)."""
+def granted(store: Store, record: Record, member: str | None) -> set[str]:
+    """What a resource's policy and its project's allow a member to do (None: an anonymous caller)."""
     names = {"allUsers"} if member is None else {"allUsers", "allAuthenticatedUsers", member}
     permissions: set[str] = set()
-    for binding in record.private.get("policy", {}).get("bindings", []):
-        if names & set(binding["members"]):
-            permissions |= REPOSITORY_ROLES.get(binding["role"], set())
+    for place in (record, store.get(project_key(record.key.split("/")[1]))):
+        for binding in place.private.get("policy", {}).get("bindings", []) if place else []:
+            if names & set(binding["members"]):
+                permissions |= REPOSITORY_ROLES.get(binding["role"], set())
     return permissions
 
 
@@ -125,5 +132,5 @@ def test_permissions(call: Call, record: Record) -> Json:
     asked = call.body.get("permissions", [])
     if call.principal.is_developer:
         return {"permissions": asked}
-    held = granted(record, call.principal.member)
+    held = granted(call.store, record, call.principal.member)
     return {"permissions": [permission for permission in asked if permission in held]}

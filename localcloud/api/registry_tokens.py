@@ -114,7 +114,7 @@ def _allowed(
         shown = record.key
         is_owner = principal is not None and principal.is_developer
         member = principal.member if principal else None
-        held = set(_PERMISSIONS.values()) if is_owner else granted(record, member)
+        held = set(_PERMISSIONS.values()) if is_owner else granted(services.store, record, member)
     if (
         record is not None
         and set(wanted) != {"pull"}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from localcloud.api.iam import find_account
 from localcloud.api.listing import listing
+from localcloud.api.policy import PROJECT, REPOSITORY_ROLES, get_policy, project_key, set_policy
 from localcloud.api.service import TABLE, Call, fingerprint
 from localcloud.specs import PROJECT_NUMBER
-from localcloud.store import Json
+from localcloud.store import Json, Record
 
 _CREATED = "2026-09-16T00:00:00.000Z"
 
@@ -53,12 +55,32 @@ def _ancestry(call: Call) -> Json:
     return {"ancestor": [{"resourceId": {"type": "project", "id": call.services.config.project}}]}
 
 
+# What may be granted on a whole project here, beside the roles that repositories know.
+_ROLES = {
+    *REPOSITORY_ROLES,
+    "roles/container.defaultNodeServiceAccount",
+    "roles/container.nodeServiceAccount",
+}
+
+
+def _granted(call: Call) -> Record:
+    """The project's policy: whose it was at first is the developer's."""
+    key = project_key(call.services.config.project)
+    owner = {"role": "roles/owner", "members": [f"user:{call.services.config.user}"]}
+    policy = {"version": 1, "bindings": [owner]}
+    return call.store.get(key) or Record(key, PROJECT, {}, {"seed": True, "policy": policy})
+
+
 @TABLE.serves("cloudresourcemanager.projects.getIamPolicy")
 def _policy(call: Call) -> Json:
-    """The developer owns the project, and nobody else has a part in it."""
-    owner = f"user:{call.services.config.user}"
-    policy: Json = {"version": 1, "bindings": [{"role": "roles/owner", "members": [owner]}]}
-    return policy | {"etag": fingerprint(policy)}
+    return get_policy(_granted(call))
+
+
+@TABLE.serves("cloudresourcemanager.projects.setIamPolicy")
+def _set_policy(call: Call) -> Json:
+    return set_policy(
+        call, _granted(call), _ROLES, lambda email: find_account(call.store, "-", email) is not None
+    )
 
 
 @TABLE.serves("cloudresourcemanager.projects.testIamPermissions")

@@ -7,7 +7,11 @@ from localcloud.api.errors import ApiError
 from localcloud.api.iam import find_account
 from localcloud.api.service import Services
 from localcloud.store import Json
+from localcloud.tokens import read_access_token
 
+# Without it a token does not tell the address of its account, so that the user is a number.
+# https://cloud.google.com/kubernetes-engine/docs/how-to/role-based-access-control
+_EMAIL_SCOPE = "https://www.googleapis.com/auth/userinfo.email"
 _VERSION = "authentication.k8s.io/v1"
 
 
@@ -25,5 +29,10 @@ def review(services: Services, request: Json) -> Json:
     if principal is not None:
         account = find_account(services.store, "-", principal.email)
         uid = account.body["uniqueId"] if account else principal.email
-        status = {"authenticated": True, "user": {"username": principal.email, "uid": uid}}
+        minted = read_access_token(services.home, token)
+        is_named = minted is None or _EMAIL_SCOPE in minted.scopes
+        status = {
+            "authenticated": True,
+            "user": {"username": principal.email if is_named else uid, "uid": uid},
+        }
     return {"apiVersion": _VERSION, "kind": "TokenReview", "status": status}

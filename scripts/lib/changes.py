@@ -33,6 +33,10 @@ class Change:
     also: tuple[tuple[str, str], ...] = ()
 
 
+# What the table says beside a name.
+ENDINGS = {"update": "", "replace": "", "create": " (new)", "delete": " (deleted)"}
+
+
 def update(*names: str) -> dict[str, str]:
     """Plan updates in place."""
     return dict.fromkeys(names, "update")
@@ -41,6 +45,11 @@ def update(*names: str) -> dict[str, str]:
 def replace(*names: str) -> dict[str, str]:
     """Plan replacements."""
     return dict.fromkeys(names, "replace")
+
+
+def delete(*names: str) -> dict[str, str]:
+    """Plan deletions."""
+    return dict.fromkeys(names, "delete")
 
 
 SMOKE = replace("workload-smoke-test")
@@ -59,7 +68,13 @@ CLUSTER = (
     | JOINED
 )
 
+SERVICES = (
+    *("services-cloudresourcemanager", "services-compute", "services-container"),
+    *("services-artifactregistry", "services-iam"),
+)
+
 CHANGES = (
+    Change("enableServices", "false", delete(*SERVICES), note="the APIs stay enabled"),
     Change("appCrate", "wasm_app", {}, note="another crate is another image"),
     Change("appName", "another", IMAGE | MOVED, POD),
     Change(
@@ -78,6 +93,7 @@ CHANGES = (
     Change("sourceRanges", '["127.0.0.0/8"]', update("node-app-firewall")),
     Change("agentCrate", "krustlet", {}, note="another agent is an update of the VM, as maxPods"),
     Change("agentTarget", "HOST", {}, note="this machine's own, said by name"),
+    Change("bootstrap", "token", update("node-bootstrap") | RECONFIGURED, AGENT),
     Change(
         "nodeName",
         "krustlet-2",
@@ -94,7 +110,7 @@ CHANGES = (
     Change(
         "clusterName",
         "another",
-        replace("cluster-network", "cluster-subnetwork")
+        replace("cluster-network", "cluster-subnetwork", "cluster-account", "cluster-node-role")
         | update("node-app-firewall", "node-agent-firewall")
         | CLUSTER,
         ALL,
@@ -103,6 +119,7 @@ CHANGES = (
     Change("clusterMachineType", "e2-standard-2", update("cluster-pool")),
     Change("clusterNodes", "2", update("cluster-pool")),
     Change("deletionProtection", "true", update("cluster-cluster"), note="the next destroy is refused"),
+    Change("authorizedNetworks", '["127.0.0.0/8"]', update("cluster-cluster")),
     Change(
         "networkCidr",
         "10.40.0.0/20",
@@ -141,7 +158,8 @@ CHANGES = (
         REGISTRY
         | CLUSTER
         | replace("cluster-network", "cluster-subnetwork", "node-account", "node-address")
-        | replace("node-app-firewall", "node-agent-firewall"),
+        | replace("node-app-firewall", "node-agent-firewall", "cluster-account", "cluster-node-role")
+        | replace(*SERVICES),
         ALL,
         note="all of it is made in the other project",
     ),
@@ -162,8 +180,13 @@ def rendered() -> str:
     ]
     for change in CHANGES:
         updated, replaced = (
-            ", ".join(f"`{name}`" for name, op in sorted(change.plan.items()) if op == wanted) or "nothing"
-            for wanted in ("update", "replace")
+            ", ".join(
+                f"`{name}`{ENDINGS[op]}"
+                for name, op in sorted(change.plan.items())
+                if (op == "update") is kept
+            )
+            or "nothing"
+            for kept in (True, False)
         )
         away = f"{change.downtime}; {change.note}" if change.note else change.downtime
         lines.append(f"| `{change.key}` | `{change.value}` | {updated} | {replaced} | {away} |")

@@ -15,7 +15,6 @@ import sys
 from typing import Any
 
 from localcloud.plugins.gcp import served
-from localcloud.plugins.gcp.tables import REPOSITORY_IAM_MEMBER
 
 
 def identity(kind: str, inputs: dict[str, Any]) -> str | None:
@@ -23,7 +22,8 @@ def identity(kind: str, inputs: dict[str, Any]) -> str | None:
     if kind.startswith("kubernetes:"):
         metadata = inputs.get("metadata", {})
         return "/".join(filter(None, (metadata.get("namespace"), metadata.get("name")))) or None
-    return None if kind == REPOSITORY_IAM_MEMBER.token else served.identity(kind, inputs)
+    made = served.CLASSES.get(kind)
+    return served.identity(kind, inputs) if made is not None and made.exclusive else None
 
 
 def settle(deployment: dict[str, Any]) -> None:

@@ -232,7 +232,7 @@ def _applies(change: Change, plan: Mapping[str, str], changed: set[str], steps: 
 
 def downtime(steps: list[Step], changed: set[str]) -> str:
     """How long the app is away, by the table of docs/changes.md: the longest of what is planned."""
-    verbs = {"updated": "update", "replaced": "replace"}
+    verbs = {"updated": "update", "replaced": "replace", "created": "create", "deleted": "delete"}
     plan = {step.name: verbs[step.kind] for step in steps if step.kind in verbs}
     found = [change.downtime for change in CHANGES if _applies(change, plan, changed, steps)]
     if any(

@@ -39,6 +39,8 @@ class Cluster(Resource):
         body = super().body(inputs, known)
         if inputs.get("minMasterVersion"):
             body["initialClusterVersion"] = inputs["minMasterVersion"]
+        if "masterAuthorizedNetworksConfig" in body:
+            body["masterAuthorizedNetworksConfig"]["enabled"] = True
         policy = body.setdefault("ipAllocationPolicy", {})
         native = inputs.get("networkingMode", "VPC_NATIVE") == "VPC_NATIVE"
         policy["useIpAliases" if native else "useRoutes"] = True
@@ -47,7 +49,10 @@ class Cluster(Resource):
     def outputs(self, live: Json, known: Properties) -> Properties:
         native = (live.get("ipAllocationPolicy") or {}).get("useIpAliases")
         labels = live.get("resourceLabels") or {}
-        return super().outputs(live, known) | {
+        outputs = super().outputs(live, known)
+        if not (live.get("masterAuthorizedNetworksConfig") or {}).get("enabled"):
+            outputs.pop("masterAuthorizedNetworksConfig", None)
+        return outputs | {
             "networkingMode": "VPC_NATIVE" if native else "ROUTES",
             "effectiveLabels": labels,
             "pulumiLabels": labels,
@@ -60,6 +65,12 @@ class Cluster(Resource):
             if isinstance(value, dict):
                 value = to_rest(field.fields, value)
             body: Json = {"update": {self._DESIRED[name]: value}}
+            self._operate("PUT", change.item, change.deadline, body)
+        if "masterAuthorizedNetworksConfig" in change.names:
+            given = change.new.get("masterAuthorizedNetworksConfig")
+            fields = self.spec.field("masterAuthorizedNetworksConfig").fields
+            wanted = {"enabled": True, **to_rest(fields, given)} if given else {"enabled": False}
+            body = {"update": {"desiredMasterAuthorizedNetworksConfig": wanted}}
             self._operate("PUT", change.item, change.deadline, body)
         if "ipAllocationPolicy" in change.names:
             stack = (change.new.get("ipAllocationPolicy") or {}).get("stackType")

@@ -189,41 +189,34 @@ class Repository(Resource):
             self.google.call(self.spec.service, "PATCH", change.item, body, query)
 
 
-class RepositoryIamMember(Resource):
-    """One member of one role in a repository's policy, changed by read, modify, write with its etag."""
+class IamMember(Resource):
+    """One member of one role in a policy, changed by read, modify, write with its etag."""
 
     _TRIES = 10
     exclusive = False
 
+    def holder(self, known: Mapping[str, Value]) -> str:
+        """The path of what has the policy, which the id begins with."""
+        raise NotImplementedError
+
+    def policy(self, holder: str) -> Json:
+        """The policy as it is."""
+        raise NotImplementedError
+
+    def set_policy(self, holder: str, policy: Json) -> None:
+        """Puts another in its place."""
+        self.google.call(self.spec.service, "POST", f"{holder}:setIamPolicy", {"policy": policy})
+
     def item(self, known: Mapping[str, Value]) -> str:
-        return f"{self._repository(known)}/{known['role']}/{known['member']}"
-
-    def full(self, given: str, scope: Mapping[str, Value]) -> str:
-        """Repository, role and member, with spaces between, as the official plugin takes them."""
-        if " " not in given:
-            return super().full(given, scope)
-        repository, role, member = given.split(" ", 2)
-        path = repository if repository.startswith("projects/") else None
-        if path is None:
-            parts = repository.split("/")
-            place = {
-                **scope,
-                **dict(zip(("project", "location")[3 - len(parts) :], parts[:-1], strict=False)),
-            }
-            path = self._repository({**place, "repository": parts[-1]})
-        return f"{path}/{role}/{member}"
-
-    def _repository(self, known: Mapping[str, Value]) -> str:
-        name = str(known["repository"]).rsplit("/", 1)[-1]
-        return f"projects/{known['project']}/locations/{known['location']}/repositories/{name}"
+        return f"{self.holder(known)}/{known['role']}/{known['member']}"
 
     def create(self, inputs: Properties, known: Properties, deadline: float) -> None:  # noqa: ARG002
-        self._modify(self._repository(known), known["role"], known["member"], present=True)
+        self._modify(self.holder(known), known["role"], known["member"], present=True)
 
     def read(self, item: str) -> Json | None:
-        repository, role, member = _split_member(item)
+        holder, role, member = _split_member(item)
         try:
-            policy = self._policy(repository)
+            policy = self.policy(holder)
         except GoogleError as error:
             if error.status == 404:
                 return None
@@ -240,20 +233,16 @@ class RepositoryIamMember(Resource):
         """Nothing in it can change."""
 
     def delete(self, item: str, state: Properties, deadline: float) -> None:  # noqa: ARG002
-        repository, role, member = _split_member(item)
+        holder, role, member = _split_member(item)
         try:
-            self._modify(repository, role, member, present=False)
+            self._modify(holder, role, member, present=False)
         except GoogleError as error:
             if error.status != 404:
                 raise
 
-    def _policy(self, repository: str) -> Json:
-        query = {"options.requestedPolicyVersion": "3"}
-        return self.google.call(self.spec.service, "GET", f"{repository}:getIamPolicy", query=query)
-
-    def _modify(self, repository: str, role: str, member: str, *, present: bool) -> None:
+    def _modify(self, holder: str, role: str, member: str, *, present: bool) -> None:
         for attempt in range(self._TRIES):
-            policy = self._policy(repository)
+            policy = self.policy(holder)
             bindings = policy.setdefault("bindings", [])
             binding = next((b for b in bindings if b["role"] == role and "condition" not in b), None)
             if binding is None:
@@ -265,7 +254,7 @@ class RepositoryIamMember(Resource):
             binding["members"] = sorted(members)
             policy["bindings"] = [b for b in bindings if b.get("members")]
             try:
-                self.google.call(self.spec.service, "POST", f"{repository}:setIamPolicy", {"policy": policy})
+                self.set_policy(holder, policy)
             except GoogleError as error:
                 if error.status != 409 or attempt == self._TRIES - 1:
                     raise  # 409: somebody else changed the policy meanwhile
@@ -274,11 +263,100 @@ class RepositoryIamMember(Resource):
                 return
 
 
+class RepositoryIamMember(IamMember):
+    """One member of one role in a repository's policy."""
+
+    def full(self, given: str, scope: Mapping[str, Value]) -> str:
+        """Repository, role and member, with spaces between, as the official plugin takes them."""
+        if " " not in given:
+            return super().full(given, scope)
+        repository, role, member = given.split(" ", 2)
+        path = repository if repository.startswith("projects/") else None
+        if path is None:
+            parts = repository.split("/")
+            place = {
+                **scope,
+                **dict(zip(("project", "location")[3 - len(parts) :], parts[:-1], strict=False)),
+            }
+            path = self.holder({**place, "repository": parts[-1]})
+        return f"{path}/{role}/{member}"
+
+    def holder(self, known: Mapping[str, Value]) -> str:
+        name = str(known["repository"]).rsplit("/", 1)[-1]
+        return f"projects/{known['project']}/locations/{known['location']}/repositories/{name}"
+
+    def policy(self, holder: str) -> Json:
+        query = {"options.requestedPolicyVersion": "3"}
+        return self.google.call(self.spec.service, "GET", f"{holder}:getIamPolicy", query=query)
+
+
+class ProjectIamMember(IamMember):
+    """One member of one role in a project's policy."""
+
+    def full(self, given: str, scope: Mapping[str, Value]) -> str:  # noqa: ARG002
+        """Project, role and member, with spaces between or slashes."""
+        return "/".join(_split_member(given.replace(" ", "/")))
+
+    def holder(self, known: Mapping[str, Value]) -> str:
+        return str(known["project"]).removeprefix("projects/")
+
+    def policy(self, holder: str) -> Json:
+        body = {"options": {"requestedPolicyVersion": 3}}
+        return self.google.call(self.spec.service, "POST", f"projects/{holder}:getIamPolicy", body)
+
+    def set_policy(self, holder: str, policy: Json) -> None:
+        super().set_policy(f"projects/{holder}", policy)
+
+
 def _split_member(item: str) -> tuple[str, str, str]:
-    parts = item.split("/")
-    repository = "/".join(parts[:6])
-    role, _, member = "/".join(parts[6:]).rpartition("/")
-    return repository, role, member
+    """What has the policy, the role (`roles/NAME`, or one of one's own below a project), the member."""
+    found = re.fullmatch(r"(.+?)/((?:(?:projects|organizations)/[^/]+/)?roles/[^/]+)/(.+)", item)
+    if found is None:
+        raise ProviderError(f"{item!r} is no id of a member of a policy; it takes HOLDER/ROLE/MEMBER")
+    return found[1], found[2], found[3]
+
+
+class Service(Resource):
+    """An API that a project may use: enabled where it is not, and left so."""
+
+    exclusive = False
+
+    def check(self, inputs: Properties) -> list[Failure]:
+        """Nothing here turns a service off."""
+        if inputs.get("disableOnDestroy"):
+            return [Failure(("disableOnDestroy",), "not served by the stand-in")]
+        return []
+
+    def full(self, given: str, scope: Mapping[str, Value]) -> str:
+        project, _, service = given.rpartition("/")
+        if project.count("/"):
+            raise ProviderError(f"{given!r} is no id of a {self.spec.token}; it takes {self.spec.item}")
+        return f"{project or scope['project']}/{service}"
+
+    def create(self, inputs: Properties, known: Properties, deadline: float) -> None:  # noqa: ARG002
+        path = _service_path(self.item(known))
+        if self._state(path) != "ENABLED":
+            self._operate("POST", f"{path}:enable", deadline, {})
+
+    def read(self, item: str) -> Json | None:
+        return {} if self._state(_service_path(item)) == "ENABLED" else None
+
+    def outputs(self, live: Json, known: Properties) -> Properties:  # noqa: ARG002
+        return {f.name: known.get(f.name, f.default) for f in self.spec.fields}
+
+    def update(self, change: Change) -> None:
+        """Nothing of it is Google's."""
+
+    def delete(self, item: str, state: Properties, deadline: float) -> None:
+        """What others may use stays enabled."""
+
+    def _state(self, path: str) -> Value:
+        return (self.google.get(self.spec.service, path) or {}).get("state")
+
+
+def _service_path(item: str) -> str:
+    project, _, service = item.partition("/")
+    return f"projects/{project}/services/{service}"
 
 
 class Account(Resource):

@@ -43,6 +43,16 @@ SERVICES = {
         "https://artifactregistry.googleapis.com/v1/",
     ),
     "iam": ("iamCustomEndpoint", "GOOGLE_IAM_CUSTOM_ENDPOINT", "https://iam.googleapis.com/v1/"),
+    "cloudresourcemanager": (
+        "resourceManagerCustomEndpoint",
+        "GOOGLE_RESOURCE_MANAGER_CUSTOM_ENDPOINT",
+        "https://cloudresourcemanager.googleapis.com/v1/",
+    ),
+    "serviceusage": (
+        "serviceUsageCustomEndpoint",
+        "GOOGLE_SERVICE_USAGE_CUSTOM_ENDPOINT",
+        "https://serviceusage.googleapis.com/v1/",
+    ),
 }
 ENDPOINT_RULE = re.compile(r".*/[^/]+/$")
 
@@ -237,7 +247,7 @@ def _refusal(error: urllib.error.HTTPError) -> GoogleError:
 def _operation_path(operation: Json, path: str) -> str:
     """Where an operation is polled: its own name, or beside the resource (`…/zones/Z/operations/O`)."""
     name = str(operation["name"])
-    if name.startswith("projects/"):
+    if name.startswith(("projects/", "operations/")):
         return name
     parts = path.split("/")
     scope = 3 if parts[2] == "global" else 4

@@ -11,6 +11,8 @@ from localcloud.plugins.values import Value
 CLASSES: dict[str, type[resources.Resource]] = {
     tables.REPOSITORY.token: resources.Repository,
     tables.REPOSITORY_IAM_MEMBER.token: resources.RepositoryIamMember,
+    tables.PROJECT_IAM_MEMBER.token: resources.ProjectIamMember,
+    tables.SERVICE.token: resources.Service,
     tables.ACCOUNT.token: resources.Account,
     tables.NETWORK.token: compute.ComputeResource,
     tables.SUBNETWORK.token: compute.Subnetwork,

@@ -92,6 +92,33 @@ REPOSITORY_IAM_MEMBER = ResourceType(
     name=None,
 )
 
+PROJECT_IAM_MEMBER = ResourceType(
+    "gcp:projects/iAMMember:IAMMember",
+    "cloudresourcemanager",
+    "",
+    "{project}/{role}/{member}",
+    (
+        Field("project", rest=None, required=True),
+        Field("role", rest=None, required=True),
+        Field("member", rest=None, required=True),
+        _out("etag"),
+    ),
+    name=None,
+)
+
+SERVICE = ResourceType(
+    "gcp:projects/service:Service",
+    "serviceusage",
+    "",
+    "{project}/{service}",
+    (
+        _PROJECT,
+        Field("service", rest=None, required=True),
+        Field("disableOnDestroy", B, rest=None, update=LOCAL, default=False),
+    ),
+    name=None,
+)
+
 ACCOUNT = ResourceType(
     "gcp:serviceaccount/account:Account",
     "iam",
@@ -430,6 +457,23 @@ CLUSTER = ResourceType(
             update=OWN,
             fields=(Field("channel", required=True, update=OWN),),
         ),
+        Field(
+            "masterAuthorizedNetworksConfig",
+            OBJ,
+            update=OWN,
+            fields=(
+                Field(
+                    "cidrBlocks",
+                    OBJS,
+                    update=OWN,
+                    fields=(
+                        Field("cidrBlock", required=True, update=OWN),
+                        Field("displayName", update=OWN),
+                    ),
+                ),
+                Field("gcpPublicCidrsAccessEnabled", B, update=OWN, decided=True),
+            ),
+        ),
         Field("workloadIdentityConfig", OBJ, update=OWN, fields=(Field("workloadPool", update=OWN),)),
         _out("endpoint"),
         _out("masterVersion", rest="currentMasterVersion"),
@@ -504,7 +548,17 @@ NODE_POOL = ResourceType(
 TYPES = {
     t.token: t
     for t in (
-        *(REPOSITORY, REPOSITORY_IAM_MEMBER, ACCOUNT, NETWORK, SUBNETWORK, FIREWALL, ADDRESS),
+        *(
+            REPOSITORY,
+            REPOSITORY_IAM_MEMBER,
+            PROJECT_IAM_MEMBER,
+            SERVICE,
+            ACCOUNT,
+            NETWORK,
+            SUBNETWORK,
+            FIREWALL,
+            ADDRESS,
+        ),
         *(DISK, INSTANCE, CLUSTER, NODE_POOL),
     )
 }

@@ -223,7 +223,7 @@ class Cluster:
         """Make a token for a machine, whose requests are judged from now on; give a kubeconfig."""
         token = registration.generate_token()
         self.registration.put_token(token, f"Lets {machine.name} join")
-        self._machines[machine.name] = (machine, token.partition(".")[0])
+        self._machines[machine.name] = (machine, certificates.BOOTSTRAP_USER + token.partition(".")[0])
         return self.kubeconfig_of(token)
 
     def refuse(self, name: str) -> None:
@@ -236,8 +236,8 @@ class Cluster:
             # A control plane that a test has stopped is no reason to end.
             with contextlib.suppress(Exception):
                 for item, request in self.registration.requests():
-                    for machine, token_id in list(self._machines.values()):
-                        verdict = certificates.judge(request, machine, token_id)
+                    for machine, asker in list(self._machines.values()):
+                        verdict = certificates.judge(request, machine, asker)
                         if verdict is not None:
                             self.registration.decide(item, verdict)
                             break

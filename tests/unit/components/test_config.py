@@ -30,7 +30,7 @@ def load(run: Run, values: dict[str, str]) -> config.StackConfig:
 
 def test_the_defaults_of_the_local_stack_are_valid(run: Run, defaults: dict[str, str]) -> None:
     loaded = load(run, defaults)
-    assert loaded.google == config.GoogleConfig("localcloud-dev", "europe-west1", "europe-west1-b")
+    assert loaded.google == config.GoogleConfig("localcloud-dev", "europe-west1", "europe-west1-b", True)
     assert loaded.app.port == 8080
     assert loaded.network.sources == ("0.0.0.0/0",)
     assert loaded.signing_key is None

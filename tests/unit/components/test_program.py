@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import runpy
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import pulumi
 import pytest
 
 from components import node
+from policy.rules import CREDENTIAL
 from tests.unit.conftest import REPOSITORY, Monitor, Run
 
 KEYS = {"private_key", "token", "kubeconfig", "given", "password"}
@@ -45,6 +47,7 @@ def program(program_with: Program) -> Monitor:
 
 def test_every_component_is_a_child_of_the_stack_and_every_resource_of_a_component(program: Monitor) -> None:
     components = {
+        "services": "awesome-wasm:project:ProjectServices",
         "registry": "awesome-wasm:registry:ContainerRegistry",
         "cluster": "awesome-wasm:cluster:KubernetesCluster",
         "node": "awesome-wasm:node:KrustletNode",
@@ -68,6 +71,11 @@ def test_the_names_of_the_resources_are_these(program: Monitor) -> None:
         if not item.type.startswith(("awesome-wasm:", "pulumi:pulumi"))
     }
     assert names == {
+        "services-cloudresourcemanager",
+        "services-compute",
+        "services-container",
+        "services-artifactregistry",
+        "services-iam",
         "registry-repository",
         "registry-node-reader",
         "app-build",
@@ -81,6 +89,8 @@ def test_the_names_of_the_resources_are_these(program: Monitor) -> None:
         "cluster-network",
         "cluster-subnetwork",
         "cluster-cluster",
+        "cluster-account",
+        "cluster-node-role",
         "cluster-pool",
         "cluster-provider",
         "node-account",
@@ -113,12 +123,31 @@ def test_generated_keys_and_tokens_are_secret_outputs(program: Monitor) -> None:
     assert "token" in program.registered["node-token"].secret_outputs
 
 
-def test_the_vm_s_metadata_with_the_bootstrap_token_is_a_secret(program: Monitor) -> None:
+def test_the_vm_joins_as_its_own_account_and_no_secret_is_in_its_metadata(program: Monitor) -> None:
     vm = program.registered["node-vm"]
+    assert not vm.is_secret("metadata")
     metadata: dict[str, Any] = vm.plain("metadata")
-    assert vm.is_secret("metadata") or pulumi.runtime.rpc.is_rpc_secret(
-        metadata["krustlet-bootstrap-kubeconfig"]
-    )
+    assert not [key for key, value in metadata.items() if pulumi.runtime.rpc.is_rpc_secret(value)]
+    for value in metadata.values():
+        assert not CREDENTIAL.search(value)
+    user = json.loads(metadata["krustlet-bootstrap-kubeconfig"])["users"][0]["user"]
+    assert user.keys() == {"exec"}
+    account = program.registered["node-registration"].plain("account")
+    assert vm.plain("serviceAccount")["email"] == account
+    # Without it the API server would know the account by its number.
+    assert "https://www.googleapis.com/auth/userinfo.email" in vm.plain("serviceAccount")["scopes"]
+    subjects = program.registered["node-bootstrap"].plain("subjects")
+    assert subjects == [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": account}]
+
+
+def test_a_bootstrap_token_is_the_choice_for_other_clusters_and_a_secret(program_with: Program) -> None:
+    program = program_with(bootstrap="token")
+    vm = program.registered["node-vm"]
+    kubeconfig = vm.plain("metadata")["krustlet-bootstrap-kubeconfig"]
+    assert vm.is_secret("metadata") or pulumi.runtime.rpc.is_rpc_secret(kubeconfig)
+    assert program.registered["node-registration"].plain("account") == ""
+    [subject] = program.registered["node-bootstrap"].plain("subjects")
+    assert (subject["kind"], subject["name"]) == ("Group", "system:bootstrappers:krustlet")
 
 
 def test_the_kubeconfig_is_a_secret_output_and_holds_no_credentials(program: Monitor) -> None:
@@ -247,8 +276,9 @@ def test_the_agent_s_configuration_is_told_by_its_sum_and_not_by_where_it_lies()
         node.configuration("sum", "key", "e2-medium", 5, 8080),
         node.configuration("sum", "key", "e2-small", 6, 8080),
         node.configuration("sum", "key", "e2-small", 5, 80),
+        node.configuration("sum", "key", "e2-small", 5, 8080, bootstrap="token"),
     ]
-    assert len({one, *others}) == 6
+    assert len({one, *others}) == 7
 
 
 def test_nothing_is_named_after_the_app_but_its_image_and_its_pod(
@@ -285,6 +315,31 @@ def test_what_is_in_the_cluster_ends_with_it(program: Monitor) -> None:
     assert ends == in_it | {"cluster-pool", "node-token", "node-registration"}
 
 
+def test_what_is_in_the_registry_ends_with_it(program: Monitor) -> None:
+    ends = {name for name, item in program.registered.items() if item.deleted_with == "registry-repository"}
+    own = {"app-attestation", "app-push", "app-signature-push"}
+    assert ends == {"registry-node-reader", "agent-push"} | own
+
+
+def test_who_may_reach_the_api_server_is_said_or_everybody_may(
+    program: Monitor, program_with: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "masterAuthorizedNetworksConfig" not in program.registered["cluster-cluster"].inputs
+    said: list[str] = []
+    monkeypatch.setattr(pulumi.log, "info", lambda message, *_: said.append(message))
+    program_with()
+    assert sorted(said) == [
+        "open to the world: the API server (authorizedNetworks limits it)",
+        "open to the world: the app's port 8080 (sourceRanges limits it)",
+    ]
+    said.clear()
+    limited = program_with(authorizedNetworks='["192.0.2.0/24"]', sourceRanges='["192.0.2.0/24"]')
+    assert said == []
+    authorized = limited.registered["cluster-cluster"].plain("masterAuthorizedNetworksConfig")
+    assert [block["cidrBlock"] for block in authorized["cidrBlocks"]] == ["192.0.2.0/24"]
+    assert authorized["gcpPublicCidrsAccessEnabled"] is True, "or the VM could not join"
+
+
 def test_the_linux_nodes_are_a_pool_of_their_own(program: Monitor, program_with: Program) -> None:
     cluster, pool = program.registered["cluster-cluster"], program.registered["cluster-pool"]
     assert cluster.plain("removeDefaultNodePool") is True
@@ -292,7 +347,36 @@ def test_the_linux_nodes_are_a_pool_of_their_own(program: Monitor, program_with:
     changed = program_with(clusterNodes="3", clusterMachineType="e2-standard-2")
     assert changed.registered["cluster-cluster"].inputs == cluster.inputs
     assert changed.registered["cluster-pool"].plain("nodeCount") == 3
-    assert changed.registered["cluster-pool"].plain("nodeConfig") == {"machineType": "e2-standard-2"}
+    config = changed.registered["cluster-pool"].plain("nodeConfig")
+    assert config == {**pool.plain("nodeConfig"), "machineType": "e2-standard-2"}
+
+
+def test_the_linux_nodes_run_as_an_account_that_can_do_what_a_node_needs(program: Monitor) -> None:
+    pool, role = program.registered["cluster-pool"], program.registered["cluster-node-role"]
+    account = pool.plain("nodeConfig")["serviceAccount"]
+    assert role.plain("member") == f"serviceAccount:{account}"
+    assert role.plain("role") == "roles/container.defaultNodeServiceAccount"
+    assert "cluster-node-role" in pool.dependencies
+
+
+def test_a_cluster_is_told_by_its_authority_and_not_by_how_it_is_reached(program: Monitor) -> None:
+    provider = program.registered["cluster-provider"]
+    assert provider.plain("clusterIdentifier") == hashlib.sha256(b"Q0E=").hexdigest()
+
+
+def test_what_needs_an_api_waits_until_it_is_enabled(program: Monitor, program_with: Program) -> None:
+    services = {name for name in program.registered if name.startswith("services-")}
+    for resource in program.registered.values():
+        alone = resource.type.startswith("gcp:") and not any(
+            dependency in program.registered and program.registered[dependency].type.startswith("gcp:")
+            for dependency in resource.dependencies
+            if dependency not in services
+        )
+        if alone and resource.name not in services:
+            assert services <= set(resource.dependencies), resource.name
+    for name in services:
+        assert program.registered[name].plain("disableOnDestroy") is False
+    assert not [n for n in program_with(enableServices="false").registered if n.startswith("services-")]
 
 
 def test_the_longest_name_of_a_node_leaves_room_for_the_names_made_of_it(program_with: Program) -> None:

@@ -174,7 +174,11 @@ def test_webhook_knows_the_developer_and_service_accounts_and_nobody_else(
         return status
 
     assert review(TOKEN)["user"]["username"] == "developer@localcloud-dev.iam"
-    assert review(mint_access_token(home, ROBOT, []).value)["user"]["username"] == ROBOT
+    email = "https://www.googleapis.com/auth/userinfo.email"
+    robot = review(mint_access_token(home, ROBOT, [email]).value)["user"]
+    assert robot["username"] == ROBOT
+    unnamed = review(mint_access_token(home, ROBOT, ["https://www.googleapis.com/auth/cloud-platform"]).value)
+    assert unnamed["user"] == {"username": robot["uid"], "uid": robot["uid"]}, "as on GKE: a number"
     assert review("nonsense") == {"authenticated": False}
     assert review("") == {"authenticated": False}
     assert http.post(f"/kubernetes/tokenreview/{'0' * 64}", json={}).status_code == 404
@@ -195,3 +199,24 @@ def test_batch_answers_each_part_by_its_own(http: TestClient) -> None:
     assert "<response-0>" in reply.text
     assert "HTTP/1.1 200 OK" in reply.text
     assert "HTTP/1.1 404" in reply.text
+
+
+def test_a_project_s_policy_grants_for_all_its_repositories_until_it_is_taken_back(
+    client: Client, home: Home
+) -> None:
+    project = "/cloudresourcemanager/v1/projects/localcloud-dev"
+    client.ok("POST", ACCOUNTS, {"accountId": "robot1"})
+    client.done_registry(client.ok("POST", REPOSITORIES, {"format": "DOCKER"}, query="repositoryId=app"))
+    before = client.ok("POST", f"{project}:getIamPolicy", {})
+    robot = mint_access_token(home, ROBOT, []).value
+    for role, status in (
+        ("roles/container.defaultNodeServiceAccount", 403),
+        ("roles/artifactregistry.reader", 200),
+    ):
+        bindings = [*before["bindings"], {"role": role, "members": [f"serviceAccount:{ROBOT}"]}]
+        client.ok("POST", f"{project}:setIamPolicy", {"policy": {"bindings": bindings}})
+        assert client.send("GET", f"{REPOSITORIES}/app", token=robot)[0] == status
+        assert client.send("POST", f"{project}:setIamPolicy", b"{}", token=robot)[0] == 403
+    client.ok("POST", f"{project}:setIamPolicy", {"policy": {"bindings": before["bindings"]}})
+    assert client.send("GET", f"{REPOSITORIES}/app", token=robot)[0] == 403
+    assert client.ok("POST", f"{project}:getIamPolicy", {}) == before

@@ -207,3 +207,21 @@ def test_resource_manager_knows_the_one_project(client: Client) -> None:
     client.error(403, "GET", "/cloudresourcemanager/v1/projects/other")
     policy = client.ok("POST", "/cloudresourcemanager/v1/projects/localcloud-dev:getIamPolicy", {})
     assert policy["bindings"][0]["role"] == "roles/owner"
+
+
+def test_service_usage_has_what_is_served_enabled_and_enables_nothing_else(client: Client) -> None:
+    services = "/serviceusage/v1/projects/localcloud-dev/services"
+    listed = client.ok("GET", services, query="filter=state:ENABLED")["services"]
+    names = {service["config"]["name"] for service in listed}
+    assert {"compute.googleapis.com", "container.googleapis.com", "iam.googleapis.com"} <= names
+    assert client.ok("GET", services, query="filter=state:DISABLED") == {}
+    for name in sorted(names):
+        done = client.ok("POST", f"{services}/{name}:enable", {})
+        assert done["done"]
+        assert done["response"]["service"] == client.ok("GET", f"{services}/{name}")
+    batch = client.ok("POST", f"{services}:batchEnable", {"serviceIds": sorted(names)})
+    assert len(batch["response"]["services"]) == len(names)
+    other = "bigquery.googleapis.com"
+    assert client.ok("GET", f"{services}/{other}")["state"] == "DISABLED"
+    assert other in client.error(501, "POST", f"{services}/{other}:enable", {})
+    assert other in client.error(501, "POST", f"{services}:batchEnable", {"serviceIds": [other]})

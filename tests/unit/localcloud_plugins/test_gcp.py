@@ -304,6 +304,53 @@ def test_a_member_is_added_to_the_policy_that_is_there() -> None:
     ]
 
 
+def test_a_member_of_a_project_is_added_and_taken_away_beside_the_others() -> None:
+    other = {"role": "roles/x", "members": ["user:a"]}
+    own = {"role": "projects/p/roles/mine", "members": ["serviceAccount:s", "user:a"]}
+    google = Recorder(POST={"etag": "e", "bindings": [other, own]})
+    spec = resource(tables.PROJECT_IAM_MEMBER)
+    inputs = {"project": "p", "role": "projects/p/roles/mine", "member": "serviceAccount:s"}
+    item, _ = provider(google).create(spec, inputs, preview=False)
+    assert item == "p/projects/p/roles/mine/serviceAccount:s"
+    provider(google).delete(resource(tables.PROJECT_IAM_MEMBER, item), {}, {})
+    written = [body["policy"] for _, path, body in google.calls if path == "projects/p:setIamPolicy"]
+    assert [policy["etag"] for policy in written] == ["e", "e"]
+    assert written[-1]["bindings"] == [other, {**own, "members": ["user:a"]}]
+
+
+@pytest.mark.parametrize("state", ["ENABLED", "DISABLED"])
+def test_a_service_is_enabled_where_it_is_not_and_never_disabled(state: str) -> None:
+    google = Recorder(services__compute={"state": state})
+    item, made = "p/compute", {"project": "p", "service": "compute", "disableOnDestroy": False}
+    served = provider(google)._served(resource(tables.SERVICE))
+    served.create(made, made, 0)
+    served.delete(item, made, 0)
+    wanted = [] if state == "ENABLED" else [("POST", "projects/p/services/compute:enable", {})]
+    assert google.calls == wanted
+    assert (served.read(item) is not None) is (state == "ENABLED")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sent"),
+    [
+        (
+            None,
+            [{"cidrBlock": "192.0.2.0/24"}],
+            {"enabled": True, "cidrBlocks": [{"cidrBlock": "192.0.2.0/24"}]},
+        ),
+        ([{"cidrBlock": "192.0.2.0/24"}], [], {"enabled": True, "cidrBlocks": []}),
+        ([{"cidrBlock": "192.0.2.0/24"}], None, {"enabled": False}),
+    ],
+)
+def test_who_may_reach_a_cluster_is_changed_and_opened_again(before: Any, after: Any, sent: Any) -> None:
+    key, item = "masterAuthorizedNetworksConfig", "projects/p/locations/z/clusters/c"
+    google = Recorder(clusters__c={"name": "c", key: sent})
+    old, new = ({"name": "c", **({key: {"cidrBlocks": v}} if v is not None else {})} for v in (before, after))
+    state = provider(google).update(resource(tables.CLUSTER, item), {}, old, new, preview=False)
+    assert google.calls == [("PUT", item, {"update": {f"desired{key[0].upper()}{key[1:]}": sent}})]
+    assert (key in state) is sent["enabled"]
+
+
 def test_a_protected_cluster_is_not_deleted() -> None:
     google = Recorder()
     item = "projects/p/locations/europe-west1-b/clusters/c"
@@ -589,6 +636,8 @@ IMPORTED = [
             f"r {MEMBER}",
         ],
     ),
+    (tables.PROJECT_IAM_MEMBER, f"p/{MEMBER.replace(' ', '/')}", [f"p {MEMBER}"]),
+    (tables.SERVICE, "p/compute.googleapis.com", ["compute.googleapis.com"]),
 ]
 
 

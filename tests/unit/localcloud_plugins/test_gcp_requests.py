@@ -23,11 +23,13 @@ from localcloud.plugins.values import Properties
 
 DOCUMENTS = Path(googleapiclient.__file__).parent / "discovery_cache" / "documents"
 VERSIONS = {"compute": "beta", "container": "v1beta1", "artifactregistry": "v1", "iam": "v1"}
+VERSIONS |= {"cloudresourcemanager": "v1", "serviceusage": "v1"}
 DISK = "https://www.googleapis.com/compute/v1/projects/p/zones/z/disks/vm"
 LIVE: dict[str, Any] = {
     "name": "n",
-    "bindings": [{"role": "aaaaaa", "members": ["aaaaaa"]}],
+    "bindings": [{"role": "roles/aaaaaa", "members": ["aaaaaa"]}],
     "status": "RUNNING",
+    "state": "ENABLED",
     "email": "aaaaaa@p.iam.gserviceaccount.com",
     "projectId": "p",
     "machineType": "x/e2-small",
@@ -39,6 +41,8 @@ LIVE: dict[str, Any] = {
     "networkInterfaces": [{"name": "nic0", "accessConfigs": [{"name": "external-nat"}]}],
 }
 KNOWN: dict[str, Properties] = {
+    tables.REPOSITORY_IAM_MEMBER.token: {"role": "roles/aaaaaa"},
+    tables.PROJECT_IAM_MEMBER.token: {"role": "roles/aaaaaa"},
     tables.NODE_POOL.token: {"cluster": "c", "initialNodeCount": 1},
     tables.SUBNETWORK.token: {"ipCidrRange": "10.0.0.0/24"},
 }
@@ -86,7 +90,7 @@ class Checked(Google):
         if body is not None:
             self._check_body(document(service)["schemas"], found["request"]["$ref"], body, found["id"])
         self.made.append(found["id"])
-        if method == "GET":
+        if method == "GET" or path.endswith(":getIamPolicy"):
             shown = document(service)["schemas"][found["response"]["$ref"]]["properties"]
             return {name: part for name, part in LIVE.items() if name in shown}
         self.created = True

@@ -30,6 +30,7 @@ VM = Machine(
 )
 TOKEN_ID = "abcdef"
 BOOTSTRAP = f"system:bootstrap:{TOKEN_ID}"
+ACCOUNT = "krustlet-1-node@p.iam.gserviceaccount.com"
 NODE = "system:node:krustlet-1"
 KEY = ec.generate_private_key(ec.SECP256R1())
 NAMES = ("DNS:krustlet-1", "DNS:krustlet-1.c.p.internal", "IP:10.10.0.2", "IP:203.0.113.7")
@@ -90,10 +91,30 @@ SERVING = Request(
 
 
 def verdict(request: Request) -> certificates.Verdict:
-    """Judge a request that is this machine's affair."""
-    found = judge(request, VM, TOKEN_ID)
+    """Judge a request that is this machine's affair; what the VM's own account asks for is judged alike."""
+    found, as_account = judge(request, VM, BOOTSTRAP), judge(_by_account(request), VM, ACCOUNT)
     assert found is not None
+    assert as_account is not None
+    if certificates.BOOTSTRAP_GROUP in request.groups or request.username != BOOTSTRAP:
+        assert as_account.approve == found.approve
     return found
+
+
+def _by_account(request: Request) -> Request:
+    if request.username != BOOTSTRAP:
+        return request
+    return replace(request, username=ACCOUNT, groups=request.groups - {certificates.BOOTSTRAP_GROUP})
+
+
+@pytest.mark.parametrize(
+    "asker", [ACCOUNT, BOOTSTRAP, "system:bootstrap:zzzzzz", "other@p.iam.gserviceaccount.com"]
+)
+def test_only_the_one_that_is_meant_to_ask_gets_the_first_certificate(asker: str) -> None:
+    groups = CLIENT.groups | {"system:authenticated"}
+    for who in (ACCOUNT, BOOTSTRAP, "mallory"):
+        found = judge(replace(CLIENT, username=who, groups=groups), VM, asker)
+        assert found is not None
+        assert found.approve is (who == asker)
 
 
 def test_true_requests_are_approved() -> None:
@@ -164,7 +185,8 @@ def test_a_request_whose_signature_was_altered_is_denied() -> None:
     ],
 )
 def test_another_node_s_request_is_left_alone(request_: Request) -> None:
-    assert judge(request_, VM, TOKEN_ID) is None
+    assert judge(request_, VM, BOOTSTRAP) is None
+    assert judge(request_, VM, ACCOUNT) is None
 
 
 def node(ready: str = "True", arch: str = "wasm32-wasi") -> Any:
@@ -264,6 +286,22 @@ def test_a_node_joins_and_its_token_is_gone() -> None:
     cluster = FakeCluster(CLIENT, SERVING)
     assert join(cluster).metadata.uid == "u"
     assert cluster.token == ""
+
+
+def test_a_vm_joins_as_its_own_account_and_no_token_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster(_by_account(CLIENT), SERVING)
+    cluster.token = "none is needed"
+    monkeypatch.delattr(FakeCluster, "put_token")
+    monkeypatch.delattr(FakeCluster, "delete_token")
+    monkeypatch.setattr(registration.Cluster, "put_token", None)
+    joined = registration.join(cluster, VM, "", NOW, account=ACCOUNT, timeout=timedelta(seconds=0.2))
+    assert joined.metadata.uid == "u"
+    by_token = FakeCluster(CLIENT, SERVING)
+    by_token.token = "somebody's"
+    with pytest.raises(
+        registration.RegistrationError, match="may not ask for this node's client certificate"
+    ):
+        registration.join(by_token, VM, "", NOW, account=ACCOUNT, timeout=timedelta(seconds=0.2))
 
 
 def test_a_lie_is_named_in_the_error_and_the_token_is_gone() -> None:
