@@ -5,7 +5,7 @@
 //! sigstore/protobuf-specs, the envelope's in secure-systems-lab/dsse, and `signDigestBundle` in sigstore/cosign.
 
 use crate::artifact::{Descriptor, Digest, MANIFEST_TYPE, RawDescriptor, cut, shown};
-use crate::signature::{PublicKey, der, is_signed_by};
+use crate::public_key::{PublicKey, der, is_signed_by};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Deserialize;

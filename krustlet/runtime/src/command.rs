@@ -1,8 +1,8 @@
 //! Runs commands to completion: wasi:cli/run components and preview1 core modules with `_start`.
 
 use crate::cpu::Sliced;
-use crate::engine::Executor;
 use crate::error::StartError;
+use crate::executor::Executor;
 use crate::guest::{Container, ContainerSpec, Failure, Stats};
 use crate::metrics::Metrics;
 use crate::module::{Code, Module};

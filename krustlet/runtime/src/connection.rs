@@ -450,9 +450,10 @@ impl AsyncWrite for Stream {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::engine::Executor;
+    use crate::executor::Executor;
     use crate::guest::ContainerSpec;
     use crate::http::HttpServer;
+    use crate::linkers::Linkers;
     use crate::logs::{LogFile, LogLimits};
     use crate::metrics::Metrics;
     use crate::module::compile_and_link;
@@ -489,7 +490,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let executor = Arc::new(Executor::for_tests().unwrap());
         let guest = wat::parse_str(include_str!("../tests/guest.wat")).unwrap();
-        let module = compile_and_link(&executor, &guest).unwrap();
+        let module = compile_and_link(&executor, &Linkers::new(&executor.engine).unwrap(), &guest).unwrap();
         let log = LogFile::create(directory.path().join("0.log"), LogLimits::default()).unwrap();
         let mut spec = ContainerSpec::new("default/pod/app", log);
         spec.request_timeout = EVER;

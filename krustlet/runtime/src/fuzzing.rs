@@ -4,10 +4,12 @@
 use crate::artifact::{Artifact, Digest};
 use crate::challenge::Challenge;
 use crate::credentials::{DockerConfig, RegistrySecret};
-use crate::engine::Executor;
+use crate::executor::Executor;
 use crate::image_name::ImageName;
+use crate::linkers::Linkers;
 use crate::module::compile_and_link;
-use crate::signature::{self, PublicKey, Signed};
+use crate::public_key::PublicKey;
+use crate::signature::{self, Signed};
 use http::HeaderValue;
 use std::sync::LazyLock;
 
@@ -18,7 +20,11 @@ MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEaxfR8uEsQkf4vOblY6RA8ncDfYEt
 -----END PUBLIC KEY-----
 ";
 
-static EXECUTOR: LazyLock<Option<Executor>> = LazyLock::new(|| Executor::for_tests().ok());
+static EXECUTOR: LazyLock<Option<(Executor, Linkers)>> = LazyLock::new(|| {
+    let executor = Executor::for_tests().ok()?;
+    let linkers = Linkers::new(&executor.engine).ok()?;
+    Some((executor, linkers))
+});
 
 /// A manifest, or a manifest and a config with a zero byte between them.
 pub fn artifact(data: &[u8]) {
@@ -63,8 +69,8 @@ pub fn signature(data: &[u8]) {
 
 /// A module of either kind.
 pub fn module(data: &[u8]) {
-    if let Some(executor) = EXECUTOR.as_ref() {
-        let _ = compile_and_link(executor, data);
+    if let Some((executor, linkers)) = EXECUTOR.as_ref() {
+        let _ = compile_and_link(executor, linkers, data);
     }
 }
 

@@ -74,7 +74,7 @@ pub fn free(store: &Store, cache: &Cache, in_use: &HashSet<Digest>, wanted: u64,
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::engine::Executor;
+    use crate::executor::Executor;
     use crate::image_name::ImageName;
     use crate::precompiled::VerifiedCode;
     use crate::signature::Signed;

@@ -2,9 +2,9 @@
 
 use crate::cpu::{self, CpuShare, FIRST_SLICE};
 use crate::egress::Outbound;
-use crate::engine::Executor;
 use crate::error::StartError;
-use crate::files::{self, OpenFiles};
+use crate::executor::Executor;
+use crate::files::OpenFiles;
 use crate::limits::{Limiter, MemoryLimitExceeded};
 use crate::logs::{LogFile, LogStream};
 use crate::memory::{Budget, Scope};
@@ -14,11 +14,10 @@ use crate::tenants::Tenant;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
-use wasmtime::component::{Linker, ResourceTable};
+use wasmtime::component::ResourceTable;
 use wasmtime::{Engine, Store};
 use wasmtime_wasi::filesystem::WasiFilesystemCtx;
 use wasmtime_wasi::p1::WasiP1Ctx;
-use wasmtime_wasi::p2::bindings::{LinkOptions, cli};
 use wasmtime_wasi::{I32Exit, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
 
@@ -119,10 +118,10 @@ pub struct Container {
 }
 
 /// What a guest is told when it asks, shared by all instances of its container: they may be many, and it large.
-struct Environment {
-    arguments: Vec<String>,
-    variables: Vec<(String, String)>,
-    working_dir: Option<String>,
+pub struct Environment {
+    pub arguments: Vec<String>,
+    pub variables: Vec<(String, String)>,
+    pub working_dir: Option<String>,
 }
 
 impl Container {
@@ -230,34 +229,13 @@ impl Container {
 /// The host side of a component instance.
 pub struct ComponentState {
     wasi: WasiCtx,
-    environment: Arc<Environment>,
+    pub environment: Arc<Environment>,
     http: WasiHttpCtx,
     table: ResourceTable,
     outbound: Outbound,
     limiter: Limiter,
     pub open_files: OpenFiles,
     _live: LiveInstance,
-}
-
-/// Gives `wasi:cli/environment` from what the container's instances share.
-struct SharedEnvironment;
-
-impl wasmtime::component::HasData for SharedEnvironment {
-    type Data<'a> = &'a Environment;
-}
-
-impl cli::environment::Host for &Environment {
-    fn get_environment(&mut self) -> wasmtime::Result<Vec<(String, String)>> {
-        Ok(self.variables.clone())
-    }
-
-    fn get_arguments(&mut self) -> wasmtime::Result<Vec<String>> {
-        Ok(self.arguments.clone())
-    }
-
-    fn initial_cwd(&mut self) -> wasmtime::Result<Option<String>> {
-        Ok(self.working_dir.clone())
-    }
 }
 
 impl WasiView for ComponentState {
@@ -278,29 +256,6 @@ pub struct CoreState {
     limiter: Limiter,
     pub open_files: OpenFiles,
     _live: LiveInstance,
-}
-
-/// What components may import: all of wasi:cli and wasi:http 0.2. Sockets are there too, since many toolchains import them
-/// whether they are used or not; a guest that makes one or resolves a name is told that it may not.
-pub fn component_linker(engine: &Engine) -> wasmtime::Result<Linker<ComponentState>> {
-    let mut linker = Linker::new(engine);
-    let mut options = LinkOptions::default();
-    options.network_error_code(true);
-    wasmtime_wasi::p2::add_to_linker_with_options_async(&mut linker, &options)?;
-    wasmtime_wasi_http::p2::add_only_http_to_linker_async(&mut linker)?;
-    linker.allow_shadowing(true);
-    cli::environment::add_to_linker::<ComponentState, SharedEnvironment>(&mut linker, |state| &*state.environment)?;
-    linker.allow_shadowing(false);
-    files::limit_component(&mut linker)?;
-    Ok(linker)
-}
-
-/// What core modules may import: WASI preview 1, whose socket calls work on no descriptor that a guest here can have.
-pub fn core_linker(engine: &Engine) -> wasmtime::Result<wasmtime::Linker<CoreState>> {
-    let mut linker = wasmtime::Linker::new(engine);
-    wasmtime_wasi::p1::add_to_linker_async(&mut linker, |state: &mut CoreState| &mut state.wasi)?;
-    files::limit_core(&mut linker)?;
-    Ok(linker)
 }
 
 /// Why a guest failed, from the error that its call gave.

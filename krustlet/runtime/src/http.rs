@@ -3,8 +3,8 @@
 use crate::admission::Admission;
 use crate::connection::{Connection, Connections, Limits, Lost, Registered, Stream};
 use crate::cpu::CpuShare;
-use crate::engine::Executor;
 use crate::error::StartError;
+use crate::executor::Executor;
 use crate::guest::{ComponentState, Container, ContainerSpec, Stats};
 use crate::handler::handle;
 use crate::memory::Budget;

@@ -19,6 +19,7 @@ mod egress;
 mod egress_policy;
 mod engine;
 mod error;
+mod executor;
 mod files;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
@@ -29,12 +30,14 @@ mod http;
 mod image_name;
 mod imports;
 mod limits;
+mod linkers;
 mod logs;
 mod memory;
 mod metrics;
 mod module;
 mod mounts;
 mod precompiled;
+mod public_key;
 mod pull;
 mod pull_places;
 mod pull_records;
@@ -61,14 +64,15 @@ pub use ipnet::{IpNet, Ipv4Net};
 pub use logs::{LogFile, LogLimits, LogStream};
 pub use module::{Kind, Module};
 pub use mounts::Mount;
+pub use public_key::PublicKey;
 pub use pull_places::PullLimits;
 pub use registry::{OperatorsRegistries, PullPolicy};
-pub use signature::{PublicKey, Verification};
+pub use signature::Verification;
 
 use anyhow::Context as _;
 use connection::Limits;
 use egress::Egress;
-use engine::Executor;
+use executor::Executor;
 use image_name::ImageName;
 use memory::{Budget, Scope};
 use metrics::Metrics;
@@ -168,6 +172,7 @@ impl Runtime {
         };
         let compiles = config.max_concurrent_compiles;
         let loader = Loader::new(executor.clone(), store, cache, metrics.clone(), config.compiler, compiles);
+        let loader = loader.map_err(|error| anyhow::anyhow!("{error:#}"))?;
         Ok(Self(Arc::new(Inner { executor, puller, loader: Arc::new(loader), metrics, pods: Mutex::default() })))
     }
 

@@ -2,10 +2,12 @@
 
 use crate::artifact::{Digest, MAX_MODULE, cut, shown};
 use crate::compile::{CompileError, Compiler};
-use crate::engine::{Executor, MEMORIES, TABLES};
+use crate::engine::{MEMORIES, TABLES};
 use crate::error::LoadError;
+use crate::executor::Executor;
 use crate::guest::{ComponentState, CoreState};
 use crate::imports::{self, HANDLER, RUN, START};
+use crate::linkers::Linkers;
 use crate::memory::Reservation;
 use crate::metrics::Metrics;
 use crate::precompiled::{Cache, VerifiedCode};
@@ -19,7 +21,7 @@ use std::sync::{Arc, Weak};
 use std::time::Instant;
 use tokio::sync::Semaphore;
 use wasmtime::UnknownImportError;
-use wasmtime::component::Component;
+use wasmtime::component::{Component, Linker};
 use wasmtime_wasi::p2::bindings::CommandPre;
 use wasmtime_wasi_http::p2::bindings::ProxyPre;
 
@@ -102,6 +104,7 @@ pub struct Loader {
     pub store: Arc<Store>,
     pub cache: Arc<Cache>,
     pub metrics: Metrics,
+    linkers: Arc<Linkers>,
     compiler: Compiler,
     permits: Semaphore,
     /// What is being loaded. Whoever asks for the same waits for it too; when nobody waits any more, it is given up, and with
@@ -126,8 +129,9 @@ impl Loader {
         metrics: Metrics,
         compiler: Compiler,
         max_concurrent_compiles: usize,
-    ) -> Self {
-        Self {
+    ) -> wasmtime::Result<Self> {
+        Ok(Self {
+            linkers: Arc::new(Linkers::new(&executor.engine)?),
             executor,
             store,
             cache,
@@ -136,7 +140,7 @@ impl Loader {
             permits: Semaphore::new(max_concurrent_compiles.max(1)),
             loading: Mutex::default(),
             known: Mutex::default(),
-        }
+        })
     }
 
     pub async fn load(self: &Arc<Self>, layer: &str) -> Result<Module, LoadError> {
@@ -195,10 +199,11 @@ impl Loader {
     }
 
     async fn load_new(&self, digest: &Digest) -> Result<Module, LoadError> {
-        let (cache, executor, wanted) = (self.cache.clone(), self.executor.clone(), digest.clone());
+        let (cache, executor, linkers) = (self.cache.clone(), self.executor.clone(), self.linkers.clone());
+        let wanted = digest.clone();
         let cached = blocking(digest, move || {
             let Some(code) = cache.load(&wanted) else { return Ok(None) };
-            match trusted_module(&executor, &wanted, &code) {
+            match trusted_module(&executor, &linkers, &wanted, &code) {
                 Ok(module) => Ok(Some(module)),
                 Err(error @ LoadError::NoMemory { .. }) => Err(error),
                 Err(_) => {
@@ -236,10 +241,11 @@ impl Loader {
         drop(wasm);
         self.metrics.compiled(started.elapsed());
         self.metrics.loaded("compiled");
-        let (cache, executor, wanted) = (self.cache.clone(), self.executor.clone(), digest.clone());
+        let (cache, executor, linkers) = (self.cache.clone(), self.executor.clone(), self.linkers.clone());
+        let wanted = digest.clone();
         blocking(digest, move || {
             drop(compiling);
-            let module = trusted_module(&executor, &wanted, &code)?;
+            let module = trusted_module(&executor, &linkers, &wanted, &code)?;
             if let Err(error) = cache.store(&wanted, &code) {
                 tracing::warn!(digest = %wanted, %error, "failed to store compiled code; it is compiled again after a restart");
             }
@@ -260,15 +266,20 @@ async fn blocking<T: Send + 'static>(
 
 /// All that happens to a module before it can be started, in this process.
 #[cfg(any(test, feature = "fuzzing"))]
-pub fn compile_and_link(executor: &Executor, wasm: &[u8]) -> Result<Module, LoadError> {
+pub fn compile_and_link(executor: &Executor, linkers: &Linkers, wasm: &[u8]) -> Result<Module, LoadError> {
     let digest = Digest::of(wasm);
     let component = imports::check(&digest, wasm)?;
     let code = VerifiedCode::compile(&executor.engine, wasm, component)
         .map_err(|error| invalid(&digest, format!("{error:#}")))?;
-    trusted_module(executor, &digest, &code)
+    trusted_module(executor, linkers, &digest, &code)
 }
 
-fn trusted_module(executor: &Executor, digest: &Digest, code: &VerifiedCode) -> Result<Module, LoadError> {
+fn trusted_module(
+    executor: &Executor,
+    linkers: &Linkers,
+    digest: &Digest,
+    code: &VerifiedCode,
+) -> Result<Module, LoadError> {
     let size = (code.bytes().len() as u64).saturating_mul(LOADED_PER_BYTE);
     let memory = executor
         .memory
@@ -278,24 +289,22 @@ fn trusted_module(executor: &Executor, digest: &Digest, code: &VerifiedCode) -> 
         Some(wasmtime::Precompiled::Component) => {
             let component =
                 trusted::component(&executor.engine, code).map_err(|error| internal(digest, format!("{error:#}")))?;
-            link_component(executor, digest, &component)?
+            link_component(&linkers.component, digest, &component)?
         }
         Some(wasmtime::Precompiled::Module) => {
             let module =
                 trusted::module(&executor.engine, code).map_err(|error| internal(digest, format!("{error:#}")))?;
-            link_core(executor, digest, &module)?
+            link_core(&linkers.core, digest, &module)?
         }
         None => return Err(internal(digest, "the compiler gave no code".into())),
     };
     Ok(Module(Arc::new(Inner { digest: digest.clone(), code, _memory: memory })))
 }
 
-fn link_component(executor: &Executor, digest: &Digest, component: &Component) -> Result<Code, LoadError> {
-    let engine = &executor.engine;
-    let linked = executor
-        .component_linker
-        .instantiate_pre(component)
-        .map_err(|error| unsupported_import(digest, component, engine, &error))?;
+fn link_component(linker: &Linker<ComponentState>, digest: &Digest, component: &Component) -> Result<Code, LoadError> {
+    let engine = linker.engine();
+    let linked =
+        linker.instantiate_pre(component).map_err(|error| unsupported_import(digest, component, engine, &error))?;
     let component_type = component.component_type();
     let exports: Vec<String> = component_type.exports(engine).map(|(name, _)| name.to_owned()).collect();
     let exports_one = |prefix: &str| exports.iter().any(|name| name.starts_with(prefix));
@@ -314,16 +323,18 @@ fn link_component(executor: &Executor, digest: &Digest, component: &Component) -
     }
 }
 
-fn link_core(executor: &Executor, digest: &Digest, module: &wasmtime::Module) -> Result<Code, LoadError> {
-    let linked = executor.core_linker.instantiate_pre(module).map_err(|error| {
-        match error.downcast_ref::<UnknownImportError>() {
-            Some(unknown) => LoadError::UnsupportedImport {
-                digest: digest.to_string(),
-                import: format!("{}.{}", shown(unknown.module()), shown(unknown.name())),
-                hint: "; a core module may import wasi_snapshot_preview1 only".into(),
-            },
-            None => invalid(digest, format!("{error:#}")),
-        }
+fn link_core(
+    linker: &wasmtime::Linker<CoreState>,
+    digest: &Digest,
+    module: &wasmtime::Module,
+) -> Result<Code, LoadError> {
+    let linked = linker.instantiate_pre(module).map_err(|error| match error.downcast_ref::<UnknownImportError>() {
+        Some(unknown) => LoadError::UnsupportedImport {
+            digest: digest.to_string(),
+            import: format!("{}.{}", shown(unknown.module()), shown(unknown.name())),
+            hint: "; a core module may import wasi_snapshot_preview1 only".into(),
+        },
+        None => invalid(digest, format!("{error:#}")),
     })?;
     let start = module.get_export(START);
     if !start.is_some_and(|export| {
@@ -368,9 +379,10 @@ mod tests {
     #[tokio::test]
     async fn components_of_every_release_of_wasi_0_2_are_linked_and_those_of_its_drafts_refused() {
         let executor = Executor::for_tests().unwrap();
+        let linkers = Linkers::new(&executor.engine).unwrap();
         let linked = |version: &str| {
             let guest = include_str!("../tests/guest.wat").replace("@0.2.0", &format!("@{version}"));
-            compile_and_link(&executor, &wat::parse_str(guest).unwrap())
+            compile_and_link(&executor, &linkers, &wat::parse_str(guest).unwrap())
         };
         for patch in (0..=13).chain([99]) {
             assert_eq!(linked(&format!("0.2.{patch}")).unwrap().kind(), Kind::HttpProxy, "0.2.{patch}");
@@ -389,7 +401,7 @@ mod tests {
         let cache = Arc::new(Cache::open(directory.path().join("precompiled"), &executor.engine).unwrap());
         let metrics = Metrics::register(&mut prometheus_client::registry::Registry::default());
         let compiler = Compiler { program: "/does/not/exist".into(), arguments: Vec::new() };
-        let loader = Arc::new(Loader::new(executor, store.clone(), cache, metrics, compiler, 2));
+        let loader = Arc::new(Loader::new(executor, store.clone(), cache, metrics, compiler, 2).unwrap());
         for number in 0..=MAX_REFUSED {
             let module = format!("no module {number}");
             let digest = Digest::of(module.as_bytes());

@@ -276,7 +276,7 @@ impl Puller {
         else {
             return refused;
         };
-        match fetch(session, &config.digest, config.size).await {
+        match session.whole_blob(&config.digest, config.size).await {
             Ok(config) => refused.with_container_config(&config),
             Err(_) => refused,
         }
@@ -308,7 +308,7 @@ impl Puller {
                 return Ok(content);
             }
         }
-        let content = fetch(session, &config.digest, config.size).await?;
+        let content = session.whole_blob(&config.digest, config.size).await?;
         let store = self.store.clone();
         blocking(move || store.write(&content).map(|()| content)).await.map_err(Failure::Store)
     }
@@ -347,21 +347,6 @@ async fn within<T>(
         }),
         () = tokio::time::sleep(time) => lost(format!("the registry took longer than {} s", time.as_secs())),
     }
-}
-
-pub(crate) async fn fetch(session: &mut Session<'_>, digest: &Digest, size: u64) -> Result<Vec<u8>, FetchError> {
-    let mut content = Vec::new();
-    session
-        .blob(digest, size, |chunk| {
-            content.extend_from_slice(chunk);
-            Ok(())
-        })
-        .await?;
-    let found = Digest::of(&content);
-    if found != *digest {
-        return Err(FetchError::Invalid(format!("blob {digest} was altered: the content's digest is {found}")));
-    }
-    Ok(content)
 }
 
 fn check(verification: &Verification, digest: &Digest, signatures: &[Signed]) -> Result<(), String> {

@@ -279,6 +279,21 @@ impl Session<'_> {
         (next.origin() == listing.origin() && next.path().starts_with(listing.path())).then_some(next)
     }
 
+    /// A small blob, of `size` bytes, in memory; Invalid where its content is another's.
+    pub async fn whole_blob(&mut self, digest: &Digest, size: u64) -> Result<Vec<u8>, FetchError> {
+        let mut content = Vec::new();
+        self.blob(digest, size, |chunk| {
+            content.extend_from_slice(chunk);
+            Ok(())
+        })
+        .await?;
+        let found = Digest::of(&content);
+        if found != *digest {
+            return Err(FetchError::Invalid(format!("blob {digest} was altered: the content's digest is {found}")));
+        }
+        Ok(content)
+    }
+
     /// Passes a blob's bytes to `sink`. The caller checks the digest of what it was given.
     pub async fn blob(
         &mut self,

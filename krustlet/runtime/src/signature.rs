@@ -1,14 +1,14 @@
 //! Signatures in cosign's formats, checked with the public keys that the node was given.
 //!
-//! cosign 3's are Sigstore bundles, see `bundle`. One of cosign 2 is an ECDSA P-256 signature (DER, base64, in a layer's annotation) over a simple-signing payload (that
-//! layer's content) which names the manifest's digest. See the signature specification in sigstore/cosign.
+//! cosign 3's are Sigstore bundles, see `bundle`. One of cosign 2 is an ECDSA P-256 signature (DER, base64, in a layer's
+//! annotation) over a simple-signing payload (that layer's content) which names the manifest's digest. See the signature
+//! specification in sigstore/cosign.
 
 use crate::artifact::{Descriptor, Digest, RawDescriptor, cut, shown};
 use crate::bundle;
+use crate::public_key::{PublicKey, der, is_signed_by};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use p256::ecdsa::signature::Verifier as _;
-use p256::ecdsa::{Signature, VerifyingKey};
 use serde::{Deserialize, Serialize};
 
 pub const SIMPLE_SIGNING: &str = "application/vnd.dev.cosign.simplesigning.v1+json";
@@ -21,22 +21,6 @@ pub const MAX_PAYLOAD: u64 = 64 * 1024;
 pub const MAX_SIGNATURES: usize = 32;
 /// Of each of them, some kilobytes of certificate and log entry stand in the manifest.
 pub const MAX_SIGNATURE_MANIFEST: u64 = 512 * 1024;
-/// A DER signature of P-256 has at most 72 bytes; base64 makes that 96.
-const MAX_ENCODED: usize = 256;
-
-/// An ECDSA P-256 public key that may sign modules.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PublicKey(VerifyingKey);
-
-impl PublicKey {
-    /// Reads a PEM `PUBLIC KEY` (SPKI) as `cosign generate-key-pair` and `openssl` write it.
-    pub fn from_pem(pem: &str) -> Result<Self, String> {
-        use p256::pkcs8::DecodePublicKey as _;
-        VerifyingKey::from_public_key_pem(pem.trim())
-            .map(Self)
-            .map_err(|error| format!("not a PEM public key for ECDSA P-256: {error}"))
-    }
-}
 
 /// Who may sign what this node runs.
 #[derive(Debug, Clone)]
@@ -168,18 +152,6 @@ fn signed_manifest(payload: &str, signature: &str, keys: &[PublicKey]) -> Result
     payload_manifest(&payload).map(Some)
 }
 
-pub(crate) fn is_signed_by(keys: &[PublicKey], message: &[u8], signature: &Signature) -> bool {
-    keys.iter().any(|key| key.0.verify(message, signature).is_ok())
-}
-
-pub(crate) fn der(signature: &str) -> Result<Signature, String> {
-    if signature.len() > MAX_ENCODED {
-        return Err(format!("{} characters of base64 are no ECDSA signature", signature.len()));
-    }
-    let der = BASE64.decode(signature.trim()).map_err(|error| format!("no base64: {error}"))?;
-    Signature::from_der(&der).map_err(|_| "no DER ECDSA P-256 signature".to_owned())
-}
-
 /// The digest inside a simple-signing payload.
 fn payload_manifest(payload: &[u8]) -> Result<Digest, String> {
     #[derive(Deserialize)]
@@ -211,6 +183,7 @@ fn payload_manifest(payload: &[u8]) -> Result<Digest, String> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::public_key::MAX_ENCODED;
     use crate::testing::{Random, Signer, cases};
     use serde_json::json;
 

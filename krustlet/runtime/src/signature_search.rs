@@ -5,8 +5,9 @@
 
 use crate::artifact::{Descriptor, Digest};
 use crate::bundle::{self, Listed};
+use crate::public_key::PublicKey;
 use crate::registry::{FetchError, Session};
-use crate::signature::{self, PublicKey, Signed};
+use crate::signature::{self, Signed};
 
 /// What fits in a pod's status.
 const MAX_REASONS: usize = 4;
@@ -173,7 +174,7 @@ impl Search<'_, '_> {
     }
 
     async fn blob(&mut self, what: &str, blob: &Descriptor) -> Option<Vec<u8>> {
-        match crate::pull::fetch(self.session, &blob.digest, blob.size).await {
+        match self.session.whole_blob(&blob.digest, blob.size).await {
             Ok(content) => Some(content),
             Err(error) => {
                 self.refuse_or_remember(&format!("{what} {}", blob.digest), error);

@@ -1,7 +1,8 @@
 //! What tests share: a deterministic source of mutations, and a signer that writes cosign's format.
 
 use crate::artifact::Digest;
-use crate::signature::{PublicKey, Signed};
+use crate::public_key::PublicKey;
+use crate::signature::Signed;
 use base64::Engine as _;
 use p256::ecdsa::signature::Signer as _;
 use p256::ecdsa::{Signature, SigningKey, VerifyingKey};

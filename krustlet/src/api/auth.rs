@@ -9,9 +9,10 @@ use http::{HeaderMap, Method, StatusCode, header};
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec};
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SubjectAccessReview, SubjectAccessReviewSpec};
 use kube::api::{Api, PostParams};
-use parking_lot::Mutex;
+use moka::Expiry;
+use moka::future::Cache;
 use sha2::{Digest as _, Sha256};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::hash::Hash;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,8 +25,8 @@ const ALLOWED_TTL: Duration = Duration::from_secs(300);
 const DENIED_TTL: Duration = Duration::from_secs(30);
 /// Shorter, so that a token that was just made is not locked out for long.
 const BAD_TOKEN_TTL: Duration = Duration::from_secs(10);
-/// Answers kept of each sort.
-const CACHE_SIZE: usize = 1024;
+/// Answers kept of each sort. Those that are asked for again stay, whatever number of others comes.
+const CACHE_SIZE: u64 = 1024;
 /// Tokens that the API server is asked about at once. Anybody may bring one, and the connection that they are asked over is the
 /// one that the node's own lease is renewed over.
 const MAX_TOKEN_REVIEWS: usize = 16;
@@ -120,9 +121,7 @@ impl Reviewer for ClusterReviewer {
 pub struct Gate {
     reviewer: Arc<dyn Reviewer>,
     /// By the token's SHA-256: what is remembered is no token, and small.
-    tokens: Cache<[u8; 32], User>,
-    /// Apart from the others: any number of them can be made up, and takes no place of one that is good.
-    bad_tokens: Cache<[u8; 32], ()>,
+    tokens: Cache<[u8; 32], Option<User>>,
     decisions: Cache<(User, Access), bool>,
     token_reviews: Semaphore,
 }
@@ -131,9 +130,8 @@ impl Gate {
     pub fn new(reviewer: Arc<dyn Reviewer>) -> Self {
         Self {
             reviewer,
-            tokens: Cache::default(),
-            bad_tokens: Cache::default(),
-            decisions: Cache::default(),
+            tokens: cache(|user: &Option<User>| if user.is_some() { TOKEN_TTL } else { BAD_TOKEN_TTL }),
+            decisions: cache(|allowed: &bool| if *allowed { ALLOWED_TTL } else { DENIED_TTL }),
             token_reviews: Semaphore::new(MAX_TOKEN_REVIEWS),
         }
     }
@@ -177,26 +175,12 @@ impl Gate {
     async fn user_of_token(&self, headers: &HeaderMap) -> Result<User, Response> {
         let unauthorized = || (StatusCode::UNAUTHORIZED, "Unauthorized").into_response();
         let token = bearer_token(headers).ok_or_else(unauthorized)?;
-        let key: [u8; 32] = Sha256::digest(token).into();
-        if let Some(user) = self.tokens.get(&key) {
-            return Ok(user);
-        }
-        if self.bad_tokens.get(&key).is_some() {
-            return Err(unauthorized());
-        }
         let review = within_time(async {
             let _turn = self.token_reviews.acquire().await?;
             self.reviewer.authenticate(token).await
         });
-        match review.await {
-            Ok(Some(user)) => {
-                self.tokens.put(key, user.clone(), TOKEN_TTL);
-                Ok(user)
-            }
-            Ok(None) => {
-                self.bad_tokens.put(key, (), BAD_TOKEN_TTL);
-                Err(unauthorized())
-            }
+        match self.tokens.try_get_with(Sha256::digest(token).into(), review).await {
+            Ok(user) => user.ok_or_else(unauthorized),
             Err(error) => {
                 tracing::warn!(%error, "token review failed");
                 let message = "Authentication error: the API server cannot be asked about the token now";
@@ -205,14 +189,26 @@ impl Gate {
         }
     }
 
-    async fn may(&self, user: &User, access: Access) -> anyhow::Result<bool> {
-        let key = (user.clone(), access);
-        if let Some(known) = self.decisions.get(&key) {
-            return Ok(known);
-        }
-        let allowed = within_time(self.reviewer.authorize(user, access)).await?;
-        self.decisions.put(key, allowed, if allowed { ALLOWED_TTL } else { DENIED_TTL });
-        Ok(allowed)
+    async fn may(&self, user: &User, access: Access) -> Result<bool, Arc<anyhow::Error>> {
+        let review = within_time(self.reviewer.authorize(user, access));
+        self.decisions.try_get_with((user.clone(), access), review).await
+    }
+}
+
+/// A cache whose entries live as long as their values say.
+fn cache<K, V>(time_to_live: fn(&V) -> Duration) -> Cache<K, V>
+where
+    K: Hash + Eq + Send + Sync + 'static,
+    V: Clone + Send + Sync + 'static,
+{
+    Cache::builder().max_capacity(CACHE_SIZE).expire_after(TimeToLive(time_to_live)).build()
+}
+
+struct TimeToLive<V>(fn(&V) -> Duration);
+
+impl<K, V> Expiry<K, V> for TimeToLive<V> {
+    fn expire_after_create(&self, _: &K, value: &V, _: Instant) -> Option<Duration> {
+        Some((self.0)(value))
     }
 }
 
@@ -259,33 +255,6 @@ fn subresources(path: &str) -> Vec<&'static str> {
         "proxy"
     };
     fine.into_iter().chain([coarse]).collect()
-}
-
-/// A bounded map whose entries grow old.
-struct Cache<K, V>(Mutex<HashMap<K, (V, Instant)>>);
-
-impl<K, V> Default for Cache<K, V> {
-    fn default() -> Self {
-        Self(Mutex::default())
-    }
-}
-
-impl<K: Eq + Hash, V: Clone> Cache<K, V> {
-    fn get(&self, key: &K) -> Option<V> {
-        self.0.lock().get(key).filter(|(_, until)| *until > Instant::now()).map(|(value, _)| value.clone())
-    }
-
-    fn put(&self, key: K, value: V, ttl: Duration) {
-        let now = Instant::now();
-        let mut entries = self.0.lock();
-        if entries.len() >= CACHE_SIZE {
-            entries.retain(|_, (_, until)| *until > now);
-        }
-        if entries.len() >= CACHE_SIZE {
-            entries.clear();
-        }
-        entries.insert(key, (value, now + ttl));
-    }
 }
 
 #[cfg(test)]
@@ -444,21 +413,21 @@ pub mod tests {
         for number in 0..4 * CACHE_SIZE {
             assert_eq!(refusal(&gate, "/metrics", &token(&format!("forged-{number}"))).await.unwrap().0, 401);
         }
-        assert!(gate.bad_tokens.0.lock().len() <= CACHE_SIZE);
+        gate.tokens.run_pending_tasks().await;
+        assert!(gate.tokens.entry_count() <= CACHE_SIZE);
         reviewer.away.store(true, Ordering::SeqCst);
         assert_eq!(refusal(&gate, "/metrics", &token("metrics")).await, None);
     }
 
-    #[test]
-    fn the_cache_is_bounded_and_forgets() {
-        let cache: Cache<usize, usize> = Cache::default();
-        for number in 0..3 * CACHE_SIZE {
-            cache.put(number, number, Duration::from_secs(60));
-        }
-        assert!(cache.0.lock().len() <= CACHE_SIZE);
-        assert_eq!(cache.get(&(3 * CACHE_SIZE - 1)), Some(3 * CACHE_SIZE - 1));
-        cache.put(0, 0, Duration::ZERO);
-        assert_eq!(cache.get(&0), None);
+    #[tokio::test]
+    async fn answers_are_good_for_a_while() {
+        let short = cache::<u8, u8>(|_| Duration::from_millis(1));
+        short.insert(1, 1).await;
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        assert_eq!(short.get(&1).await, None);
+        let long = cache::<u8, u8>(|_| Duration::from_secs(60));
+        long.insert(1, 1).await;
+        assert_eq!(long.get(&1).await, Some(1));
     }
 
     /// Answers nothing, and counts who waits.
@@ -492,5 +461,14 @@ pub mod tests {
         assert_eq!(reviewer.asked.load(Ordering::SeqCst), MAX_TOKEN_REVIEWS);
         let api_server = User { name: "kube-apiserver".into(), ..User::default() };
         assert!(gate.check(Some(&api_server), &Method::GET, "/pods", &HeaderMap::new()).await.is_ok());
+        // One token, however many bring it at once, is one question.
+        let same = token("same");
+        let gate = Gate::new(reviewer.clone());
+        let mut many: Vec<_> = (0..50).map(|_| Box::pin(gate.check(None, &Method::GET, "/pods", &same))).collect();
+        let before = reviewer.asked.load(Ordering::SeqCst);
+        for request in &mut many {
+            assert!(futures::poll!(request).is_pending());
+        }
+        assert_eq!(reviewer.asked.load(Ordering::SeqCst), before + 1);
     }
 }
