@@ -414,4 +414,4 @@ def test_up_says_in_one_line_what_is_wrong_with_a_bundle_and_builds_nothing(sour
     assert answer.returncode == 1
     assert answer.stderr.startswith(f"error: AWESOME_WASM_BUNDLE: {paths.REPOSITORY / source}: ")
     assert answer.stderr.count("\n") == 1
-    assert "compile" not in answer.stdout
+    assert "✓ compile" not in answer.stdout
