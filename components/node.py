@@ -125,7 +125,8 @@ class KrustletNode(pulumi.ComponentResource):
         binding = self._allow_certificate_requests(account)
         self._configuration = pulumi.Output.all(args.agent.sha256, args.artifact.public_key).apply(
             lambda told: configuration(
-                *told,
+                told[0],
+                told[1],
                 args.node.machine_type,
                 args.node.max_pods,
                 args.app_port,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import wasmtime
 
-from components.providers import cargo
+from components.providers import cache_directory, cargo
 from components.providers.compiler import WASM_TARGET, CargoError
 
 HERE = Path(__file__).resolve().parent
@@ -46,7 +46,7 @@ def build(name: str, version: str = "1") -> Path:
         whole = build("cli-guest", version).read_bytes()
         content = whole[: len(whole) // 2]
     key = hashlib.sha256(content).hexdigest()
-    path = cargo.cache_directory() / "builds" / key / f"{name}.wasm"
+    path = cache_directory() / "builds" / key / f"{name}.wasm"
     if not path.is_file():
         _keep(content, path)
     return path

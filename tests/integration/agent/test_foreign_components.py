@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from components.providers.cargo import cache_directory
+from components.providers import cache_directory
 from tests.integration.agent.harness import Workspace, layout
 from tests.integration.conftest import REPOSITORY
 

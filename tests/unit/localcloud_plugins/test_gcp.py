@@ -325,7 +325,7 @@ def test_a_service_is_enabled_where_it_is_not_and_never_disabled(state: str) -> 
     served = provider(google)._served(resource(tables.SERVICE))
     served.create(made, made, 0)
     served.delete(item, made, 0)
-    wanted = [] if state == "ENABLED" else [("POST", "projects/p/services/compute:enable", {})]
+    wanted: list[Any] = [] if state == "ENABLED" else [("POST", "projects/p/services/compute:enable", {})]
     assert google.calls == wanted
     assert (served.read(item) is not None) is (state == "ENABLED")
 
