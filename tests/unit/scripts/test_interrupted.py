@@ -116,7 +116,7 @@ def test_what_is_to_be_deleted_and_wanted_again_is_taken_up_with_what_is_in_it(o
         "urn:other": "new",
     }
     assert goes.keys() == {*lives, "urn:component"}
-    assert goes["urn:cluster"].endswith("/b")
+    assert str(goes["urn:cluster"]).endswith("/b")
 
 
 COMPONENT = [{"op": "create", "urn": "urn:component", "newState": {"type": "awesome-wasm:node:KrustletNode"}}]
