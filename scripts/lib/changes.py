@@ -99,6 +99,7 @@ CHANGES = (
         "krustlet-2",
         replace("node-account", "registry-node-reader", "node-app-firewall", "node-agent-firewall")
         | replace("node-address", "node-disk", "node-token")
+        | update("node-bootstrap")
         | JOINED,
         VM,
         note="the URL is another",
