@@ -25,7 +25,7 @@ const ALLOWED_TTL: Duration = Duration::from_secs(300);
 const DENIED_TTL: Duration = Duration::from_secs(30);
 /// Shorter, so that a token that was just made is not locked out for long.
 const BAD_TOKEN_TTL: Duration = Duration::from_secs(10);
-/// Answers kept of each sort. Those that are asked for again stay, whatever number of others comes.
+/// Answers kept of each sort.
 const CACHE_SIZE: u64 = 1024;
 /// Tokens that the API server is asked about at once. Anybody may bring one, and the connection that they are asked over is the
 /// one that the node's own lease is renewed over.
@@ -121,7 +121,9 @@ impl Reviewer for ClusterReviewer {
 pub struct Gate {
     reviewer: Arc<dyn Reviewer>,
     /// By the token's SHA-256: what is remembered is no token, and small.
-    tokens: Cache<[u8; 32], Option<User>>,
+    tokens: Cache<[u8; 32], User>,
+    /// Apart from the others: any number of them can be made up, and takes no place of one that is good.
+    bad_tokens: Cache<[u8; 32], ()>,
     decisions: Cache<(User, Access), bool>,
     token_reviews: Semaphore,
 }
@@ -130,7 +132,8 @@ impl Gate {
     pub fn new(reviewer: Arc<dyn Reviewer>) -> Self {
         Self {
             reviewer,
-            tokens: cache(|user: &Option<User>| if user.is_some() { TOKEN_TTL } else { BAD_TOKEN_TTL }),
+            tokens: cache(|_| TOKEN_TTL),
+            bad_tokens: cache(|()| BAD_TOKEN_TTL),
             decisions: cache(|allowed: &bool| if *allowed { ALLOWED_TTL } else { DENIED_TTL }),
             token_reviews: Semaphore::new(MAX_TOKEN_REVIEWS),
         }
@@ -175,17 +178,30 @@ impl Gate {
     async fn user_of_token(&self, headers: &HeaderMap) -> Result<User, Response> {
         let unauthorized = || (StatusCode::UNAUTHORIZED, "Unauthorized").into_response();
         let token = bearer_token(headers).ok_or_else(unauthorized)?;
-        let review = within_time(async {
-            let _turn = self.token_reviews.acquire().await?;
-            self.reviewer.authenticate(token).await
-        });
-        match self.tokens.try_get_with(Sha256::digest(token).into(), review).await {
-            Ok(user) => user.ok_or_else(unauthorized),
-            Err(error) => {
-                tracing::warn!(%error, "token review failed");
-                let message = "Authentication error: the API server cannot be asked about the token now";
-                Err((StatusCode::SERVICE_UNAVAILABLE, message).into_response())
-            }
+        let key: [u8; 32] = Sha256::digest(token).into();
+        if self.bad_tokens.contains_key(&key) {
+            return Err(unauthorized());
+        }
+        let review = async {
+            let answer = within_time(async {
+                let _turn = self.token_reviews.acquire().await?;
+                self.reviewer.authenticate(token).await
+            });
+            answer.await.map_err(NoUser::Unasked)?.ok_or(NoUser::Refused)
+        };
+        match self.tokens.try_get_with(key, review).await {
+            Ok(user) => Ok(user),
+            Err(error) => match &*error {
+                NoUser::Refused => {
+                    self.bad_tokens.insert(key, ()).await;
+                    Err(unauthorized())
+                }
+                NoUser::Unasked(error) => {
+                    tracing::warn!(%error, "token review failed");
+                    let message = "Authentication error: the API server cannot be asked about the token now";
+                    Err((StatusCode::SERVICE_UNAVAILABLE, message).into_response())
+                }
+            },
         }
     }
 
@@ -193,6 +209,12 @@ impl Gate {
         let review = within_time(self.reviewer.authorize(user, access));
         self.decisions.try_get_with((user.clone(), access), review).await
     }
+}
+
+/// Why a token stands for nobody.
+enum NoUser {
+    Refused,
+    Unasked(anyhow::Error),
 }
 
 /// A cache whose entries live as long as their values say.
@@ -413,8 +435,8 @@ pub mod tests {
         for number in 0..4 * CACHE_SIZE {
             assert_eq!(refusal(&gate, "/metrics", &token(&format!("forged-{number}"))).await.unwrap().0, 401);
         }
-        gate.tokens.run_pending_tasks().await;
-        assert!(gate.tokens.entry_count() <= CACHE_SIZE);
+        gate.bad_tokens.run_pending_tasks().await;
+        assert!(gate.bad_tokens.entry_count() <= CACHE_SIZE);
         reviewer.away.store(true, Ordering::SeqCst);
         assert_eq!(refusal(&gate, "/metrics", &token("metrics")).await, None);
     }
