@@ -49,10 +49,10 @@ def test_the_agent_does_not_grow_with_what_its_guests_ask_for(space: Workspace, 
     before = agent.resident_bytes()
     with ThreadPoolExecutor(8) as pool:
         codes = list(pool.map(lambda mib: pod.get("/alloc", mib=mib).status_code, [48, 48, 48, 1024] * 10))
-    # The limit is the container's: what finds it taken by others is told to come again.
+    # The limit is the container's: what finds it taken by others is told to come again, be it all of them.
     assert set(codes) <= {200, 500, 503}
-    assert 200 in codes
     assert 200 not in codes[3::4]
+    assert pod.get("/alloc", mib=48).status_code == 200
     grown = agent.resident_bytes() - before
     assert grown < 96 * MIB, f"grew by {grown / MIB:.0f} MiB"
 
