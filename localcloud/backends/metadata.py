@@ -5,6 +5,9 @@
 Paths, headers, redirects and error pages are those of https://cloud.google.com/compute/docs/metadata.
 Attributes, tags and scopes are read from localcloud's store at each request, so a change is seen at once,
 also by a request that waits for it (`wait_for_change`). Tokens are minted by localcloud/tokens.py.
+
+All instances share this machine's loopback network, so that the caller is looked up: one that is no process
+of the instance gets nothing.
 """
 
 from __future__ import annotations
@@ -20,10 +23,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from localcloud.backends.callers import is_call_of
+from localcloud.backends.processes import mark
 from localcloud.backends.rootfs import Rootfs
 from localcloud.home import Home
 from localcloud.identity import mint_identity_token
@@ -300,12 +306,8 @@ def not_found() -> Answer:
     return _page(404, "Not Found", "The requested URL was not found on this server.")
 
 
-def forbidden() -> Answer:
-    return _page(
-        403,
-        "Forbidden",
-        f"Your client does not have permission to get this URL: missing {_FLAVOR}: Google header.",
-    )
+def forbidden(reason: str) -> Answer:
+    return _page(403, "Forbidden", f"Your client does not have permission to get this URL: {reason}.")
 
 
 def _seconds(time_stamp: str) -> int:
@@ -363,9 +365,15 @@ class Handler(BaseHTTPRequestHandler):
             # How client libraries find out that they run on Google: any answer with the header will do.
             self._send(Answer(200, "computeMetadata/\n"))
         elif self.headers.get(_FLAVOR) != "Google" or "X-Forwarded-For" in self.headers:
-            self._send(forbidden())
+            self._send(forbidden(f"missing {_FLAVOR}: Google header"))
+        elif not self._is_own:
+            self._send(forbidden("it is not a process of this instance"))
         else:
             self._send(waited_answer(self.server.metadata.tree, url.path, query, self._is_connected))
+
+    @cached_property
+    def _is_own(self) -> bool:
+        return self.server.is_own(self.connection)
 
     do_HEAD = do_GET  # noqa: N815  http.server's name
 
@@ -405,14 +413,17 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class MetadataServer(ThreadingHTTPServer):
-    """Listens on the instance's address."""
+    """Listens on the instance's address. `is_own` says whether a connection comes from the instance."""
 
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, address: tuple[str, int], metadata: Metadata) -> None:
+    def __init__(
+        self, address: tuple[str, int], metadata: Metadata, is_own: Callable[[socket.socket], bool]
+    ) -> None:
         super().__init__(address, Handler)
         self.metadata = metadata
+        self.is_own = is_own
 
 
 def main() -> None:
@@ -420,7 +431,8 @@ def main() -> None:
     rootfs = Rootfs(home, sys.argv[1])
     spec = rootfs.load()
     host, _, port = rootfs.metadata_host(spec).rpartition(":")
-    with MetadataServer((host, int(port)), Metadata(home, spec)) as server:
+    own = partial(is_call_of, mark(home.root, rootfs.scope))
+    with MetadataServer((host, int(port)), Metadata(home, spec), own) as server:
         server.serve_forever()
 
 

@@ -9,6 +9,7 @@ import random
 import socket
 from pathlib import Path
 
+from localcloud.backends.callers import tcp_sockets
 from localcloud.home import LOOPBACK, is_free, write_private
 from localcloud.specs import BackendError
 
@@ -72,18 +73,10 @@ def refusal(port: int) -> str:
 
 def owner(port: int) -> str:
     """` by NAME (process PID)` for who listens on a port, if that can be told (Linux only)."""
-    inodes = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError):
-            rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
-            inodes |= {
-                f"socket:[{row[9]}]"
-                for row in rows
-                if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port
-            }
-    for entry in Path("/proc").glob("[0-9]*/fd/*") if inodes else ():
+    links = {found.link for found in tcp_sockets() if found.is_listening and found.port == port}
+    for entry in Path("/proc").glob("[0-9]*/fd/*") if links else ():
         try:
-            if str(entry.readlink()) in inodes:
+            if str(entry.readlink()) in links:
                 process = entry.parents[1]
                 return f" by {(process / 'comm').read_text().strip()} (process {process.name})"
         except OSError:

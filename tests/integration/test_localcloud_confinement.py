@@ -1,5 +1,6 @@
-"""A startup script that is not this checkout's own: what it reaches of the machine."""
+"""What an instance reaches of the machine and of the other instances."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import requests
 
 from tests.integration.conftest import REPOSITORY, Localcloud, make_localcloud
 from tests.integration.test_localcloud_snapshots import INSTANCE, INSTANCES
@@ -64,9 +66,9 @@ def _run(cloud: Localcloud, script: str) -> str:
     return _console(cloud, 1)
 
 
-def _console(cloud: Localcloud, boots: int) -> str:
+def _console(cloud: Localcloud, boots: int, name: str = "vm") -> str:
     def text() -> str:
-        contents: str = cloud.request("GET", f"{INSTANCES}/vm/serialPort").json()["contents"]
+        contents: str = cloud.request("GET", f"{INSTANCES}/{name}/serialPort").json()["contents"]
         return contents if contents.count("Finished running startup scripts") == boots else ""
 
     return until(text, f"boot {boots} of the VM to end")
@@ -108,6 +110,75 @@ def test_a_foreign_script_sees_and_changes_nothing_of_the_host(cloud: Localcloud
     assert sorted(path.name for path in home.iterdir()) == ["id_rsa"]
     left = subprocess.run(["pgrep", "-f", "sleep 99999"], capture_output=True, check=False).stdout
     assert left == b"", "what it left running ends with it"
+
+
+# Asks its own metadata server and another instance's, in the ways in which a caller could hide who it is.
+ASK = r"""#!/bin/sh
+get='curl -s -m 20 -H Metadata-Flavor:Google'
+own="http://$GCE_METADATA_HOST/computeMetadata/v1/instance"
+other="http://@OTHER@/computeMetadata/v1/instance"
+for what in name attributes/secret service-accounts/default/token; do
+    echo "OWN $($get "$own/$what")"
+    echo "OTHER $($get "$other/$what")"
+done
+echo "OWN $(env -i $get "$own/name")"
+echo "OTHER $(env -i $get "$other/name")"
+(setsid sh -c "sleep 0.5; $get $other/name" >"$HOME/detached" &)
+until [ -s "$HOME/detached" ]; do sleep 0.1; done
+echo "OTHER $(cat "$HOME/detached")"
+"""
+# What is confined starts no service.
+SERVE = r"""
+cat >"$SYSTEMD_UNIT_PATH/ask.service" <<EOF
+[Service]
+ExecStart=/bin/sh -c "$get $own/name >$HOME/service"
+EOF
+systemctl daemon-reload
+systemctl start ask
+until [ -s "$HOME/service" ]; do sleep 0.1; done
+echo "OWN $(cat "$HOME/service")"
+"""
+# A process with the user's rights is what it says; this is for one that is confined.
+FORGE = r"""
+mark='LOCALCLOUD_SUPERVISED=@HOME@#instances/target#web'
+echo "OTHER $(env "$mark" $get "$other/name")"
+(env "$mark" setsid sh -c "sleep 0.5; $get $other/name" >"$HOME/forged" &)
+until [ -s "$HOME/forged" ]; do sleep 0.1; done
+echo "OTHER $(cat "$HOME/forged")"
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="callers are found in /proc")
+def test_a_metadata_server_answers_the_processes_of_its_own_instance_only(cloud: Localcloud) -> None:
+    account = {"email": "default", "scopes": ["https://www.googleapis.com/auth/cloud-platform"]}
+
+    def boot(name: str, script: str) -> str:
+        items = [{"key": "startup-script", "value": script}, {"key": "secret", "value": f"of {name}"}]
+        body = INSTANCE | {"name": name, "metadata": {"items": items}, "serviceAccounts": [account]}
+        cloud.done(cloud.request("POST", INSTANCES, body).json())
+        return _console(cloud, 1, name)
+
+    cloud.command("start")
+    cloud.trust("#!/bin/sh\n")
+    boot("target", "#!/bin/sh\n")
+    root = cloud.home / "instances" / "target"
+    address = json.loads((root / "instance.json").read_text())["spec"]["ip"]
+    host = f"{address}:{json.loads((root / 'ports.json').read_text())['metadata']}"
+    scripts = {"trusted": (ASK + SERVE, 3, 5)}
+    if shutil.which("bwrap"):
+        scripts["confined"] = (ASK + FORGE, 2, 7)
+    for name, (text, own, others) in scripts.items():
+        script = text.replace("@OTHER@", host).replace("@HOME@", str(cloud.home))
+        if name == "trusted":
+            cloud.trust(script)
+        console = boot(name, script)
+        assert console.count(f"OWN {name}\n") == own, console
+        assert f"OWN of {name}\n" in console
+        assert console.count('OWN {"access_token"') == 1
+        assert console.count("OTHER <!DOCTYPE") == console.count("OTHER ") == others
+        assert console.count("it is not a process of this instance") == others
+    url = f"http://{host}/computeMetadata/v1/instance/attributes/secret"
+    assert requests.get(url, headers={"Metadata-Flavor": "Google"}, timeout=20).status_code == 403
 
 
 def test_a_foreign_script_that_cannot_be_confined_is_refused_unless_it_is_trusted(

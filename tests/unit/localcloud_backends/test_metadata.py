@@ -157,7 +157,7 @@ def test_without_a_record_the_attributes_are_those_of_the_start(home: Home) -> N
 
 @pytest.fixture
 def server(metadata: Metadata) -> Iterator[MetadataServer]:
-    with MetadataServer(("127.0.0.1", 0), metadata) as server:
+    with MetadataServer(("127.0.0.1", 0), metadata, lambda _: True) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
