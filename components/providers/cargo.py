@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,7 +43,6 @@ from components.providers import (
     inputs,
     is_unknown,
     operation,
-    origin,
     zig,
 )
 from components.providers.artifacts import interface
@@ -206,6 +206,10 @@ def _hash(*facts: str) -> str:
     return hashlib.sha256("\0".join(facts).encode(errors="surrogateescape")).hexdigest()
 
 
+def _short(*facts: str) -> str:
+    return _hash(*facts)[:12]
+
+
 @contextlib.contextmanager
 def _lock(directory: Path) -> Iterator[None]:
     path = cache_directory() / "inputs" / f"{_hash(str(directory))}.lock"
@@ -240,6 +244,25 @@ class Job:
         """Give what lets a component whose sources are spread be the same wherever they are."""
         is_needed = self.chosen.is_spread and self.toolchain.triple == WASM_TARGET
         return {"RUSTC_WRAPPER": str(WRAPPER)} if is_needed else {}
+
+    def facts(self, built: Built) -> dict[str, str]:
+        """Give what decided about the bytes, each part of it short; what cannot be told is unknown."""
+        found = {"toolchain": self.toolchain.facts[0].partition("\n")[0]}
+        found["configuration"] = _short(*self.toolchain.facts[1:])
+        manifest = tomllib.loads((self.chosen.workspace / "Cargo.toml").read_text(encoding="utf-8"))
+        profile = manifest.pop("profile", {}).get(self.profile, {})
+        found["profile"] = " ".join(
+            [self.profile, *(f"{key}={json.dumps(profile[key])}" for key in sorted(profile))]
+        )
+        found["lock file"] = _short((self.chosen.workspace / "Cargo.lock").read_text(encoding="utf-8"))
+        if built.read is None:
+            return {**found, "source": "unknown"}
+        own = [
+            os.path.relpath(self.chosen.workspace / name, self.crate) for name in ("Cargo.lock", "Cargo.toml")
+        ]
+        rest = json.dumps(manifest, sort_keys=True, default=str)
+        files = (f"{name}={sum_}" for name, sum_ in sorted(built.read.files.items()) if name not in own)
+        return {**found, "source": _short(rest, *files)}
 
     def built(self) -> Built:
         """Take the build from the cache, or make it."""
@@ -418,7 +441,7 @@ class CargoBuildProvider(ResourceProvider):
             return CheckResult(news, [CheckFailure("crate", str(error))])
         said = {key: olds[key] for key in DESCRIBED if key in olds}
         if olds.get("sha256") != built.sha256 or "origin" not in said:
-            said = {"origin": origin.facts(job, built)}
+            said = {"origin": job.facts(built)}
             if job.toolchain.triple == WASM_TARGET:
                 found = interface(read_built(built.sha256))
                 said |= {"imports": list(found.imports), "exports": list(found.exports)}

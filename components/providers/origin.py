@@ -8,7 +8,6 @@ https://github.com/package-url/purl-spec.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -16,14 +15,12 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from components.providers.artifacts import canonical
+from components.providers.cargo import Built, Job
 from components.providers.compiler import run
-
-if TYPE_CHECKING:
-    from components.providers.cargo import Built, Job
 
 PROVENANCE = "https://slsa.dev/provenance/v1"
 SBOM = "https://cyclonedx.org/bom"
@@ -31,28 +28,6 @@ BUILD_TYPE = "https://doc.rust-lang.org/cargo/commands/cargo-build.html"
 # Whoever ran the program, on a machine that nobody vouches for.
 OWN_MACHINE = "urn:awesome-wasm:pulumi-up"
 Document = dict[str, Any]
-
-
-def _sum(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:12]
-
-
-def facts(job: Job, built: Built) -> dict[str, str]:
-    """Give what decided about the bytes, each part of it short; what cannot be told is unknown."""
-    found = {"toolchain": job.toolchain.facts[0].partition("\n")[0]}
-    found["configuration"] = _sum(*job.toolchain.facts[1:])
-    manifest = tomllib.loads((job.chosen.workspace / "Cargo.toml").read_text(encoding="utf-8"))
-    profile = manifest.pop("profile", {}).get(job.profile, {})
-    found["profile"] = " ".join(
-        [job.profile, *(f"{key}={json.dumps(profile[key])}" for key in sorted(profile))]
-    )
-    found["lock file"] = _sum((job.chosen.workspace / "Cargo.lock").read_text(encoding="utf-8"))
-    if built.read is None:
-        return {**found, "source": "unknown"}
-    own = [os.path.relpath(job.chosen.workspace / name, job.crate) for name in ("Cargo.lock", "Cargo.toml")]
-    rest = json.dumps(manifest, sort_keys=True, default=str)
-    files = (f"{name}={sum_}" for name, sum_ in sorted(built.read.files.items()) if name not in own)
-    return {**found, "source": _sum(rest, *files)}
 
 
 @dataclass(frozen=True)
@@ -186,7 +161,7 @@ def provenance(job: Job, built: Built, resolved: Dependencies) -> Document:
         "buildDefinition": {
             "buildType": BUILD_TYPE,
             "externalParameters": parameters,
-            "internalParameters": facts(job, built),
+            "internalParameters": job.facts(built),
             "resolvedDependencies": [*source, *inputs, *crates, rustc],
         },
         "runDetails": {"builder": {"id": builder()}},

@@ -9,12 +9,10 @@ import json
 import threading
 import urllib.parse
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from components.providers.artifacts import MANIFEST, Artifact, OciError, canonical
-
-if TYPE_CHECKING:
-    from components.providers.oci import Client
+from components.providers.client import Client
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 # What registries without a list of their own answer; some have a page for people there.

@@ -14,15 +14,11 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING
 
 from localcloud.api.errors import ApiError, reason
 from localcloud.api.faults import operation_fails, work_fails
 from localcloud.specs import BackendError
 from localcloud.store import Json, Record, Store
-
-if TYPE_CHECKING:
-    from localcloud.api.service import Services, Task
 
 logger = logging.getLogger("localcloud.operations")
 
@@ -35,21 +31,20 @@ _KEPT = 500
 
 
 class Operations:
-    """The worker. `kinds` says for each kind of record how its body shows the end."""
+    """The worker. `work` does a task, by its name and arguments; `kinds` says for each kind of record how its
+    body shows the end.
+    """
 
-    def __init__(self, store: Store, tasks: dict[str, Task], kinds: Mapping[str, Finish]) -> None:
+    def __init__(
+        self, store: Store, work: Callable[[str, Json], Json | None], kinds: Mapping[str, Finish]
+    ) -> None:
         self._store = store
-        self._tasks = tasks
+        self._work = work
         self._kinds = kinds
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="operation")
         self._changed = threading.Condition()
         self._closed = threading.Event()
         self._queues: dict[str, deque[Callable[[], None]]] = {}
-        self._services: Services | None = None
-
-    def attach(self, services: Services) -> None:
-        """Say with what the tasks work."""
-        self._services = services
 
     def submit(self, record: Record, target: str, task: str, arguments: Json) -> Json:
         """Keep a new operation, and have its work done once the caller's transaction is kept."""
@@ -130,13 +125,13 @@ class Operations:
 
     def _do(self, key: str) -> None:
         record = self._store.get(key)
-        if record is None or self._services is None:
+        if record is None:
             return
         response: Json | None = None
         error: ApiError | None = None
         work_fails.set(record.private.get("fails", False))
         try:
-            response = self._tasks[record.private["task"]](self._services, record.private["arguments"])
+            response = self._work(record.private["task"], record.private["arguments"])
             if work_fails.get():  # no backend had a part in it
                 raise ApiError(500, "fault: the work was done, and the operation is to fail")  # noqa: TRY301
         except ApiError as raised:

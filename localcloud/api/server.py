@@ -94,13 +94,15 @@ class Api:
             container.OPERATION: container_operations.finish,
             artifactregistry.OPERATION: artifactregistry.finish,
         }
-        operations = Operations(store, TABLE.tasks, kinds)
+        operations = Operations(store, self._work, kinds)
         faulty = cast("Backends", FaultyBackends(backends, store))
         self.services = Services(home, config, store, faulty, operations)
-        operations.attach(self.services)
         self.control_planes = ControlPlanes(
             backends.suspend_cluster, lambda: control_planes.reconcile(self.services)
         )
+
+    def _work(self, task: str, arguments: Json) -> Json | None:
+        return TABLE.tasks[task](self.services, arguments)
 
     def restore(self) -> None:
         """Take up what an earlier process left, and bring the backends to what the store says."""

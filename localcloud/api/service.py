@@ -9,16 +9,14 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from localcloud.api.discovery import Method
 from localcloud.api.errors import ApiError
+from localcloud.api.operations import Operations
 from localcloud.home import Config, Home
 from localcloud.specs import Cluster, ClusterSpec, InstanceSpec, Part
 from localcloud.store import Json, Store
-
-if TYPE_CHECKING:
-    from localcloud.api.discovery import Method
-    from localcloud.api.operations import Operations
 
 
 class Backends(Protocol):

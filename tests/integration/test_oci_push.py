@@ -30,6 +30,7 @@ from components.providers import (
     referrers,
     signature,
 )
+from components.providers.client import Client
 from tests.integration.conftest import REPOSITORY
 
 REGISTRY = shutil.which("registry")
@@ -127,7 +128,7 @@ def test_a_push_that_was_interrupted_between_blob_and_manifest_is_completed(
     artifact = artifacts.wasm_artifact(COMPONENT)
     half = artifacts.Artifact(artifact.manifest, artifact.blobs[:1])
     with pytest.raises(artifacts.OciError, match="MANIFEST_BLOB_UNKNOWN"):
-        oci.Client(repository).push_artifact(half, "half")
+        Client(repository).push_artifact(half, "half")
     digest = oci.push(repository, "wasm", component)
     assert get(repository, f"manifests/{digest}").ok
 
@@ -144,8 +145,8 @@ def test_delete_removes_tag_and_manifest_and_a_second_delete_is_fine(repository:
 def test_delete_leaves_a_tag_that_points_elsewhere_by_now(repository: str, component: str) -> None:
     digest = oci.push(repository, "wasm", component)
     tag = oci.tag_for(component)
-    newer = oci.Client(repository).push_artifact(artifacts.agent_artifact(b"newer"), tag)
-    oci.Client(repository).delete_artifact(digest, tag)
+    newer = Client(repository).push_artifact(artifacts.agent_artifact(b"newer"), tag)
+    Client(repository).delete_artifact(digest, tag)
     assert get(repository, f"manifests/{tag}").headers["Docker-Content-Digest"] == newer
 
 
@@ -214,7 +215,7 @@ def test_cosign_verifies_what_is_attested_and_refuses_another_key(
 ) -> None:
     pair, other = signature.generate_key(), signature.generate_key()
     digest, pushed = attested(pair.private_key)
-    image, client = f"{repository}@{digest}", oci.Client(repository)
+    image, client = f"{repository}@{digest}", Client(repository)
     if left_out == "tag":
         client.delete_artifact(pushed["attestation_digest"], artifacts.attestation_tag(digest))
     for bundle in pushed["bundle_digests"] if left_out == "bundle" else ():
@@ -287,7 +288,7 @@ def test_what_others_have_refer_to_an_image_stays_when_its_signature_goes(
     repository: str, component: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest = oci.push(repository, "wasm", component)
-    client = oci.Client(repository)
+    client = Client(repository)
     subject = referrers.subject_descriptor(client, digest)
     others = referrers.Referrers(client, digest).push(artifacts.bundle_artifact("{}", subject))
     signed = signature.sign(signature.generate_key().private_key, repository, digest)

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,20 @@ def test_configuration_is_read_in_one_place(path: Path) -> None:
         if isinstance(node, ast.Attribute) and ast.unparse(node) == "pulumi.Config"
     ]
     assert not reads or path.name == "config.py"
+
+
+def test_no_module_needs_itself() -> None:
+    """A circle counts also where only the type checker, or a function that runs later, closes it."""
+    files = [REPOSITORY / "__main__.py", *SCRIPTS, *LOCALCLOUD, *(REPOSITORY / "components").rglob("*.py")]
+    modules = {
+        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in files
+    }
+    graph = {
+        module: {other for other in imported(path) if other in modules} for module, path in modules.items()
+    }
+    assert graph["localcloud.api.server"] >= {"localcloud.api.service", "localcloud.api.operations"}
+    TopologicalSorter(graph).prepare()  # raises CycleError with the circle
 
 
 def test_a_preview_imports_no_client_of_what_it_does_not_ask() -> None:

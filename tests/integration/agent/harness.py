@@ -28,6 +28,7 @@ import requests
 from kubernetes.client.exceptions import ApiException
 
 from components.providers import artifacts, certificates, oci, registration, signature
+from components.providers.client import Client
 from localcloud.backends.supervisor import Supervisor
 from localcloud.home import Home
 from tests.guests import build as guests
@@ -74,7 +75,7 @@ class Registry:
         """
         repository = f"{self.uri}/{name}"
         with mock.patch.dict(os.environ, {"GOOGLE_OAUTH_ACCESS_TOKEN": self._token}):
-            digest = oci.Client(repository).push_artifact(artifact, tag)
+            digest = Client(repository).push_artifact(artifact, tag)
             if key is not None:
                 signed = signature.sign(key or self.key.private_key, repository, digest)
                 oci.push_signature(repository, digest, signed.payload, signed.signature)

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from components.providers import artifacts, oci, signature
+from components.providers import artifacts, signature
+from components.providers.client import Client
 from tests.guests import build as guests
 from tests.integration.agent.conftest import AgentFactory
 from tests.integration.agent.harness import Agent, Workspace, custom_section, layout
@@ -242,5 +243,5 @@ def test_a_bad_layer_takes_nothing_from_the_good_signature_beside_it(
     manifest["layers"] = [*garbage, {**layer, "size": 1 << 40}, layer, *garbage]
     mixed = artifacts.Artifact(artifacts.Blob(artifacts.MANIFEST, artifacts.canonical(manifest)), good.blobs)
     monkeypatch.setenv("GOOGLE_OAUTH_ACCESS_TOKEN", space.cluster.cloud.token)
-    oci.Client(repository).push_artifact(mixed, artifacts.signature_tag(digest))
+    Client(repository).push_artifact(mixed, artifacts.signature_tag(digest))
     space.serve(image=image).wait_ready()

@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 
 from components.providers import artifacts, oci, referrers, signature
+from components.providers.client import Client
 from tests.integration.agent.harness import Pod, Workspace, artifact
 
 OFFLINE = ("--yes", "--use-signing-config=false", "--tlog-upload=false")
@@ -41,8 +42,8 @@ class Image:
         return self.name.partition("@")[2]
 
     @property
-    def client(self) -> oci.Client:
-        return oci.Client(self.repository)
+    def client(self) -> Client:
+        return Client(self.repository)
 
     def signed(self, digest: str = "", key: str = "") -> signature.Signed:
         """A signature over this image, or another digest, by the trusted key or another one."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pulumi
 import pytest
 
-from components.providers import cache, cargo, inputs, origin
+from components.providers import cache, cargo, inputs
 from components.providers.artifacts import Interface
 from components.providers.compiler import WASM_TARGET, CargoError
 
@@ -526,7 +526,7 @@ def test_a_preview_says_of_which_part_of_its_origin_an_app_has_another(
 
     def facts() -> dict[str, str]:
         job = cargo.job_for(app, WASM_TARGET, "release")
-        return origin.facts(job, job.built())
+        return job.facts(job.built())
 
     before = facts()
     change(app, monkeypatch)

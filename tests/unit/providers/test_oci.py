@@ -18,6 +18,7 @@ from pulumi.dynamic import ResourceProvider
 from pulumi.runtime.rpc import UNKNOWN
 
 from components.providers import artifacts, attestation, cache, oci
+from components.providers.client import ATTEMPTS, Client
 from components.providers.signature import generate_key, payload
 
 ACTIONS = {"GET": "pull", "HEAD": "pull", "POST": "push", "PUT": "push", "DELETE": "delete"}
@@ -131,7 +132,7 @@ BINARY = b"krustlet" * 2**20
 
 def push(registry: Registry) -> str:
     """Push a big artifact."""
-    return oci.Client(registry.name).push_artifact(artifacts.agent_artifact(BINARY), "tag")
+    return Client(registry.name).push_artifact(artifacts.agent_artifact(BINARY), "tag")
 
 
 def test_a_big_blob_is_sent_once_and_with_a_token(registry: Registry) -> None:
@@ -142,7 +143,7 @@ def test_a_big_blob_is_sent_once_and_with_a_token(registry: Registry) -> None:
 
 
 def test_a_token_that_ended_is_replaced_by_a_new_one(registry: Registry) -> None:
-    client = oci.Client(registry.name)
+    client = Client(registry.name)
     first = client.push_artifact(artifacts.agent_artifact(b"1"), "1")
     registry.expire()
     assert client.push_artifact(artifacts.agent_artifact(b"2"), "2") != first
@@ -171,7 +172,7 @@ def test_a_registry_that_does_not_answer_is_given_up_in_the_end(
         return 503, {}, b""
 
     monkeypatch.setattr(registry, "answer", answer)
-    monkeypatch.setattr(oci, "TIMEOUT", (1, 0.05))
+    monkeypatch.setattr("components.providers.client.TIMEOUT", (1, 0.05))
     try:
         with pytest.raises(artifacts.OciError, match=r"registry 127.0.0.1:.* cannot be reached: .*timed out"):
             push(registry)
@@ -275,7 +276,7 @@ def test_a_registry_that_is_away_is_an_error_and_nothing_is_gone(
 ) -> None:
     provider, inputs = kind(), {**binary, **SIGNED}
     made = made_by(provider, inputs)
-    registry.failures = [status] * oci.ATTEMPTS
+    registry.failures = [status] * ATTEMPTS
     with pytest.raises(artifacts.OciError, match=str(status)):
         provider.read("id", made)
 
