@@ -153,11 +153,6 @@ def cluster_version() -> str:
     return found.group(1)
 
 
-def admin_kubeconfig(home: Home, name: str) -> Path:
-    """A kubeconfig of the group `system:masters`, for repairs and tests."""
-    return home.root / "clusters" / name / "admin.kubeconfig"
-
-
 def _program(cluster: str, part: str) -> str:
     # A dot is in no cluster's name: `a` and `a-b` cannot meet.
     return f"cluster-{cluster}.{part}"

@@ -22,7 +22,6 @@ import http.client
 import json
 import os
 import shutil
-import signal
 import socket
 import stat
 import subprocess
@@ -34,7 +33,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from localcloud.backends.processes import MARK, end, mark, marked, send, start_time, wait_until
+from localcloud.backends.processes import MARK, end, mark, marked, start_time, wait_until
 from localcloud.home import Home, write_private
 from localcloud.sources import CHECKOUT
 from localcloud.specs import BackendError
@@ -591,10 +590,3 @@ class _UnixTransport(xmlrpc.client.Transport):
 
     def make_connection(self, host: Any) -> http.client.HTTPConnection:  # noqa: ARG002
         return _UnixConnection(self._path)
-
-
-def signal_program(supervisor: Supervisor, name: str, number: signal.Signals) -> None:
-    """Send a signal to the process of a program, if there is one."""
-    pid = supervisor.status(name).pid
-    if pid:
-        send(pid, number)

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 import requests
 from kubernetes import client, config, watch
 
+from localcloud.backends.processes import wait_until
 from scripts.lib import paths
 
 NAMESPACE = "bench"
@@ -101,21 +102,23 @@ def _peer(component: Path) -> Iterator[tuple[str, str]]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
-        _until(lambda: requests.get(f"{url}/healthz", timeout=1).ok, "wasmtime serve to answer", 30)
+        _until(lambda: _is_healthy(url), "wasmtime serve to answer", 30)
         yield " ".join(command), url
     finally:
         process.terminate()
         process.wait()
 
 
-def _until(condition: Any, what: str, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        with contextlib.suppress(requests.RequestException):
-            if condition():
-                return
-        time.sleep(0.05)
-    raise BenchError(f"waited {timeout:.0f} s in vain for {what}")
+def _is_healthy(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/healthz", timeout=1).ok
+    except requests.RequestException:
+        return False
+
+
+def _until(condition: Callable[[], bool], what: str, timeout: float) -> None:
+    if not wait_until(condition, timeout, 0.05):
+        raise BenchError(f"waited {timeout:.0f} s in vain for {what}")
 
 
 def _pod(outputs: dict[str, Any], name: str, port: int) -> client.V1Pod:

@@ -247,7 +247,6 @@ def _pytest(directory: str) -> Suite:
     return Suite(("python", "-m", "pytest", "-q", directory))
 
 
-CARGO = ("cargo", "--quiet")
 SUITES: dict[str, list[Suite]] = {
     "lint": [
         Suite(("ruff", "check", ".")),
