@@ -66,6 +66,11 @@ def check_places() -> None:
                 pass
         except OSError as error:
             raise StepError(f"cannot write in {place}: {error.strerror}; {remedy}") from error
+    if os.pathsep in str(paths.CACHE):
+        raise StepError(
+            f"no program in {paths.CACHE} can be found, as a `{os.pathsep}` ends an entry of PATH; "
+            "set XDG_CACHE_HOME to a directory without one"
+        )
 
 
 def warn_of_disk() -> None:

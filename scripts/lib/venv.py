@@ -1,5 +1,6 @@
 """The virtual environment, in the cache and keyed by the lock file and the Python that it is made with."""
 
+import ast
 import hashlib
 import os
 import re
@@ -15,6 +16,24 @@ from scripts.lib.steps import Log, StepError, lock, step
 
 LOCK_FILE = paths.REPOSITORY / "requirements.txt"
 UV = Path(__file__).with_name("uv.txt")
+# What a user may tell pip: from where to install, and how to get there. What, and to where, is ours to say.
+_SOURCES = (
+    "cache-dir",
+    "cert",
+    "client-cert",
+    "extra-index-url",
+    "find-links",
+    "index-url",
+    "keyring-provider",
+    "no-index",
+    "proxy",
+    "retries",
+    "timeout",
+    "trusted-host",
+)
+_INSTALLERS = re.compile(
+    r"PIP_|UV_(?!(DEFAULT_INDEX|INDEX|INDEX_\w+|EXTRA_INDEX_URL|FIND_LINKS|INSECURE_HOST|OFFLINE|HTTP_\w+)$)"
+)
 
 
 def directory() -> Path:
@@ -30,29 +49,40 @@ def _make(target: Path, log: Log) -> Path:
     pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input"]
     # What is compiled here is never read: PYTHONPYCACHEPREFIX leads elsewhere, and to what is imported only.
     install = [*pip, "install", "--no-compile", "--require-hashes"]
+    environment = _sources(pip)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         try:
-            log.run([*install, "--requirement", str(UV), "--target", f"{scratch}/uv"])
+            log.run([*install, "--requirement", str(UV), "--target", f"{scratch}/uv"], env=environment)
             # Its cache beside the environment: files are linked from it, and only those links stay.
-            uv = [f"{scratch}/uv/bin/uv", "--cache-dir", f"{scratch}/cache", "pip", "install"]
+            uv = [f"{scratch}/uv/bin/uv", "--no-config", "--cache-dir", f"{scratch}/cache", "pip", "install"]
             what = ["--python", python, "--require-hashes", "--requirement", str(LOCK_FILE)]
-            log.run([*uv, *what], env=_as_pip(pip))
+            log.run([*uv, *what], env=environment)
         except StepError:
             # Not for this platform, or it does not reach what pip does.
-            log.run([*install, "--requirement", str(LOCK_FILE)])
+            log.run([*install, "--requirement", str(LOCK_FILE)], env=environment)
     # The last thing: an environment without it was interrupted and is made anew.
     (target / "complete").touch()
     return target
 
 
-def _as_pip(pip: Sequence[str]) -> dict[str, str]:
-    """An environment in which uv asks the index, and believes the certificates, that pip is told to."""
-    asked = subprocess.run([*pip, "config", "list"], capture_output=True, text=True, check=False)
+def _sources(pip: Sequence[str]) -> dict[str, str]:
+    """An environment in which pip and uv ask, and believe, whom the user has them ask, and do as we say."""
+    variables = {key: f"PIP_{key.replace('-', '_').upper()}" for key in _SOURCES}
+    # Not the others: some change what this tells, too.
+    wanted = {*variables.values(), "PIP_CONFIG_FILE"}
+    given = {name: os.environ[name] for name in os.environ if name in wanted or not name.startswith("PIP_")}
+    asked = subprocess.run([*pip, "config", "list"], env=given, capture_output=True, text=True, check=False)
     told: dict[str, str] = {}
     for place in ("global", "install", ":env:"):  # what stands later goes before
-        told |= re.findall(rf"^{place}\.(index-url|cert)='(.*)'$", asked.stdout, re.MULTILINE)
+        found = re.findall(rf"^{place}\.([\w-]+)=(['\"].*)$", asked.stdout, re.MULTILINE)
+        told |= {key: ast.literal_eval(value) for key, value in found if key in _SOURCES}
     names = {"UV_DEFAULT_INDEX": "index-url", "SSL_CERT_FILE": "cert"}
-    return {**{name: told[key] for name, key in names.items() if key in told}, **os.environ}
+    return {
+        **{name: told[key] for name, key in names.items() if key in told},
+        **{name: value for name, value in os.environ.items() if not _INSTALLERS.match(name)},
+        **{variables[key]: value for key, value in told.items()},
+        "PIP_CONFIG_FILE": os.devnull,  # no file is read besides
+    }
 
 
 def is_complete() -> bool:
@@ -92,21 +122,16 @@ def policies() -> Path:
         with lock(target.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             if not target.is_dir():
                 made = Path(scratch) / "policy"
-                pip = [
-                    str(directory() / "bin" / "python"),
-                    "-m",
-                    "pip",
-                    "install",
-                    "--disable-pip-version-check",
-                ]
+                pip = [str(directory() / "bin" / "python"), "-m", "pip"]
+                install = [*pip, "--disable-pip-version-check", "--no-input", "install", "--no-compile"]
                 what = [
-                    "--no-input",
-                    "--no-compile",
                     "--no-deps",
                     "--require-hashes",
                     "--requirement",
                     str(lock_file),
+                    "--target",
+                    str(made),
                 ]
-                step("policy pack", lambda log: log.run([*pip, *what, "--target", made]))
+                step("policy pack", lambda log: log.run([*install, *what], env=_sources(pip)))
                 made.rename(target)
     return target

@@ -154,6 +154,15 @@ def test_a_place_that_cannot_be_written_in_is_named_before_anything_is_built(
         prerequisites.check_places()
 
 
+def test_a_cache_from_which_no_path_can_lead_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, name in (("CACHE", "a:b"), ("PASSPHRASE", "passphrase"), ("REPOSITORY", "checkout")):
+        monkeypatch.setattr(paths, place, tmp_path / name)
+    with pytest.raises(StepError, match="`:` ends an entry of PATH; set XDG_CACHE_HOME"):
+        prerequisites.check_places()
+
+
 def test_a_disk_on_which_the_node_would_take_no_pod_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
