@@ -37,7 +37,7 @@ _RBAC = "/apis/rbac.authorization.k8s.io/v1"
 # From a start on empty data: about 4 s on two idle cores.
 _READY_SECONDS = 120
 # A healthy part starts once; the API server gives up a few times while a slow etcd begins.
-_MOST_STARTS = 8
+_MOST_STARTS = {"etcd": 3, "apiserver": 8}
 
 
 def create_cluster(home: Home, supervisor: Supervisor, spec: ClusterSpec) -> Cluster:
@@ -80,12 +80,15 @@ def _wait_until_ready(home: Home, supervisor: Supervisor, spec: ClusterSpec, api
     Raises:
         BackendError: it takes too long, or a part ends again and again.
     """
-    starts: dict[str, set[int]] = {_program(spec.name, part): set() for part in ("etcd", "apiserver")}
+    pids: dict[str, set[int]] = {part: set() for part in _MOST_STARTS}
 
     def crashing() -> str:
-        for program, pids in starts.items():
-            pids.add(supervisor.status(program).pid)
-        return next((program for program, pids in starts.items() if len(pids - {0}) > _MOST_STARTS), "")
+        for part, most in _MOST_STARTS.items():
+            program = _program(spec.name, part)
+            pids[part].add(supervisor.status(program).pid)
+            if len(pids[part] - {0}) > most:
+                return program
+        return ""
 
     if not wait_until(lambda: bool(crashing()) or api.is_ready(), _READY_SECONDS, 0.1):
         program = _program(spec.name, "apiserver")
