@@ -88,6 +88,11 @@ def _authorized(
     }
 
 
+def _maintenance(start: str) -> gcp.container.ClusterMaintenancePolicyArgsDict | None:
+    """Give when Google may upgrade the cluster, None for whenever it likes."""
+    return {"daily_maintenance_window": {"start_time": start}} if start else None
+
+
 class KubernetesCluster(pulumi.ComponentResource):
     """A GKE cluster in a network of its own."""
 
@@ -150,6 +155,7 @@ class KubernetesCluster(pulumi.ComponentResource):
             },
             release_channel={"channel": args.cluster.release_channel},
             master_authorized_networks_config=_authorized(args.cluster.authorized_networks),
+            maintenance_policy=_maintenance(args.cluster.maintenance_window),
             # Google makes no cluster without a pool, and what is said of that one cannot be changed later.
             initial_node_count=1,
             remove_default_node_pool=True,

@@ -40,6 +40,7 @@ _ZONE = re.compile(r"[a-z]+-[a-z]+[0-9]+-[a-z]")
 _PROJECT = re.compile(r"([a-z0-9.-]+:)?[a-z][-a-z0-9]{4,28}[a-z0-9]")
 _MEMORY = re.compile(r"[1-9][0-9]*(Ki|Mi|Gi|k|M|G)?")
 _CPU = re.compile(r"[1-9][0-9]*m|[1-9][0-9]*(\.[0-9]+)?|0\.[0-9]*[1-9][0-9]*")
+_TIME_OF_DAY = re.compile(r"|([01][0-9]|2[0-3]):[0-5][0-9]")
 _RUST_TARGET = re.compile(r"|[a-z0-9_.]+(-[a-z0-9_.]+){1,3}")
 _WORD = re.compile(r"[A-Za-z0-9._/-]+")
 NAME_RULE = (
@@ -92,6 +93,7 @@ class ClusterConfig:
     nodes: int
     deletion_protection: bool
     authorized_networks: tuple[str, ...]
+    maintenance_window: str
 
 
 @dataclass(frozen=True)
@@ -257,6 +259,9 @@ def load() -> StackConfig:
             nodes=keys.integer("clusterNodes", 1, 100),
             deletion_protection=keys.boolean("deletionProtection"),
             authorized_networks=keys.cidrs("authorizedNetworks"),
+            maintenance_window=keys.text(
+                "maintenanceWindow", _TIME_OF_DAY, "a time of day in GMT, as in 03:00, or nothing"
+            ),
         ),
         node=NodeConfig(
             name=keys.text("nodeName", _DNS_LABEL, NAME_RULE),

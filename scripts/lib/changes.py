@@ -121,6 +121,7 @@ CHANGES = (
     Change("clusterNodes", "2", update("cluster-pool")),
     Change("deletionProtection", "true", update("cluster-cluster"), note="the next destroy is refused"),
     Change("authorizedNetworks", '["127.0.0.0/8"]', update("cluster-cluster")),
+    Change("maintenanceWindow", "03:00", update("cluster-cluster")),
     Change(
         "networkCidr",
         "10.40.0.0/20",

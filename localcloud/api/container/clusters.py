@@ -16,7 +16,7 @@ from localcloud.api.container.common import (
     spellings,
     stamped,
 )
-from localcloud.api.container.description import filled
+from localcloud.api.container.description import filled, maintained
 from localcloud.api.container.operations import begin
 from localcloud.api.errors import ApiError
 from localcloud.api.service import TABLE, Call, fingerprint
@@ -143,6 +143,21 @@ def _set_labels(call: Call) -> Json:
     record.body["resourceLabels"] = call.body.get("resourceLabels", {})
     record.body["labelFingerprint"] = fingerprint(record.body["resourceLabels"])
     return _changed(call, record, "UPDATE_CLUSTER")
+
+
+@TABLE.serves(*spellings("clusters.setMaintenancePolicy"))
+def _set_maintenance_policy(call: Call) -> Json:
+    record = changeable(call)
+    policy: Json = call.body.get("maintenancePolicy") or {}
+    version = record.body["maintenancePolicy"]["resourceVersion"]
+    if policy.get("resourceVersion", version) != version:
+        raise ApiError(
+            400,
+            "The maintenance policy has changed: its resourceVersion is another.",
+            status="FAILED_PRECONDITION",
+        )
+    record.body["maintenancePolicy"] = maintained(policy)
+    return _changed(call, record, "SET_MAINTENANCE_POLICY")
 
 
 @TABLE.serves("container.projects.locations.getServerConfig", "container.projects.zones.getServerconfig")

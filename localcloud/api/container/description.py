@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from ipaddress import IPv4Network
 
@@ -45,6 +46,7 @@ def filled(call: Call, cluster: Json, key: str) -> Json:
         "networkConfig": cluster.get("networkConfig", {})
         | {"network": network.key, "subnetwork": subnetwork.key},
     }
+    body["maintenancePolicy"] = maintained(cluster.get("maintenancePolicy") or {})
     body |= _ranges(call, cluster, network, subnetwork)
     body["nodePools"] = [described(call, pool, body, key) for pool in _pools(cluster)]
     defaults: Json = {
@@ -65,6 +67,21 @@ def filled(call: Call, cluster: Json, key: str) -> Json:
     body |= {field: value for field, value in defaults.items() if field not in body}
     count(body)
     return stamped(body)
+
+
+def maintained(policy: Json) -> Json:
+    """When a cluster may be upgraded, as Google shows it: a daily window has four hours from its start, GMT.
+
+    Raises:
+        ApiError: 400, the start is no time of day.
+    """
+    shown = {field: value for field, value in policy.items() if field != "resourceVersion"}
+    daily = (shown.get("window") or {}).get("dailyMaintenanceWindow")
+    if daily is not None:
+        if not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", str(daily.get("startTime", ""))):
+            raise ApiError(400, "The daily maintenance window's startTime must be HH:MM, in GMT.")
+        shown["window"] = {"dailyMaintenanceWindow": {**daily, "duration": "PT4H0M0S"}}
+    return shown | {"resourceVersion": fingerprint(shown)}
 
 
 def _ranges(call: Call, cluster: Json, network: Record, subnetwork: Record) -> Json:

@@ -52,6 +52,8 @@ class Cluster(Resource):
         outputs = super().outputs(live, known)
         if not (live.get("masterAuthorizedNetworksConfig") or {}).get("enabled"):
             outputs.pop("masterAuthorizedNetworksConfig", None)
+        if not (live.get("maintenancePolicy") or {}).get("window"):
+            outputs.pop("maintenancePolicy", None)
         return outputs | {
             "networkingMode": "VPC_NATIVE" if native else "ROUTES",
             "effectiveLabels": labels,
@@ -72,6 +74,12 @@ class Cluster(Resource):
             wanted = {"enabled": True, **to_rest(fields, given)} if given else {"enabled": False}
             body = {"update": {"desiredMasterAuthorizedNetworksConfig": wanted}}
             self._operate("PUT", change.item, change.deadline, body)
+        if "maintenancePolicy" in change.names:
+            given = change.new.get("maintenancePolicy") or {}
+            policy = to_rest(self.spec.field("maintenancePolicy").fields, given)
+            version = (change.live.get("maintenancePolicy") or {}).get("resourceVersion")
+            body = {"maintenancePolicy": {**policy, "resourceVersion": version}}
+            self._operate("POST", f"{change.item}:setMaintenancePolicy", change.deadline, body)
         if "ipAllocationPolicy" in change.names:
             stack = (change.new.get("ipAllocationPolicy") or {}).get("stackType")
             self._operate("PUT", change.item, change.deadline, {"update": {"desiredStackType": stack}})

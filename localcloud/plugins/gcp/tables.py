@@ -474,6 +474,20 @@ CLUSTER = ResourceType(
                 Field("gcpPublicCidrsAccessEnabled", B, update=OWN, decided=True),
             ),
         ),
+        Field(
+            "maintenancePolicy",
+            OBJ,
+            update=OWN,
+            fields=(
+                Field(
+                    "dailyMaintenanceWindow",
+                    OBJ,
+                    rest="window.dailyMaintenanceWindow",
+                    update=OWN,
+                    fields=(Field("startTime", required=True, update=OWN), _out("duration")),
+                ),
+            ),
+        ),
         Field("workloadIdentityConfig", OBJ, update=OWN, fields=(Field("workloadPool", update=OWN),)),
         _out("endpoint"),
         _out("masterVersion", rest="currentMasterVersion"),

@@ -83,6 +83,29 @@ def test_cluster_keeps_its_network(client: Client) -> None:
     assert "clusters/c1" in client.error(400, "DELETE", f"{COMPUTE}/global/networks/n")
 
 
+def test_a_clusters_maintenance_window_is_set_and_taken_back_and_a_stale_policy_is_refused(
+    client: Client,
+) -> None:
+    def window(start: str) -> dict[str, Any]:
+        return {"window": {"dailyMaintenanceWindow": {"startTime": start}}}
+
+    assert "HH:MM" in client.error(400, "POST", CLUSTERS, _cluster(maintenancePolicy=window("3 am")))
+    client.done(client.ok("POST", CLUSTERS, _cluster()))
+    before = client.ok("GET", f"{CLUSTERS}/c1")["maintenancePolicy"]
+    assert set(before) == {"resourceVersion"}
+    for start in ("03:00", "23:59"):
+        stale, before = before, client.ok("GET", f"{CLUSTERS}/c1")["maintenancePolicy"]
+        policy = window(start) | {"resourceVersion": before["resourceVersion"]}
+        body = {"maintenancePolicy": policy}
+        client.done(client.ok("POST", f"{CLUSTERS}/c1:setMaintenancePolicy", body))
+        shown = client.ok("GET", f"{CLUSTERS}/c1")["maintenancePolicy"]["window"]
+        assert shown == {"dailyMaintenanceWindow": {"startTime": start, "duration": "PT4H0M0S"}}
+    client.error(400, "POST", f"{CLUSTERS}/c1:setMaintenancePolicy", {"maintenancePolicy": stale})
+    client.error(400, "POST", f"{CLUSTERS}/c1:setMaintenancePolicy", {"maintenancePolicy": window("24:00")})
+    client.done(client.ok("POST", f"{CLUSTERS}/c1:setMaintenancePolicy", {"maintenancePolicy": {}}))
+    assert "window" not in client.ok("GET", f"{CLUSTERS}/c1")["maintenancePolicy"]
+
+
 def test_cluster_is_updated_by_desired_fields_and_by_labels(client: Client) -> None:
     client.done(client.ok("POST", CLUSTERS, _cluster()))
     client.done(client.ok("PUT", f"{CLUSTERS}/c1", {"update": {"desiredLoggingService": "x.googleapis.com"}}))

@@ -351,6 +351,25 @@ def test_who_may_reach_a_cluster_is_changed_and_opened_again(before: Any, after:
     assert (key in state) is sent["enabled"]
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, "03:00"), ("03:00", "04:30"), ("03:00", None)])
+def test_when_a_cluster_may_be_upgraded_is_changed_and_left_to_google_again(
+    before: str | None, after: str | None
+) -> None:
+    def given(start: str | None) -> Properties:
+        window: Properties = {"dailyMaintenanceWindow": {"startTime": start}}
+        return {"name": "c"} | ({"maintenancePolicy": window} if start else {})
+
+    item = "projects/p/locations/z/clusters/c"
+    wanted: dict[str, Any] = {"window": {"dailyMaintenanceWindow": {"startTime": after}}} if after else {}
+    google = Recorder(clusters__c={"name": "c", "maintenancePolicy": {**wanted, "resourceVersion": "v"}})
+    state = provider(google).update(
+        resource(tables.CLUSTER, item), {}, given(before), given(after), preview=False
+    )
+    sent = {"maintenancePolicy": {**wanted, "resourceVersion": "v"}}
+    assert google.calls == [("POST", f"{item}:setMaintenancePolicy", sent)]
+    assert state.get("maintenancePolicy") == given(after).get("maintenancePolicy")
+
+
 def test_a_protected_cluster_is_not_deleted() -> None:
     google = Recorder()
     item = "projects/p/locations/europe-west1-b/clusters/c"
