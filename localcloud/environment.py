@@ -14,6 +14,8 @@ from localcloud.sources import CHECKOUT
 _PACKAGE = CHECKOUT / "localcloud"
 # A proxy would take a loopback address for one of its own machine.
 _DIRECT = ("localhost", "127.0.0.1", "127.0.0.0/8", "::1")
+# Each client has its own idea of which one counts; the last is gRPC's, which then reads no other.
+NO_PROXY = ("NO_PROXY", "no_proxy", "no_grpc_proxy")
 STAND_INS = ("gcp", "kubernetes", "command")
 
 
@@ -52,11 +54,10 @@ def without_proxy(home: Home) -> dict[str, str]:
 
     The addresses of the first instances are named one by one for curl before 7.86, which knows no networks.
     """
-    given = [os.environ.get(name, "") for name in ("NO_PROXY", "no_proxy")]
+    given = [os.environ.get(name, "") for name in NO_PROXY]
     users = [entry.strip() for entry in ",".join(given).split(",")]
     own = [*_DIRECT, *(f"{home.network}.{last}" for last in range(2, 6))]
-    # Both spellings: each client has its own idea of which one counts.
-    return dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(dict.fromkeys(filter(None, [*users, *own]))))
+    return dict.fromkeys(NO_PROXY, ",".join(dict.fromkeys(filter(None, [*users, *own]))))
 
 
 def exports(home: Home, config: Config) -> str:

@@ -147,7 +147,7 @@ def for_google() -> dict[str, str]:
     # Which products have a variable depends on the packages that localcloud's own Python sees.
     names |= {name for name in os.environ if endpoints.is_variable(name)}
     names |= {"PULUMI_STACK"}
-    names -= {"NO_PROXY", "no_proxy"}  # pulumi talks to its plugins on loopback there too
+    names -= {*localcloud.NO_PROXY}  # pulumi talks to its plugins on loopback there too
     users = (
         {} if "LOCALCLOUD_HOME" in os.environ else {key: os.environ[key] for key in names & os.environ.keys()}
     )

@@ -81,6 +81,7 @@ MACHINES = {
     "space": Machine("a b"),
     "characters": Machine("a:b#c%41?d=e'f\"g$HOME`h`&;*[i]"),
     "unicode": Machine("höhe-漢字-🦀"),
+    "bytes": Machine("new\nline\ttab\udce9"),
     "autocrlf": Machine(make=lambda checkout: _clone(checkout, "-c", "core.autocrlf=true")),
     "python": Machine(
         variables={
@@ -120,6 +121,7 @@ MACHINES = {
             **dict.fromkeys(("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"), PROXY),
             "ALL_PROXY": "socks5://127.0.0.1:9",
             "NO_PROXY": "theirs.example",
+            "no_grpc_proxy": "theirs.example",
         }
     ),
     "ascii": Machine(variables={"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}),

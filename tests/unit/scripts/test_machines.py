@@ -91,10 +91,12 @@ def test_loopback_goes_to_no_proxy_and_what_the_user_excepts_stays_excepted(
 ) -> None:
     monkeypatch.setenv("NO_PROXY", users)
     monkeypatch.setenv("no_proxy", "lower.example")
+    monkeypatch.setenv("no_grpc_proxy", "grpc.example")
     found = environment.before_localcloud()
-    for name in ("NO_PROXY", "no_proxy"):
+    for name in ("NO_PROXY", "no_proxy", "no_grpc_proxy"):
         entries = found[name].split(",")
-        wanted = {*filter(None, users.replace(" ", "").split(",")), "lower.example", "127.0.0.1", "localhost"}
+        wanted = {*filter(None, users.replace(" ", "").split(",")), "lower.example", "grpc.example"}
+        wanted |= {"127.0.0.1", "localhost"}
         assert wanted | {f"{Home(paths.LOCALCLOUD_HOME).network}.2"} <= set(entries)
         assert len(entries) == len(set(entries))
         monkeypatch.setenv(name, found[name])
