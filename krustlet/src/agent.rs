@@ -10,7 +10,7 @@ use crate::events::{Recorder, Severity};
 use crate::eviction::Evictor;
 use crate::google::MetadataServer;
 use crate::image_gc::ImageGc;
-use crate::memory::Memory;
+use crate::memory::{Memory, PodsMemory};
 use crate::node::{self, Keeper, Machine, NodeConfig, Readiness};
 use crate::panics::message_of;
 use crate::pod::context::NodeContext;
@@ -114,14 +114,15 @@ async fn serve(
     };
     let disk = Disk::watch(names.data_dir.clone()).await;
     let transition = options.eviction_pressure_transition_period;
-    let signals = Arc::new(Signals::new(Memory::this(), disk.clone(), names.eviction, transition));
+    let pods_memory = PodsMemory::Of(runtime.clone());
+    let signals = Arc::new(Signals::new(Memory::this(), pods_memory, disk.clone(), names.eviction, transition));
     let machine = Machine::measure(signals.clone());
     let facts = PodFacts {
         node_name: names.node_name.clone(),
         host_ip: address.to_string(),
         pod_ip: String::new(),
         allocatable_cpu_millis: machine.cpus * 1000,
-        allocatable_memory: machine.allocatable_memory(),
+        allocatable_memory: signals.allocatable_memory(),
     };
     let vital = Vital::default();
     let (events, send_events) = Recorder::new(client.clone(), &names.node_name);

@@ -62,8 +62,8 @@ pub struct Options {
     #[arg(long, env = "IMAGE_GC_LOW_THRESHOLD", default_value_t = 80, value_parser = clap::value_parser!(u8).range(..=100))]
     image_gc_low_threshold: u8,
 
-    /// How little may be left before pods are evicted [default:
-    /// memory.available<100Mi,nodefs.available<10%,nodefs.inodesFree<5%]
+    /// How little may be left before pods are evicted; allocatableMemory.available is as memory.available if not given
+    /// [default: memory.available<100Mi,nodefs.available<10%,nodefs.inodesFree<5%]
     #[arg(long, env = "KRUSTLET_EVICTION_HARD")]
     eviction_hard: Option<String>,
 

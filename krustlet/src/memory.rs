@@ -1,5 +1,6 @@
-//! The machine's memory, as far as the agent's control group may use it.
+//! The machine's memory, as far as the agent's control group may use it, and the part of it that pods have together.
 
+use krustlet_runtime::Runtime;
 use parking_lot::Mutex;
 
 /// In bytes.
@@ -10,7 +11,29 @@ pub struct Figures {
     pub available: u64,
 }
 
-/// Where it is looked up; zeros where the system does not tell.
+/// What all pods may take together, and what of it is left: what a kubelet reads from the control group of its pods. Those of
+/// this node run in the agent, whose accounts tell.
+#[derive(Debug)]
+pub enum PodsMemory {
+    Of(Runtime),
+    #[cfg(test)]
+    With(Figures),
+}
+
+impl PodsMemory {
+    pub fn figures(&self) -> Figures {
+        match self {
+            Self::Of(runtime) => {
+                let (total, used) = runtime.guest_memory();
+                Figures { total, available: total.saturating_sub(used) }
+            }
+            #[cfg(test)]
+            Self::With(figures) => *figures,
+        }
+    }
+}
+
+/// Where the machine's is looked up; zeros where the system does not tell.
 #[derive(Debug)]
 pub struct Memory(Mutex<(Option<sysinfo::System>, Figures)>);
 

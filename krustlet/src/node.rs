@@ -212,12 +212,6 @@ impl Machine {
         Self { signals, cpus: u64::try_from(cpus).unwrap_or(1) }
     }
 
-    /// What pods may take, in bytes, here and below: what the node is not to go below is kept from them.
-    pub fn allocatable_memory(&self) -> u64 {
-        let total = self.signals.memory().total;
-        total.saturating_sub(self.signals.thresholds.memory_available.of(total))
-    }
-
     fn allocatable_disk(&self) -> u64 {
         let total = self.signals.disk().last().total;
         total.saturating_sub(self.signals.thresholds.nodefs_available.of(total))
@@ -380,7 +374,7 @@ impl Keeper {
             )),
             allocatable: Some(Machine::resources(
                 machine.cpus,
-                machine.allocatable_memory(),
+                machine.signals.allocatable_memory(),
                 machine.allocatable_disk(),
                 pods,
             )),
@@ -653,7 +647,7 @@ fn system_info() -> NodeSystemInfo {
 mod tests {
     use super::*;
     use crate::disk::{self, Disk};
-    use crate::memory::{self, Memory};
+    use crate::memory::{self, Memory, PodsMemory};
     use crate::pressure::Thresholds;
 
     fn config(labels: &[(&str, &str)]) -> NodeConfig {
@@ -735,10 +729,12 @@ mod tests {
     fn what_the_node_keeps_free_is_not_the_pods() {
         let memory = Memory::with(memory::Figures { total: 8 << 30, available: 0 });
         let disk = Disk::with(disk::Figures { total: 100 << 30, ..disk::Figures::default() });
-        let signals = Signals::new(memory, disk, Thresholds::default(), Duration::ZERO);
+        let pods = PodsMemory::With(memory::Figures { total: 6 << 30, available: 0 });
+        let signals = Signals::new(memory, pods, disk, Thresholds::default(), Duration::ZERO);
         let machine = Machine::measure(Arc::new(signals));
-        let resources = Machine::resources(2, machine.allocatable_memory(), machine.allocatable_disk(), 9);
-        assert_eq!(resources["memory"].0, format!("{}Ki", (8u64 << 20) - 100 * 1024));
+        let (memory, disk) = (machine.signals.allocatable_memory(), machine.allocatable_disk());
+        let resources = Machine::resources(2, memory, disk, 9);
+        assert_eq!(resources["memory"].0, format!("{}Ki", (6u64 << 20) - 100 * 1024));
         assert_eq!(resources["ephemeral-storage"].0, format!("{}Ki", 90u64 << 20));
         assert_eq!(resources["pods"].0, "9");
     }

@@ -272,7 +272,7 @@ mod tests {
     use crate::addresses::Addresses;
     use crate::disk::{self, Disk};
     use crate::events::Recorder;
-    use crate::memory::{self, Memory};
+    use crate::memory::{self, Memory, PodsMemory};
     use crate::pod::fields::PodFacts;
     use crate::pod::images::PullSecrets;
     use crate::pod::roster::Roster;
@@ -312,6 +312,7 @@ mod tests {
             evictions: Arc::default(),
             signals: Arc::new(Signals::new(
                 Memory::with(memory),
+                PodsMemory::With(memory),
                 Disk::with(disk::Figures::default()),
                 Thresholds::default(),
                 Duration::ZERO,

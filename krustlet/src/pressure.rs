@@ -1,7 +1,7 @@
 //! What the node runs short of: the kubelet's thresholds, the conditions that follow from them, and whom they keep out.
 
 use crate::disk::Disk;
-use crate::memory::{self, Memory};
+use crate::memory::{self, Memory, PodsMemory};
 use crate::pod::fields::nanos;
 use crate::pod::is_critical;
 use crate::reasons::node as reasons;
@@ -39,6 +39,8 @@ impl Threshold {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Thresholds {
     pub memory_available: Threshold,
+    /// That of [`Self::memory_available`], where none is given: the kubelet's rule.
+    pub allocatable_memory_available: Option<Threshold>,
     pub nodefs_available: Threshold,
     pub nodefs_inodes_free: Threshold,
 }
@@ -47,6 +49,7 @@ impl Default for Thresholds {
     fn default() -> Self {
         Self {
             memory_available: Threshold::Amount(100 * MIB),
+            allocatable_memory_available: None,
             nodefs_available: Threshold::Share(10),
             nodefs_inodes_free: Threshold::Share(5),
         }
@@ -71,10 +74,14 @@ impl Thresholds {
             };
             match signal {
                 "memory.available" => thresholds.memory_available = threshold,
+                "allocatableMemory.available" => thresholds.allocatable_memory_available = Some(threshold),
                 "nodefs.available" => thresholds.nodefs_available = threshold,
                 "nodefs.inodesFree" => thresholds.nodefs_inodes_free = threshold,
                 _ => {
-                    bail!("{signal:?} is no signal of this node: memory.available, nodefs.available, nodefs.inodesFree")
+                    bail!(
+                        "{signal:?} is no signal of this node: memory.available, allocatableMemory.available, \
+                         nodefs.available, nodefs.inodesFree"
+                    )
                 }
             }
         }
@@ -129,6 +136,7 @@ pub struct Pressure {
 #[derive(Debug)]
 pub struct Signals {
     memory: Memory,
+    pods: PodsMemory,
     disk: Disk,
     pub thresholds: Thresholds,
     /// For so long after the last sign of it a pressure is told: else what an eviction frees brings the next pods here.
@@ -137,8 +145,8 @@ pub struct Signals {
 }
 
 impl Signals {
-    pub fn new(memory: Memory, disk: Disk, thresholds: Thresholds, transition: Duration) -> Self {
-        Self { memory, disk, thresholds, transition, seen: Mutex::default() }
+    pub fn new(memory: Memory, pods: PodsMemory, disk: Disk, thresholds: Thresholds, transition: Duration) -> Self {
+        Self { memory, pods, disk, thresholds, transition, seen: Mutex::default() }
     }
 
     pub fn memory(&self) -> memory::Figures {
@@ -149,9 +157,19 @@ impl Signals {
         &self.disk
     }
 
+    /// What pods may take together, in bytes: what the node is not to go below is kept from them.
+    pub fn allocatable_memory(&self) -> u64 {
+        let (machine, pods) = (self.memory().total, self.pods.figures().total);
+        pods.min(machine).saturating_sub(self.thresholds.memory_available.of(machine))
+    }
+
+    /// The machine, whoever took its memory, or the pods together: what they may take is full before the machine is, and then
+    /// those that asked for what they hold would have to do without for those that did not.
     pub fn starved_memory(&self) -> Option<Starved> {
-        let memory::Figures { total, available } = self.memory();
-        short(Resource::Memory, self.thresholds.memory_available, total, available)
+        let Thresholds { memory_available, allocatable_memory_available, .. } = self.thresholds;
+        let of = |threshold, memory::Figures { total, available }| short(Resource::Memory, threshold, total, available);
+        of(memory_available, self.memory())
+            .or_else(|| of(allocatable_memory_available.unwrap_or(memory_available), self.pods.figures()))
     }
 
     /// As the disk was when it was looked at last. Some file systems have no number of inodes.
@@ -223,7 +241,8 @@ mod tests {
 
     fn signals(memory: (u64, u64), disk: disk::Figures, thresholds: &str) -> Signals {
         let memory = Memory::with(memory::Figures { total: memory.0, available: memory.1 });
-        Signals::new(memory, Disk::with(disk), Thresholds::parse(thresholds).unwrap(), Duration::from_secs(300))
+        let pods = PodsMemory::With(memory::Figures { total: 6 << 30, available: 6 << 30 });
+        Signals::new(memory, pods, Disk::with(disk), Thresholds::parse(thresholds).unwrap(), Duration::from_secs(300))
     }
 
     const DISK: disk::Figures = disk::Figures { total: 1000, available: 100, inodes: 200, inodes_free: 10 };
@@ -232,9 +251,11 @@ mod tests {
     #[test]
     fn thresholds_have_the_kubelets_spelling_and_defaults() {
         assert_eq!(Thresholds::parse("").unwrap(), Thresholds::default());
-        let given = Thresholds::parse("nodefs.available<1Ki, nodefs.inodesFree<0%,memory.available<2%").unwrap();
+        let text = "nodefs.available<1Ki, nodefs.inodesFree<0%,memory.available<2%,allocatableMemory.available<3%";
+        let given = Thresholds::parse(text).unwrap();
         let wanted = Thresholds {
             memory_available: Threshold::Share(2),
+            allocatable_memory_available: Some(Threshold::Share(3)),
             nodefs_available: Threshold::Amount(1024),
             nodefs_inodes_free: Threshold::Share(0),
         };
@@ -255,6 +276,23 @@ mod tests {
         assert_eq!(starved(ENOUGH, full), [None, Some(Resource::EphemeralStorage)]);
         assert_eq!(starved((8 << 30, (100 << 20) - 1), no_inodes), [Some(Resource::Memory), Some(Resource::Inodes)]);
         assert_eq!(starved((0, 0), disk::Figures::default()), [None, None]);
+    }
+
+    #[test]
+    fn the_pods_together_are_held_to_what_they_may_take_by_the_machines_threshold_or_one_of_their_own() {
+        let starved = |thresholds: &str, total: u64, available: u64| {
+            let mut signals = signals((8 << 30, 8 << 30), DISK, thresholds);
+            signals.pods = PodsMemory::With(memory::Figures { total, available });
+            assert_eq!(signals.pressure_at(Instant::now()).memory, signals.starved_memory().is_some());
+            signals.starved_memory()
+        };
+        let at = |threshold, available| Some(Starved { resource: Resource::Memory, threshold, available });
+        assert_eq!(starved("", 6 << 30, 100 * MIB), None);
+        assert_eq!(starved("", 6 << 30, 100 * MIB - 1), at(100 * MIB, 100 * MIB - 1));
+        assert_eq!(starved("memory.available<50%", 1000, 499), at(500, 499), "a share is one of what the pods may take");
+        assert_eq!(starved("allocatableMemory.available<10", 1000, 10), None);
+        assert_eq!(starved("allocatableMemory.available<10", 1000, 9), at(10, 9));
+        assert_eq!(starved("memory.available<50%,allocatableMemory.available<0", 1000, 0), None);
     }
 
     #[test]

@@ -181,6 +181,12 @@ impl Runtime {
         self.0.executor.default_memory
     }
 
+    /// What all guests together may make the node hold, and what they do.
+    pub fn guest_memory(&self) -> (u64, u64) {
+        let node = &self.0.executor.memory;
+        (node.limit(), node.used())
+    }
+
     /// What the containers of a pod may make the node hold together. The pod's containers that are alive have the same one.
     pub fn pod_memory(&self, uid: &str, limit: u64) -> PodMemory {
         let mut pods = self.0.pods.lock();

@@ -68,7 +68,9 @@ def test_the_containers_of_a_pod_share_the_limit_of_the_pod(space: Workspace, ag
 def test_a_pod_without_a_limit_takes_a_quarter_of_what_the_node_has_for_guests(
     make_agent: AgentFactory, make_workspace: Callable[[Agent], Workspace]
 ) -> None:
-    small = make_agent("small", "--guest-memory=400Mi")
+    # What is admitted, and not who is evicted once it is.
+    eviction = "--eviction-hard=allocatableMemory.available<0,nodefs.available<1%,nodefs.inodesFree<1%"
+    small = make_agent("small", "--guest-memory=400Mi", eviction)
     small.start()
     space = make_workspace(small)
     pod, neighbour = space.serve().wait_ready(), space.serve().wait_ready()

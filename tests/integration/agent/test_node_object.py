@@ -59,7 +59,9 @@ def test_capacity_is_the_machines_and_allocatable_is_what_it_leaves_to_pods(agen
     assert capacity["cpu"] == allocatable["cpu"]
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < _bytes(capacity["memory"]) <= physical
-    assert _bytes(capacity["memory"]) - _bytes(allocatable["memory"]) == 100 * MEBI
+    # Guests do not get the quarter for the system and idle instances (krustlet/README.md).
+    guests = _bytes(allocatable["memory"]) + 100 * MEBI
+    assert guests == pytest.approx(0.75 * _bytes(capacity["memory"]), rel=0.001)
     disk = os.statvfs(agent.data_dir)
     assert _bytes(capacity["ephemeral-storage"]) == disk.f_blocks * disk.f_frsize // KIBI * KIBI
     ratio = _bytes(allocatable["ephemeral-storage"]) / _bytes(capacity["ephemeral-storage"])

@@ -175,3 +175,32 @@ def test_a_node_that_is_low_on_memory_evicts_in_the_kubelets_order_and_keeps_out
     agent.restart()
     until(lambda: not tainted(), "the end of the pressure", timeout=30)
     space.serve().wait_ready()
+
+
+def test_pods_that_together_take_what_all_of_them_may_lose_the_one_that_is_furthest_above_its_request(
+    make_agent: Callable[..., Agent], make_workspace: Callable[[Agent], Workspace]
+) -> None:
+    # The machine has plenty; 100 MiB of the 300 for guests are to be left.
+    agent = make_agent("crowded", "--guest-memory=300Mi", "--eviction-pressure-transition-period=5s")
+    agent.start()
+    space = make_workspace(agent)
+    within = _holds(space, 60, "64Mi")
+    above, most = _holds(space, 50), _holds(space, 64)
+    last = _holds(space, 40, "40Mi")
+    holders = [within, above, most, last]
+    volumes = [agent.data_dir / "pods" / pod.uid / "volumes" / "data" for pod in holders]
+    until(lambda: all((volume / "waits").exists() for volume in volumes), "the pods to begin")
+    for volume in volumes[:-1]:
+        (volume / "go").touch()
+
+    def held() -> int:
+        pods = agent.api("/stats/summary").json()["pods"]
+        return sum(int(pod.get("memory", {}).get("workingSetBytes", 0)) for pod in pods)
+
+    until(lambda: held() > 174 << 20, "three pods to hold what they are to", timeout=20)
+    assert agent.condition("MemoryPressure") == "False"
+    (volumes[-1] / "go").touch()
+    _wait_evicted(most, "The node was low on resource: memory. Threshold quantity: 104857600, available: ")
+    assert agent.condition("MemoryPressure") == "True"
+    until(lambda: agent.condition("MemoryPressure") == "False", "the end of the pressure", timeout=30)
+    assert [pod.read().status.phase for pod in (within, above, last)] == ["Running"] * 3
