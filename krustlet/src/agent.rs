@@ -23,6 +23,7 @@ use crate::pods::Pods;
 use crate::ports::Ports;
 use crate::pressure::Signals;
 use crate::reasons::event;
+use crate::services::Services;
 use crate::telemetry::metrics;
 use anyhow::{Context, bail};
 use futures::FutureExt;
@@ -101,6 +102,9 @@ async fn serve(
         .await
         .with_context(|| format!("failed to listen on {listen}; choose another --addr or --port"))?;
     let addresses = pod_addresses(&options, &names, address, &membership.server).await?;
+    if options.pod_cidr.is_some() {
+        runtime.resolve_names(Arc::new(Services::new(client.clone())));
+    }
     let config = NodeConfig {
         name: names.node_name.clone(),
         hostname: names.hostname.clone(),

@@ -23,6 +23,7 @@ mod pods;
 mod ports;
 mod pressure;
 mod reasons;
+mod services;
 mod telemetry;
 mod trees;
 mod view;

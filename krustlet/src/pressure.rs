@@ -289,7 +289,11 @@ mod tests {
         let at = |threshold, available| Some(Starved { resource: Resource::Memory, threshold, available });
         assert_eq!(starved("", 6 << 30, 100 * MIB), None);
         assert_eq!(starved("", 6 << 30, 100 * MIB - 1), at(100 * MIB, 100 * MIB - 1));
-        assert_eq!(starved("memory.available<50%", 1000, 499), at(500, 499), "a share is one of what the pods may take");
+        assert_eq!(
+            starved("memory.available<50%", 1000, 499),
+            at(500, 499),
+            "a share is one of what the pods may take"
+        );
         assert_eq!(starved("allocatableMemory.available<10", 1000, 10), None);
         assert_eq!(starved("allocatableMemory.available<10", 1000, 9), at(10, 9));
         assert_eq!(starved("memory.available<50%,allocatableMemory.available<0", 1000, 0), None);

@@ -1,6 +1,7 @@
 //! What the agent shows of itself to its own parts: its pods, and what their containers use.
 
 use k8s_openapi::api::core::v1::Pod;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 /// The node at this moment.
@@ -9,6 +10,8 @@ pub trait View: Send + Sync + 'static {
     fn pods(&self) -> Vec<Arc<Pod>>;
     /// What the containers that run now have used.
     fn usage(&self) -> Vec<ContainerUsage>;
+    /// Where the pod's guests listen now.
+    fn served(&self, uid: &str) -> Vec<SocketAddr>;
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

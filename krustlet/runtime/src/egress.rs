@@ -7,6 +7,7 @@ use crate::allowed_hosts::{AllowedHost, Host, Target};
 use crate::egress_policy::{EgressPolicy, Refused};
 use crate::logs::{LogFile, LogStream};
 use crate::memory::{Budget, Reservation};
+use crate::name_service::Names;
 use crate::shares::{Share, Taken};
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -23,7 +24,7 @@ use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -65,6 +66,7 @@ pub struct EgressConfig {
 /// A node's part in it: what all of its containers share.
 pub struct Egress {
     pub policy: EgressPolicy,
+    pub names: Arc<Names>,
     roots: RootCertStore,
     tls: Arc<ClientConfig>,
     resolve: Arc<Resolve>,
@@ -83,7 +85,7 @@ impl Egress {
         let tls = Arc::new(client_config(roots.clone()));
         let policy = EgressPolicy::new(config.networks, config.node_addresses);
         let resolve = Arc::new(|host: &str, port| (host, port).to_socket_addrs().map(Vec::from_iter));
-        Ok(Self { policy, roots, tls, resolve })
+        Ok(Self { policy, names: Arc::default(), roots, tls, resolve })
     }
 
     /// TLS as a container with this bundle of its own speaks it.
@@ -125,6 +127,9 @@ struct Inner {
     open: Arc<Semaphore>,
     memory: Arc<Budget>,
     client: Client<Connector, WasiBody>,
+    /// For what the node's name service resolves: each endpoint has connections of its own, so that requests are spread.
+    to_endpoints: OnceLock<Client<Connector, WasiBody>>,
+    connecting: Arc<Connecting>,
     log: LogFile,
 }
 
@@ -140,22 +145,18 @@ impl Outbound {
         log: LogFile,
     ) -> Result<Self, String> {
         let allowed = allowed_hosts.iter().map(|entry| AllowedHost::parse(entry)).collect::<Result<_, _>>()?;
-        let connector = Connector(Arc::new(Connecting {
+        let connecting = Arc::new(Connecting {
             tls: egress.tls(ca_bundle)?.into(),
             egress: egress.clone(),
             timeout,
             connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
             descriptors: descriptors.clone(),
             lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)),
-        }));
-        let client = Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(IDLE_TIMEOUT)
-            .pool_max_idle_per_host(MAX_IDLE)
-            .http1_max_buf_size(MAX_HEAD)
-            .build(connector);
+        });
+        let client = client(Connector { connecting: connecting.clone(), to_endpoints: false });
+        let to_endpoints = OnceLock::new();
         let (open, memory) = (Arc::new(Semaphore::new(MAX_REQUESTS)), memory.clone());
-        Ok(Self(Arc::new(Inner { allowed, timeout, open, memory, client, log })))
+        Ok(Self(Arc::new(Inner { allowed, timeout, open, memory, client, to_endpoints, connecting, log })))
     }
 
     /// Tells a refusal where `kubectl logs` shows it.
@@ -178,14 +179,38 @@ impl Outbound {
         Ok((target, Open { _permit: permit, _memory: memory }))
     }
 
+    /// Sends the request, to the endpoint that the node's name service has for its host if it knows it.
+    async fn exchange(
+        &self,
+        mut request: http::Request<WasiBody>,
+        target: &Target,
+    ) -> Result<http::Response<Incoming>, Failed> {
+        let endpoint = match &target.host {
+            Host::Name(name) if !target.tls => self.0.connecting.egress.names.endpoint(name, target.port),
+            _ => None,
+        };
+        let Some(endpoint) = endpoint else { return Ok(self.0.client.request(request).await?) };
+        // A container that calls ever other names does not hold up the others, which ask the same API server.
+        let lookup = self.0.connecting.lookups.acquire().await;
+        let endpoint = endpoint.await.map_err(Failed::Name)?;
+        drop(lookup);
+        to_endpoint(&mut request, endpoint).map_err(|error| Failed::Name(error.to_string()))?;
+        let connector = || Connector { connecting: self.0.connecting.clone(), to_endpoints: true };
+        Ok(self.0.to_endpoints.get_or_init(|| client(connector())).request(request).await?)
+    }
+
     async fn send(self, request: http::Request<WasiBody>, options: RequestOptions, target: Target, open: Open) -> Sent {
         let limit = |wanted: Option<Duration>| wanted.unwrap_or(self.0.timeout).min(self.0.timeout);
         // A connection that is there already needs no time to connect, so that both waits are one.
         let first_byte = limit(options.connect_timeout).saturating_add(limit(options.first_byte_timeout));
-        let answer = tokio::time::timeout(first_byte.min(self.0.timeout), self.0.client.request(request));
+        let answer = tokio::time::timeout(first_byte.min(self.0.timeout), self.exchange(request, &target));
         let response = match answer.await {
             Err(_) => return Err(HttpError::ConnectionReadTimeout),
-            Ok(Err(error)) => {
+            Ok(Err(Failed::Name(why))) => {
+                self.0.log.write_line(LogStream::Stderr, &format!("krustlet: failed to resolve {target}: {why}"));
+                return Err(HttpError::DnsError { rcode: Some(why), info_code: None });
+            }
+            Ok(Err(Failed::Request(error))) => {
                 let failure = failure_of(&error);
                 if let Some(refused) = refusal_in(&error) {
                     self.deny(&target, refused);
@@ -198,6 +223,41 @@ impl Outbound {
         let response = response.map(|body| AnswerBody { body, between, deadline: None, _open: open }.boxed_unsync());
         Ok((response, Box::new(std::future::ready(Ok(())))))
     }
+}
+
+/// Why there is no answer.
+enum Failed {
+    Name(String),
+    Request(legacy::Error),
+}
+
+impl From<legacy::Error> for Failed {
+    fn from(error: legacy::Error) -> Self {
+        Self::Request(error)
+    }
+}
+
+/// Has the request go to the endpoint, and its host still be what the guest calls it.
+fn to_endpoint(request: &mut http::Request<WasiBody>, endpoint: SocketAddr) -> Result<(), http::Error> {
+    let mut uri = request.uri().clone().into_parts();
+    let authority = uri.authority.replace(endpoint.to_string().parse().map_err(http::Error::from)?);
+    if let Some(authority) = authority
+        && !request.headers().contains_key(http::header::HOST)
+    {
+        let host = http::HeaderValue::from_str(authority.as_str())?;
+        request.headers_mut().insert(http::header::HOST, host);
+    }
+    *request.uri_mut() = http::Uri::from_parts(uri)?;
+    Ok(())
+}
+
+fn client(connector: Connector) -> Client<Connector, WasiBody> {
+    Client::builder(TokioExecutor::new())
+        .pool_timer(TokioTimer::new())
+        .pool_idle_timeout(IDLE_TIMEOUT)
+        .pool_max_idle_per_host(MAX_IDLE)
+        .http1_max_buf_size(MAX_HEAD)
+        .build(connector)
 }
 
 /// What an open request holds of its container's.
@@ -356,7 +416,11 @@ fn failure_of(error: &legacy::Error) -> HttpError {
 
 /// Makes a container's connections.
 #[derive(Clone)]
-struct Connector(Arc<Connecting>);
+struct Connector {
+    connecting: Arc<Connecting>,
+    /// What it connects to was given by the node's name service, and not by the guest.
+    to_endpoints: bool,
+}
 
 struct Connecting {
     egress: Arc<Egress>,
@@ -378,9 +442,9 @@ impl tower_service::Service<http::Uri> for Connector {
     }
 
     fn call(&mut self, uri: http::Uri) -> Self::Future {
-        let connecting = self.0.clone();
+        let Self { connecting, to_endpoints } = self.clone();
         Box::pin(async move {
-            match tokio::time::timeout(connecting.timeout, connecting.connect(&uri)).await {
+            match tokio::time::timeout(connecting.timeout, connecting.connect(&uri, to_endpoints)).await {
                 Ok(result) => result,
                 Err(_) => Err(ConnectError::Timeout),
             }
@@ -389,13 +453,13 @@ impl tower_service::Service<http::Uri> for Connector {
 }
 
 impl Connecting {
-    async fn connect(&self, uri: &http::Uri) -> Result<OpenConnection, ConnectError> {
+    async fn connect(&self, uri: &http::Uri, to_endpoints: bool) -> Result<OpenConnection, ConnectError> {
         let target = Target::of(uri).map_err(ConnectError::Url)?;
         // Idle ones give up their place in a while, which is waited for.
         let permit = self.connections.clone().acquire_owned().await.map_err(|_| ConnectError::Limit)?;
         let descriptor = self.descriptors.acquire(1).await;
         let addresses = self.addresses(&target).await?;
-        let stream = self.connect_to(&addresses).await?;
+        let stream = self.connect_to(&addresses, to_endpoints).await?;
         // A request must not wait for the acknowledgement of its own beginning.
         let _ = stream.set_nodelay(true);
         let stream: Box<dyn Stream> = if target.tls {
@@ -427,12 +491,17 @@ impl Connecting {
     }
 
     /// Connects to the first address that is permitted and answers.
-    async fn connect_to(&self, addresses: &[SocketAddr]) -> Result<TcpStream, ConnectError> {
+    async fn connect_to(&self, addresses: &[SocketAddr], to_endpoints: bool) -> Result<TcpStream, ConnectError> {
         let mut refused = None;
         let mut permitted = Vec::new();
         for address in addresses {
             match self.egress.policy.permits(address.ip()) {
                 Ok(()) => permitted.push(*address),
+                // Whoever may write EndpointSlices chooses the address, but not what listens there: at this very address and
+                // port nobody but a container.
+                Err(Refused::Node | Refused::Loopback) if to_endpoints && self.egress.names.serves(address) => {
+                    permitted.push(*address);
+                }
                 Err(reason) => refused = Some(RefusedAddress { address: Some(address.ip()), reason }),
             }
         }
@@ -575,6 +644,26 @@ mod tests {
         (address, connections)
     }
 
+    /// A server that answers any number of requests on a connection, and counts them.
+    async fn keeping_server() -> (SocketAddr, Arc<AtomicUsize>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let requests = Arc::<AtomicUsize>::default();
+        let counted = requests.clone();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let counted = counted.clone();
+                tokio::spawn(async move {
+                    while stream.read(&mut [0; 4096]).await.is_ok_and(|read| read > 0) {
+                        counted.fetch_add(1, Ordering::SeqCst);
+                        let _ = stream.write_all(ANSWER).await;
+                    }
+                });
+            }
+        });
+        (address, requests)
+    }
+
     #[tokio::test]
     async fn a_name_that_resolves_differently_the_second_time_leads_nowhere_else() {
         let (address, connections) = server().await;
@@ -615,6 +704,92 @@ mod tests {
         let (mut outbound, _) = fixture.outbound("*.example", None);
         assert_eq!(send(&mut outbound, &format!("http://many.example:{}/", address.port())).await.unwrap(), "ok");
         assert_eq!(connections.load(Ordering::SeqCst), 1);
+    }
+
+    /// Gives its endpoints in turn to whoever calls `app.shop.svc`.
+    struct Endpoints(Vec<SocketAddr>, AtomicUsize);
+
+    impl crate::NameService for Endpoints {
+        fn endpoint(&self, name: &str, _: u16) -> Option<BoxFuture<'static, Result<SocketAddr, String>>> {
+            let turn = self.1.fetch_add(1, Ordering::SeqCst);
+            let endpoint = self.0.get(turn % self.0.len().max(1)).copied().ok_or_else(|| "nobody is there".to_owned());
+            (name == "app.shop.svc").then(|| Box::pin(std::future::ready(endpoint)) as BoxFuture<'static, _>)
+        }
+    }
+
+    fn naming(fixture: &Fixture, endpoints: Vec<SocketAddr>) {
+        fixture.egress.names.set(Arc::new(Endpoints(endpoints, AtomicUsize::new(0))));
+    }
+
+    #[tokio::test]
+    async fn requests_to_a_name_that_the_node_knows_are_spread_over_its_endpoints() {
+        let (one, two) = (keeping_server().await, keeping_server().await);
+        let fixture = Fixture::new(&["127.0.0.1/32"]);
+        naming(&fixture, vec![one.0, two.0]);
+        let (mut outbound, _) = fixture.outbound("app.shop.svc:80", None);
+        for _ in 0..4 {
+            assert_eq!(send(&mut outbound, "http://app.shop.svc/").await.unwrap(), "ok");
+        }
+        assert_eq!((one.1.load(Ordering::SeqCst), two.1.load(Ordering::SeqCst)), (2, 2));
+        assert!(matches!(send(&mut outbound, "http://other.shop.svc/").await, Err(HttpError::HttpRequestDenied)));
+    }
+
+    #[tokio::test]
+    async fn an_endpoint_on_the_node_is_open_only_while_a_container_of_the_node_listens_there() {
+        let (address, connections) = server().await;
+        let fixture = Fixture::new(&[]);
+        naming(&fixture, vec![address]);
+        let names = fixture.egress.names.clone();
+        let (mut outbound, log) = fixture.outbound("*.shop.svc", None);
+        assert!(matches!(send(&mut outbound, "http://app.shop.svc/").await, Err(HttpError::DestinationIpProhibited)));
+        assert!(log().contains("a loopback address of the node"), "{}", log());
+        let note = names.note(vec![address]);
+        assert_eq!(send(&mut outbound, "http://app.shop.svc/").await.unwrap(), "ok");
+        drop(note);
+        assert!(!names.serves(&address));
+        assert_eq!(connections.load(Ordering::SeqCst), 1);
+    }
+
+    /// Whoever may write the EndpointSlices of a namespace points a Service of it anywhere.
+    #[tokio::test]
+    async fn an_endpoint_leads_nowhere_that_its_address_itself_would_not() {
+        let (beside, connections) = server().await;
+        let other_port = SocketAddr::new(beside.ip(), beside.port() ^ 1);
+        let mapped = SocketAddr::new("::ffff:127.0.0.1".parse().unwrap(), beside.port());
+        let api_server: SocketAddr = "203.0.113.7:443".parse().unwrap();
+        let others = ["169.254.169.254:80", "[::ffff:169.254.169.254]:80", "[fd20:ce::254]:80", "169.254.1.1:80"];
+        let others = others.map(|address| address.parse().unwrap()).into_iter();
+        let others =
+            others.chain(["0.0.0.0:80", "[::]:80", "[64:ff9b::7f00:1]:80"].map(|address| address.parse().unwrap()));
+        for endpoint in others.chain([api_server, beside, mapped]) {
+            let fixture = Fixture::new(&[]);
+            fixture.egress.policy.add_api_server("api.example", [api_server.ip()]);
+            naming(&fixture, vec![endpoint]);
+            // Nor does it help that a container listens on another port of the address.
+            let _note = fixture.egress.names.note(vec![other_port]);
+            let (mut outbound, _) = fixture.outbound("app.shop.svc", None);
+            let answer = send(&mut outbound, "http://app.shop.svc/").await;
+            assert!(matches!(answer, Err(HttpError::DestinationIpProhibited)), "{endpoint}: {answer:?}");
+        }
+        assert_eq!(connections.load(Ordering::SeqCst), 0);
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_names_an_endpoint_itself_is_refused_and_one_without_endpoints_is_told_why() {
+        let (address, connections) = server().await;
+        let fixture = Fixture::new(&[]);
+        naming(&fixture, Vec::new());
+        let _note = fixture.egress.names.note(vec![address]);
+        let (mut outbound, log) = fixture.outbound("127.0.0.1", None);
+        let direct = send(&mut outbound, &format!("http://{address}/")).await;
+        assert!(matches!(direct, Err(HttpError::DestinationIpProhibited)));
+        assert_eq!(connections.load(Ordering::SeqCst), 0);
+        assert!(log().contains("127.0.0.1"));
+        let fixture = Fixture::new(&[]);
+        naming(&fixture, Vec::new());
+        let (mut outbound, log) = fixture.outbound("app.shop.svc", None);
+        assert!(matches!(send(&mut outbound, "http://app.shop.svc/").await, Err(HttpError::DnsError { .. })));
+        assert!(log().contains("failed to resolve http://app.shop.svc:80: nobody is there"), "{}", log());
     }
 
     #[tokio::test]

@@ -10,6 +10,7 @@ use crate::handler::handle;
 use crate::memory::Budget;
 use crate::metrics::Metrics;
 use crate::module::{Code, Module};
+use crate::name_service::Note;
 use crate::shares::Share;
 use futures::future::join_all;
 use hyper::service::service_fn;
@@ -42,6 +43,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// A container that answers HTTP. Dropping it stops it at once; `drain` stops it gracefully.
 pub struct HttpServer {
     local_addr: SocketAddr,
+    local_addrs: Vec<SocketAddr>,
     server: Arc<Server>,
 }
 
@@ -110,6 +112,7 @@ impl HttpServer {
         let listening = addresses.iter().map(listen).collect::<Result<Vec<_>, _>>()?;
         drop(entered);
         let (local_addrs, listeners): (Vec<_>, _) = listening.into_iter().unzip();
+        let note = executor.egress.names.note(local_addrs.clone());
         let local_addr = *local_addrs.first().ok_or_else(|| StartError::Create {
             container: name,
             cause: "it has no address to listen on".into(),
@@ -130,11 +133,16 @@ impl HttpServer {
             aborted: CancellationToken::new(),
             protocol: protocol(&limits),
         });
-        executor.handle().spawn(accept_all(server.clone(), listeners));
-        Ok(Self { local_addr, server })
+        executor.handle().spawn(accept_all(server.clone(), listeners, note));
+        Ok(Self { local_addr, local_addrs, server })
     }
 
-    /// The first of the addresses on which it listens.
+    /// The addresses on which it listens.
+    pub fn local_addrs(&self) -> &[SocketAddr] {
+        &self.local_addrs
+    }
+
+    /// The first of them.
     pub fn local_addr(&self) -> SocketAddr {
         self.local_addr
     }
@@ -262,10 +270,16 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 
 /// Accepts on all of the listeners, which share the container's connections, until the server is closed and the last
 /// connection has ended.
-async fn accept_all(server: Arc<Server>, listeners: Vec<TcpListener>) {
+async fn accept_all(server: Arc<Server>, listeners: Vec<TcpListener>, note: Note) {
     let open = TaskTracker::new();
     let descriptors = server.current().container.tenant.descriptors.clone();
-    join_all(listeners.into_iter().map(|listener| accept(&server, listener, &open, &descriptors))).await;
+    // The note goes before the listeners: whoever has their addresses next is somebody else.
+    let withdraw = async {
+        server.closed.cancelled().await;
+        drop(note);
+    };
+    let accept = join_all(listeners.into_iter().map(|listener| accept(&server, listener, &open, &descriptors)));
+    tokio::join!(biased; withdraw, accept);
     open.close();
     open.wait().await;
     server.drained.cancel();

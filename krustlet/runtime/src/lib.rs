@@ -36,6 +36,7 @@ mod memory;
 mod metrics;
 mod module;
 mod mounts;
+mod name_service;
 mod precompiled;
 mod public_key;
 mod pull;
@@ -64,6 +65,7 @@ pub use ipnet::{IpNet, Ipv4Net};
 pub use logs::{LogFile, LogLimits, LogStream};
 pub use module::{Kind, Module};
 pub use mounts::Mount;
+pub use name_service::NameService;
 pub use public_key::PublicKey;
 pub use pull_places::PullLimits;
 pub use registry::{OperatorsRegistries, PullPolicy};
@@ -203,6 +205,11 @@ impl Runtime {
     /// Keeps guests from the API server from now on, as it is named and where it is.
     pub fn refuse_api_server(&self, name: &str, addresses: impl IntoIterator<Item = IpAddr>) {
         self.0.executor.egress.policy.add_api_server(name, addresses);
+    }
+
+    /// Has guests' requests to the names that the service knows go where it says. Once for the life of the runtime.
+    pub fn resolve_names(&self, service: Arc<dyn NameService>) {
+        self.0.executor.egress.names.set(service);
     }
 
     /// Has the image on this node, its digests, type and signature checked. One pull a digest, however many ask.

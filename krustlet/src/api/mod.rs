@@ -1,9 +1,10 @@
-//! The node's HTTPS API, as far as a kubelet's makes sense for wasm: logs, pods, stats, metrics, health.
+//! The node's HTTPS API, as far as a kubelet's makes sense for wasm: logs, port-forward, pods, stats, metrics, health.
 //!
 //! Every request, whatever its path, passes [`auth`] first.
 
 mod auth;
 mod connections;
+mod forward;
 mod stats;
 
 use crate::disk::Disk;
@@ -180,7 +181,7 @@ async fn connection(
         .keep_alive_interval(KEEP_ALIVE)
         .max_concurrent_streams(MAX_STREAMS)
         .max_header_list_size(MAX_HEADERS);
-    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
+    let mut connection = pin!(builder.serve_connection_with_upgrades(TokioIo::new(stream), service));
     let mut ending = false;
     loop {
         tokio::select! {
@@ -216,6 +217,7 @@ struct Api {
     stats: stats::Stats,
     gate: Gate,
     log_slots: Arc<Semaphore>,
+    forwards: forward::Places,
     shutdown: CancellationToken,
 }
 
@@ -227,15 +229,11 @@ fn router(context: Context, reviewer: Arc<dyn Reviewer>, shutdown: CancellationT
         data_dir: context.data_dir,
         gate: Gate::new(reviewer),
         log_slots: Arc::new(Semaphore::new(MAX_LOGS)),
+        forwards: forward::Places::default(),
         shutdown,
     });
     let no_process = |what: &str| {
         let why = format!("{what} is not supported by this node: a WebAssembly module has no process to enter\n");
-        any(async move || (StatusCode::NOT_IMPLEMENTED, why))
-    };
-    let no_network = || {
-        let why = "port-forward is not supported by this node: a pod has no network of its own; connect to its \
-                   containerPort on the node's address\n";
         any(async move || (StatusCode::NOT_IMPLEMENTED, why))
     };
     Router::new()
@@ -251,7 +249,7 @@ fn router(context: Context, reviewer: Arc<dyn Reviewer>, shutdown: CancellationT
         .route("/exec/{*target}", no_process("exec"))
         .route("/attach/{*target}", no_process("attach"))
         .route("/run/{*target}", no_process("run"))
-        .route("/portForward/{*target}", no_network())
+        .route("/portForward/{namespace}/{pod}", any(forward::port_forward))
         .fallback(async || (StatusCode::NOT_FOUND, "404 page not found\n"))
         .layer(from_fn_with_state(api.clone(), admit))
         .with_state(api)
@@ -458,6 +456,10 @@ mod tests {
             let stats = krustlet_runtime::Stats::default();
             vec![ContainerUsage { pod_uid: "u-1".into(), container: "app".into(), stats }]
         }
+
+        fn served(&self, _: &str) -> Vec<std::net::SocketAddr> {
+            Vec::new()
+        }
     }
 
     fn web(state: Value) -> Vec<Arc<Pod>> {
@@ -580,7 +582,7 @@ mod tests {
     async fn what_needs_a_process_is_not_implemented_and_says_why() {
         let client = Client::new();
         for method in [Method::GET, Method::POST] {
-            for what in ["exec", "attach", "run", "portForward"] {
+            for what in ["exec", "attach", "run"] {
                 let response = client.request(method.clone(), &format!("/{what}/shop/web/app?command=ls")).await;
                 assert_eq!(response.status(), StatusCode::NOT_IMPLEMENTED);
                 assert!(text(response.into_body()).await.contains("is not supported by this node: a"));

@@ -1,6 +1,7 @@
 //! A guest that runs: a component that serves HTTP, or a command.
 
 use krustlet_runtime::{Execution, HttpServer, Stats};
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 #[derive(Debug, Clone)]
@@ -10,6 +11,14 @@ pub enum Guest {
 }
 
 impl Guest {
+    /// Where it listens.
+    pub fn served(&self) -> &[SocketAddr] {
+        match self {
+            Self::Server(server) => server.local_addrs(),
+            Self::Command(_) => &[],
+        }
+    }
+
     pub fn stats(&self) -> Stats {
         match self {
             Self::Server(server) => server.stats(),

@@ -9,6 +9,7 @@ use crate::view::{ContainerUsage, View};
 use k8s_openapi::api::core::v1::Pod;
 use parking_lot::RwLock;
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 #[derive(Default)]
@@ -74,5 +75,11 @@ impl View for Roster {
                 stats: guest.stats(),
             })
             .collect()
+    }
+
+    fn served(&self, uid: &str) -> Vec<SocketAddr> {
+        let guests = self.guests.read();
+        let of_pod = guests.iter().filter(|((pod, _), _)| pod == uid);
+        of_pod.flat_map(|(_, guest)| guest.served().iter().copied()).collect()
     }
 }

@@ -212,13 +212,18 @@ class Cluster:
     def _allow_bootstrap(self) -> None:
         """As the program does it for its node."""
         group = "rbac.authorization.k8s.io"
-        self.rbac.create_cluster_role_binding(
-            {
-                "metadata": {"name": "krustlet-bootstrap"},
-                "roleRef": {"apiGroup": group, "kind": "ClusterRole", "name": "system:node-bootstrapper"},
-                "subjects": [{"apiGroup": group, "kind": "Group", "name": certificates.BOOTSTRAP_GROUP}],
-            }
-        )
+        for name, role, subject in (
+            ("krustlet-bootstrap", "system:node-bootstrapper", certificates.BOOTSTRAP_GROUP),
+            # Reads EndpointSlices, for guests that call Services by name.
+            ("krustlet-services", "system:node-proxier", "system:nodes"),
+        ):
+            self.rbac.create_cluster_role_binding(
+                {
+                    "metadata": {"name": name},
+                    "roleRef": {"apiGroup": group, "kind": "ClusterRole", "name": role},
+                    "subjects": [{"apiGroup": group, "kind": "Group", "name": subject}],
+                }
+            )
 
     def admit(self, machine: certificates.Machine) -> Manifest:
         """Make a token for a machine, whose requests are judged from now on; give a kubeconfig."""

@@ -27,7 +27,7 @@ PATHS = {
     "/exec/{}/web?command=ls": 501,
     "/attach/{}/web": 501,
     "/run/{}/web": 501,
-    "/portForward/{}": 501,
+    "/portForward/{}": 400,
     "/": 404,
     "/no/such/path": 404,
     "/configz": 404,

@@ -1,10 +1,21 @@
-"""The node's HTTPS API: health, pods, stats and metrics, and what a wasm node cannot do."""
+"""The node's HTTPS API: health, pods, stats and metrics, forwarded ports, and what a wasm node
+cannot do."""
 
 from __future__ import annotations
 
-import pytest
+import contextlib
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from tests.integration.agent.harness import Cluster, Workspace
+import pytest
+import requests
+
+from tests.integration.agent.harness import Cluster, Pod, Workspace
 from tests.waiting import until
 
 
@@ -118,29 +129,79 @@ def test_metrics_do_not_grow_with_the_paths_that_are_asked_for(space: Workspace)
 
 
 @pytest.mark.parametrize("verb", ["GET", "POST"])
-def test_exec_attach_and_port_forward_are_not_implemented_and_say_why(space: Workspace, verb: str) -> None:
+def test_exec_and_attach_are_not_implemented_and_say_why(space: Workspace, verb: str) -> None:
     pod = space.serve().wait_ready()
     target = f"{pod.namespace}/{pod.name}"
     for path, reason in (
         (f"/exec/{target}/web?command=ls", "exec is not supported by this node"),
         (f"/exec/{target}/{pod.uid}/web?command=ls", "exec is not supported by this node"),
         (f"/attach/{target}/web", "attach is not supported by this node"),
-        (f"/portForward/{target}", "port-forward is not supported by this node"),
     ):
         answer = space.agent.api(path, verb=verb)
         assert (answer.status_code, reason in answer.text) == (501, True), path
 
 
-def test_kubectl_shows_why_it_cannot_exec_attach_or_forward_a_port(
-    cluster: Cluster, space: Workspace
-) -> None:
+def test_kubectl_shows_why_it_cannot_exec_or_attach(cluster: Cluster, space: Workspace) -> None:
     pod = space.serve().wait_ready()
     namespace = f"--namespace={pod.namespace}"
     for arguments, reason in (
         (("exec", namespace, pod.name, "--", "ls"), "exec is not supported by this node"),
         (("attach", namespace, pod.name), "attach is not supported by this node"),
-        (("port-forward", namespace, pod.name, f":{pod.port}"), "port-forward is not supported by this node"),
     ):
         answer = cluster.kubectl(*arguments, check=False)
         assert answer.returncode != 0
         assert reason in answer.stderr, answer.stderr
+
+
+@contextlib.contextmanager
+def forwarded(pod: Pod, port: int) -> Iterator[tuple[str, Path]]:
+    """The URL at which kubectl forwards a port of the pod, and what it prints."""
+    log = pod.space.agent.directory / f"{pod.name}-forward.log"
+    kubeconfig = log.with_suffix(".kubeconfig")
+    kubeconfig.write_text(json.dumps(pod.space.cluster.kubeconfig))
+    arguments = [
+        f"--kubeconfig={kubeconfig}",
+        f"--namespace={pod.namespace}",
+        "port-forward",
+        pod.name,
+        f":{port}",
+    ]
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(["kubectl", *arguments], stdout=output, stderr=output) as process,
+    ):
+        try:
+            found = until(
+                lambda: re.search(r"Forwarding from (127.0.0.1:\d+)", log.read_text()),
+                "kubectl to forward the port",
+            )
+            yield f"http://{found[1]}", log
+        finally:
+            process.terminate()
+
+
+def test_kubectl_forwards_a_port_of_a_pod_for_many_connections_at_once(space: Workspace) -> None:
+    pod = space.serve().wait_ready()
+    with forwarded(pod, pod.port) as (url, log):
+        session = requests.Session()
+        for _ in range(3):
+            assert session.get(f"{url}/version", timeout=20).text == "1"
+        body = os.urandom(2_000_000)
+        assert requests.post(f"{url}/echo", data=body, timeout=20).content == body
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(
+                pool.map(lambda _: requests.get(f"{url}/sleep?ms=50", timeout=20).status_code, range(48))
+            )
+        assert answers == [200] * 48
+        streamed = requests.get(f"{url}/stream?chunks=5&ms=20", timeout=20).text
+        assert len(streamed.splitlines()) == 5
+        assert "error" not in log.read_text().lower(), log.read_text()
+
+
+def test_kubectl_says_of_a_port_that_the_pod_does_not_serve_what_it_serves(space: Workspace) -> None:
+    pod = space.serve().wait_ready()
+    # The agent's own API listens on the pod's address, and is not the pod's.
+    with forwarded(pod, space.agent.port) as (url, log):
+        with pytest.raises(requests.RequestException):
+            requests.get(url, timeout=20)
+        until(lambda: f"the pod does not listen on port {space.agent.port}" in log.read_text(), "the reason")

@@ -9,6 +9,7 @@ KRUSTLET_ADDRESS_STARTS=2000 starts so many pods in the test of addresses that a
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import random
 import shutil
@@ -409,6 +410,28 @@ def test_no_request_fails_in_a_rollout_under_load(routed: Workspace) -> None:
         until(lambda: after <= set(client.answers), "answers of the new ones")
     assert client.failures == []
     assert not before & after
+
+
+def test_a_guest_calls_an_app_by_the_name_of_its_service_and_its_requests_are_spread(
+    routed: Workspace,
+) -> None:
+    deploy(routed, "called", 4)
+    with Follower(routed, "called") as client:
+        until(lambda: len(client.ready) == 4, "four ready endpoints")
+    service = f"called.{routed.namespace}.svc"
+    caller = routed.serve(port=PORT, pod={"annotations": {"krustlet.dev/allowed-hosts": service}})
+    counts: Counter[str] = Counter()
+    for _ in range(80):
+        status, _, body = get(caller, "/fetch", url=f"http://{service}/env").text.partition("\n")
+        assert status == "200", body
+        counts[json.loads(body)["NAME"]] += 1
+    assert set(counts) == set(names(routed, "called"))
+    assert max(counts.values()) <= 1.2 * 20, counts
+    # Its list of hosts is still the first word, and what a Service is not is said in its log.
+    other = get(caller, "/fetch", url=f"http://other.{routed.namespace}.svc/")
+    assert (other.status_code, other.text) == (502, "HttpRequestDenied")
+    assert get(caller, "/fetch", url=f"http://{service}:81/").status_code == 502
+    assert "the Service has no TCP port 81" in caller.logs()
 
 
 def names(space: Workspace, app: str) -> list[str]:
