@@ -3,24 +3,28 @@
     AWESOME_WASM_WALK_SECONDS=3600 AWESOME_WASM_WALK_SEED=7 python -m pytest -s tests/e2e/test_walk.py
 
 walks for an hour; without them it walks for a minute, the same way each time. A failure prints
-the seed and the steps. A walk of more than ten minutes replaces the cluster and the node, too.
+the seed and the steps. A walk of more than ten minutes replaces the cluster and the node, too, and
+destroys the stack from wherever it is. As root the clone lies on a disk of its own, which the walk fills.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from components.providers import oci
 from components.providers.artifacts import signature_tag
@@ -50,6 +54,42 @@ SETTINGS = {
 # These replace the cluster, which takes a while: a short walk leaves them out.
 SLOW = {"podCidr", "clusterName", "nodeName", "gcp:zone"}
 PROGRAMS = ("krustlet", "kube-apiserver", "etcd", "kube-controller-manager", "registry")
+# What goes wrong, by its name here, and the options of `localcloud faults add` that make it.
+FAULTS = {
+    "error": ["error", "--status", "503"],
+    "lost-answer": ["lost-answer"],
+    "failed-operation": ["failed-operation"],
+    "latency": ["latency", "--seconds", "3"],
+    "refused deletes": ["error", "--method", "*.delete", "--status", "403", "--times", "0"],
+    "read-only-registry": ["read-only-registry"],
+    "no-control-plane": ["no-control-plane", "--seconds", "20"],
+}
+
+
+@contextmanager
+def filled(directory: Path, left: int) -> Iterator[None]:
+    """Let the disk of a directory have so many bytes left."""
+    filler, space = directory / "filler", os.statvfs(directory)
+    with filler.open("wb") as file, suppress(OSError):  # whoever else writes to it meanwhile was quicker
+        os.posix_fallocate(file.fileno(), 0, max(1, space.f_bavail * space.f_frsize - left))
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+@contextmanager
+def small_disk(directory: Path) -> Iterator[bool]:
+    """Give a directory a disk of 2 GiB, where this user may; whether it has one."""
+    if os.geteuid() != 0:
+        print("  only root may mount the small disk that the walk would fill")  # noqa: T201 - with pytest -s
+        yield False
+        return
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2g", "tmpfs", directory], check=True)
+    try:
+        yield True
+    finally:
+        subprocess.run(["umount", "--lazy", directory], check=True)
 
 
 @dataclass
@@ -61,8 +101,12 @@ class World:
     steps: list[str] = field(default_factory=list)
     before: dict[str, str] = field(default_factory=dict)
     """The settings that the stack had."""
+    small: bool = False
+    """Whether its clone has a disk of its own, which may be filled."""
     disturbed: bool = False
     """Whether something was done since it was last brought up."""
+    destroyed: bool = False
+    """Whether nothing was done since it was destroyed."""
     walks: int = 0
     """How many of hypothesis' examples are over."""
 
@@ -76,10 +120,16 @@ class World:
         self.steps.append(step)
         print(f"  {len(self.steps):3} {step}", flush=True)  # noqa: T201 - the way that it took, with pytest -s
 
-    def destroy(self) -> None:
-        """Destroy the stack as it is, and look whether anything is left."""
+    def start(self) -> None:
+        """Start localcloud where it was killed."""
         self.stack.run("python", "-m", "localcloud", "start")
         self.stack.read_environment()
+
+    def destroy(self) -> None:
+        """Destroy the stack as it is, and look whether anything is left."""
+        self.start()
+        # The lock of one that was killed, or that wrote it on a full disk: pulumi itself says to cancel it.
+        self.stack.run("pulumi", "cancel", "--yes")
         self.stack.run("python", "-m", "scripts.lib.interrupted", "local", "destroy")
         self.stack.run("pulumi", "destroy", "--yes")
         left = self.cloud.resources()
@@ -111,10 +161,37 @@ class World:
         self.stack.run("pulumi", "preview", "--expect-no-changes")
         has, knows = self.cloud.resources(), self.cloud.in_state(self.stack)
         assert has == knows, f"only in the cloud: {has - knows}; only in the state: {knows - has}"
+        self.disturbed = False
+
+
+Step = Callable[..., None]
+
+
+def step(**drawn: Any) -> Callable[[Step], Step]:
+    """Make a method a rule of the walk; for half of the steps an up then has to heal all that was done.
+
+    When the time is over it does nothing: what hypothesis draws may not depend on a world that outlives
+    an example.
+    """
+
+    def made(do: Step) -> Step:
+        @functools.wraps(do)
+        def taken(self: Walk, *, then_up: bool, **values: Any) -> None:
+            if self.world.rests():
+                return
+            do(self, **values)
+            if then_up and self.world.disturbed:
+                self.world.did("./scripts/up")
+                self.world.converge()
+
+        as_rule: Callable[[Step], Step] = rule(**drawn, then_up=st.booleans())
+        return as_rule(taken)
+
+    return made
 
 
 class Walk(RuleBasedStateMachine):
-    """One step each; `up` looks whether the ones before it are healed."""
+    """Each step does something to the stack."""
 
     world: World
 
@@ -124,10 +201,9 @@ class Walk(RuleBasedStateMachine):
 
     def _did(self, step: str) -> None:
         self.world.did(step)
-        self.world.disturbed = True
+        self.world.disturbed, self.world.destroyed = True, False
 
-    @precondition(lambda self: not self.world.rests())
-    @rule(
+    @step(
         key=st.sampled_from([key for key in SETTINGS if SECONDS > 600 or key not in SLOW]),
         back=st.booleans(),
     )
@@ -140,12 +216,13 @@ class Walk(RuleBasedStateMachine):
         self._did(f"pulumi config {' '.join(change)}")
         self.world.stack.run("pulumi", "config", *change)
 
-    @precondition(lambda self: not self.world.rests())
-    @rule(what=st.sampled_from(["pod", "node", "vm", "image", "signature", "prepared pod"]))
+    @step(what=st.sampled_from(["pod", "node", "vm", "image", "signature", "prepared pod"]))
     def delete(self, what: str) -> None:
         """Delete something by hand; what is gone already is gone."""
-        self._did(f"delete the {what}")
         stack, outputs = self.world.stack, self.world.stack.outputs()
+        if not outputs:
+            return  # it is destroyed
+        self._did(f"delete the {what}")
         namespace = ("--namespace", str(outputs["namespace"]))
         quickly = ("--ignore-not-found", "--wait=false")
         repository, _, digest = str(outputs["image"]).partition("@")
@@ -171,19 +248,17 @@ class Walk(RuleBasedStateMachine):
         if found is not None:
             registry.delete_artifact(found, tag)
 
-    @precondition(lambda self: not self.world.rests())
-    @rule(program=st.sampled_from([*PROGRAMS, "localcloud serve"]))
+    @step(program=st.sampled_from([*PROGRAMS, "localcloud serve"]))
     def kill(self, program: str) -> None:
         """Kill a part without warning."""
         self._did(f"kill {program}")
         for pid in self.world.pids(program):
             os.kill(pid, signal.SIGKILL)
 
-    @precondition(lambda self: not self.world.rests())
-    @rule(after=st.floats(0.5, 20))
-    def interrupt(self, after: float) -> None:
-        """Kill pulumi itself in the middle of an up."""
-        self._did(f"pulumi up, killed after {after:.1f} s")
+    @step(after=st.floats(0.5, 20), how=st.sampled_from([signal.SIGKILL, signal.SIGINT]))
+    def interrupt(self, after: float, how: signal.Signals) -> None:
+        """End pulumi itself in the middle of an up."""
+        self._did(f"pulumi up, {how.name} after {after:.1f} s")
         process = subprocess.Popen(
             ["pulumi", "up", "--yes", "--skip-preview"],
             cwd=self.world.stack.directory,
@@ -195,59 +270,67 @@ class Walk(RuleBasedStateMachine):
         try:
             process.wait(after)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, how)
             process.wait()
 
-    @precondition(lambda self: not self.world.rests())
-    @rule(
-        kind=st.sampled_from(["error", "lost-answer", "failed-operation", "latency", "refused deletes"]),
+    @step(
+        kind=st.sampled_from(list(FAULTS)),
         after=st.integers(0, 20),
         times=st.integers(1, 3),
     )
     def fault(self, kind: str, after: int, times: int) -> None:
-        """Let Google's answers go wrong during an up."""
-        method = "*"
-        options = ["--after", str(after), "--times", str(times), "--seed", str(after)]
-        options += {"error": ["--status", "503"], "latency": ["--seconds", "3"]}.get(kind, [])
-        if kind == "refused deletes":
-            kind, method, options = "error", "*.delete", ["--status", "403", "--times", "0"]
-        self._did(f"pulumi up, with localcloud faults add {kind} --method '{method}' {' '.join(options)}")
+        """Let Google's answers, or what is behind them, go wrong during an up."""
+        options = ["--after", str(after), "--times", str(times), "--seed", str(after), *FAULTS[kind]]
+        self._did(f"pulumi up, with localcloud faults add {' '.join(options)}")
         stack = self.world.stack
-        stack.run("python", "-m", "localcloud", "start")
-        stack.read_environment()
-        stack.run("python", "-m", "localcloud", "faults", "add", kind, "--method", method, *options)
+        self.world.start()
+        stack.run("python", "-m", "localcloud", "faults", "add", *options)
         stack.run("pulumi", "up", "--yes", "--skip-preview", check=False)
         stack.run("python", "-m", "localcloud", "faults", "clear")
 
-    @precondition(lambda self: self.world.disturbed)
-    @rule()
-    def up(self) -> None:
-        """Bring it up: everything that was done before is healed."""
-        self.world.did("./scripts/up")
-        self.world.converge()
-        self.world.disturbed = False
+    @step(left=st.sampled_from([0, 2**16, 2**20, 2**24]))
+    def fill(self, left: int) -> None:
+        """Fill the disk up to so many bytes, and bring the stack up on it."""
+        if not self.world.small:
+            return
+        self._did(f"./scripts/up, with {left} bytes left on the disk")
+        with filled(self.world.stack.directory, left):
+            self.world.stack.run("./scripts/up", check=False)
 
-    @precondition(lambda self: self.world.rests())
-    @rule()
-    def rest(self) -> None:
-        """Do nothing."""
+    @step()
+    def destroy(self) -> None:
+        """Destroy it from where it is, which a short walk has no time for: nothing is left."""
+        if SECONDS <= 600 or self.world.destroyed:
+            return
+        self._did("pulumi destroy")
+        self.world.destroy()
+        self.world.destroyed = True
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in Linux's /proc")
 def test_every_up_converges_and_nothing_is_lost_or_left(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    made = clone(tmp_path_factory.mktemp("walk"))
-    outside = Stack(made.directory, dict(made.env))
-    request.addfinalizer(lambda: outside.run("./scripts/down", "--force"))
+    directory = tmp_path_factory.mktemp("walk")
+    with small_disk(directory) as small:
+        made = clone(directory)
+        outside = Stack(made.directory, dict(made.env))
+        try:
+            walk(made, outside, small=small)
+        finally:
+            outside.run("./scripts/down", "--force")
+
+
+def walk(made: Stack, outside: Stack, *, small: bool) -> None:
+    """Walk, and destroy what is there in the end; `outside` has the environment of before the stack."""
     made.run("./scripts/up")
     made.read_environment()
     given = json.loads(made.run("pulumi", "config", "--json").stdout)
     before = {
         key.removeprefix("awesome-wasm:"): item["value"] for key, item in given.items() if "value" in item
     }
-    world = World(made, time.monotonic() + SECONDS, before=before)
-    walk = type("Walk", (Walk,), {"world": world})
+    world = World(made, time.monotonic() + SECONDS, before=before, small=small)
+    machine = type("Walk", (Walk,), {"world": world})
     chosen = settings(
         # They follow each other in the same world.
         max_examples=int(SECONDS / 30) + 2,
@@ -259,7 +342,7 @@ def test_every_up_converges_and_nothing_is_lost_or_left(
         suppress_health_check=list(HealthCheck),
     )
     try:
-        run_state_machine_as_test(seed(SEED)(walk), settings=chosen)
+        run_state_machine_as_test(seed(SEED)(machine), settings=chosen)
         home = Path(made.directory) / ".localcloud"
         world.did("pulumi destroy, from wherever this is")
         world.destroy()
