@@ -66,6 +66,12 @@ def check_places() -> None:
                 pass
         except OSError as error:
             raise StepError(f"cannot write in {place}: {error.strerror}; {remedy}") from error
+    try:
+        # The link that stands for an odd place does not help: cargo goes by the real one.
+        os.path.realpath(paths.REPOSITORY).encode()
+    except UnicodeEncodeError:
+        real = os.path.realpath(paths.REPOSITORY).encode(errors="backslashreplace").decode()
+        raise StepError(f"cargo builds nothing in {real}, which is not UTF-8; move the checkout") from None
     if os.pathsep in str(paths.CACHE):
         raise StepError(
             f"no program in {paths.CACHE} can be found, as a `{os.pathsep}` ends an entry of PATH; "

@@ -81,7 +81,7 @@ MACHINES = {
     "space": Machine("a b"),
     "characters": Machine("a:b#c%41?d=e'f\"g$HOME`h`&;*[i]"),
     "unicode": Machine("höhe-漢字-🦀"),
-    "bytes": Machine("new\nline\ttab\udce9"),
+    "control": Machine("new\nline\ttab"),
     "autocrlf": Machine(make=lambda checkout: _clone(checkout, "-c", "core.autocrlf=true")),
     "python": Machine(
         variables={

@@ -165,6 +165,18 @@ def test_a_cache_from_which_no_path_can_lead_is_named(
         prerequisites.check_places()
 
 
+def test_a_checkout_in_which_cargo_builds_nothing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout = tmp_path / "caf\udce9"
+    checkout.mkdir()
+    (tmp_path / "link").symlink_to(checkout)
+    for place, name in (("CACHE", "cache"), ("PASSPHRASE", "passphrase"), ("REPOSITORY", "link")):
+        monkeypatch.setattr(paths, place, tmp_path / name)
+    with pytest.raises(StepError, match=r"caf\\udce9, which is not UTF-8; move the checkout"):
+        prerequisites.check_places()
+
+
 def test_a_disk_on_which_the_node_would_take_no_pod_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
