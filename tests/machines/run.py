@@ -140,6 +140,16 @@ MACHINES = {
     # The sources of the localcloud that runs are no longer those that are there.
     "pulled": Machine(commands="./scripts/up && echo '#' >>localcloud/home.py && " + COMMANDS),
 }
+# What does not exclude each other, in the time of one row.
+MACHINES["together"] = Machine(
+    f"{MACHINES['characters'].checkout} {MACHINES['control'].checkout}",
+    {
+        name: value
+        for row in ("python", "pulumi", "google", "proxy", "ascii")
+        for name, value in MACHINES[row].variables.items()
+    },
+    commands=MACHINES["umask"].commands,
+)
 
 
 def run(name: str, root: Path) -> str:
