@@ -10,6 +10,7 @@ use crate::engine::code_config;
 use crate::memory::Machine;
 use crate::precompiled::VerifiedCode;
 use crate::sandbox;
+use crate::yield_points;
 use std::ffi::OsString;
 use std::io::{Read as _, Write as _};
 use std::os::unix::process::ExitStatusExt as _;
@@ -176,6 +177,7 @@ fn run(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<()> {
     sandbox::enter(memory.parse()?, cpu.parse()?)?;
     let mut wasm = Vec::new();
     std::io::stdin().lock().read_to_end(&mut wasm)?;
+    let wasm = yield_points::add(&wasm)?;
     let engine = Engine::new(&code_config()).map_err(|error| anyhow::anyhow!("{error:#}"))?;
     let code = if kind == "component" { engine.precompile_component(&wasm) } else { engine.precompile_module(&wasm) };
     std::io::stdout().lock().write_all(&code.map_err(|error| anyhow::anyhow!("{error:#}"))?)?;

@@ -52,6 +52,7 @@ mod tenants;
 #[cfg(test)]
 mod testing;
 mod trusted;
+mod yield_points;
 
 pub use command::{Execution, Exit, ExitReason};
 pub use compile::{Compiler, main as compiler_main};

@@ -47,7 +47,7 @@ impl VerifiedCode {
 pub struct Cache {
     root: PathBuf,
     key: [u8; 32],
-    /// wasmtime's version and every setting that shapes the code, hashed.
+    /// wasmtime's version, what is put into modules before it, and every setting that shapes the code, hashed.
     compatibility: String,
     counter: AtomicU64,
 }
@@ -58,6 +58,7 @@ impl Cache {
         let key = key(&root.join("key"))?;
         let mut hasher = Sha256Hasher(Sha256::new());
         crate::WASMTIME_VERSION.hash(&mut hasher);
+        crate::yield_points::REVISION.hash(&mut hasher);
         engine.precompile_compatibility_hash().hash(&mut hasher);
         let compatibility = Digest::finish(hasher.0).hex().get(..16).unwrap_or_default().to_owned();
         let cache = Self { root, key, compatibility, counter: AtomicU64::new(0) };
