@@ -1,27 +1,40 @@
-//! Bounds the files that a guest has open: each is one of the node's file descriptors.
+//! Bounds what a guest makes the node hold by its files: those that it has open, each one of the node's file descriptors, and
+//! lists of directories, of which WASI's implementation makes one whole before it gives the first entry.
 
-use crate::shares::{Share, Taken};
+use crate::memory::Reservation;
+use crate::shares::Taken;
+use crate::tenants::Tenant;
+use rustix::fs::{Dir, Mode, OFlags, openat};
 use std::fs::File;
+use std::io;
 use std::sync::{Arc, Weak};
+use tokio::sync::OwnedSemaphorePermit;
+
+/// What one list may take.
+const MAX_LIST: u64 = 16 * 1024 * 1024;
+/// What an entry takes beside its name.
+const ENTRY: u64 = 128;
 
 /// The files that one instance has open.
 pub struct OpenFiles {
-    share: Arc<Share>,
+    tenant: Arc<Tenant>,
     open: Vec<(Weak<File>, Taken)>,
     /// Those of a core module, whose own table nobody else can look into.
     unnamed: Vec<Taken>,
+    /// What lists take, by their numbers in the instance's table.
+    pub lists: Vec<(u32, Reservation)>,
 }
 
 impl OpenFiles {
-    pub fn new(share: Arc<Share>) -> Self {
-        Self { share, open: Vec::new(), unnamed: Vec::new() }
+    pub fn new(tenant: Arc<Tenant>) -> Self {
+        Self { tenant, open: Vec::new(), unnamed: Vec::new(), lists: Vec::new() }
     }
 
     /// One more file, None where its pod has no descriptor left.
     pub fn take(&mut self) -> Option<Taken> {
         // A stream may hold a file whose descriptor the guest has dropped.
         self.open.retain(|(file, _)| file.strong_count() > 0);
-        self.share.take(1)
+        self.tenant.descriptors.take(1)
     }
 
     pub fn hold(&mut self, file: Weak<File>, taken: Taken) {
@@ -35,4 +48,38 @@ impl OpenFiles {
     pub fn close_unnamed(&mut self) {
         self.unnamed.pop();
     }
+
+    /// Waits for the turn to list some directories; gives what the longest list will take, None if that is too much.
+    pub fn size_of_lists(
+        &self,
+        directories: Vec<Arc<File>>,
+    ) -> impl Future<Output = io::Result<(Option<u64>, OwnedSemaphorePermit)>> + use<> {
+        let turns = self.tenant.listings.clone();
+        async move {
+            let turn = turns.acquire_owned().await.map_err(io::Error::other)?;
+            let measured = tokio::task::spawn_blocking(move || {
+                let mut most = 0;
+                for directory in directories {
+                    // What cannot be read is not listed either, which WASI's implementation says in its own words.
+                    let Some(size) = size_of_list(&directory).unwrap_or(Some(0)) else { return Ok((None, turn)) };
+                    most = size.max(most);
+                }
+                Ok((Some(most), turn))
+            });
+            measured.await.map_err(io::Error::other)?
+        }
+    }
+}
+
+fn size_of_list(directory: &File) -> io::Result<Option<u64>> {
+    // A mount's own descriptor is for its path only, which cannot be read itself.
+    let readable = openat(directory, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let mut size = 0;
+    for entry in Dir::new(readable)? {
+        size += ENTRY + entry?.file_name().to_bytes().len() as u64;
+        if size > MAX_LIST {
+            return Ok(None);
+        }
+    }
+    Ok(Some(size))
 }

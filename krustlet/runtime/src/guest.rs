@@ -23,6 +23,8 @@ use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
 
 /// Handles (streams, headers, files, …) that one instance may hold at a time.
 const MAX_RESOURCES: usize = 4 * 1024;
+/// The same with those that a component's own parts give each other.
+const MAX_HANDLES: usize = 4 * MAX_RESOURCES;
 /// Random bytes for one call.
 const MAX_RANDOM: u64 = 1024 * 1024;
 /// What one call may copy out of the guest into the node's memory.
@@ -178,7 +180,7 @@ impl Container {
     }
 
     fn open_files(&self) -> OpenFiles {
-        OpenFiles::new(self.tenant.descriptors.clone())
+        OpenFiles::new(self.tenant.clone())
     }
 
     /// The store of one component instance.
@@ -200,6 +202,7 @@ impl Container {
         let mut store = Store::new(engine, state);
         store.limiter(|state| &mut state.limiter);
         store.set_hostcall_fuel(MAX_HOSTCALL);
+        store.set_max_component_handles(MAX_HANDLES);
         store.set_epoch_deadline(FIRST_SLICE);
         store.epoch_deadline_callback(|mut context| {
             let state = context.data_mut();
@@ -220,6 +223,7 @@ impl Container {
         let state = CoreState { wasi, limiter, open_files: self.open_files(), _live: live };
         let mut store = Store::new(engine, state);
         store.limiter(|state| &mut state.limiter);
+        store.set_hostcall_fuel(MAX_HOSTCALL);
         store.set_epoch_deadline(FIRST_SLICE);
         store.epoch_deadline_callback(cpu::on_deadline);
         Ok(store)
@@ -233,7 +237,7 @@ pub struct ComponentState {
     http: WasiHttpCtx,
     table: ResourceTable,
     outbound: Outbound,
-    limiter: Limiter,
+    pub limiter: Limiter,
     pub open_files: OpenFiles,
     _live: LiveInstance,
 }
@@ -246,6 +250,7 @@ impl WasiView for ComponentState {
 
 impl WasiHttpView for ComponentState {
     fn http(&mut self) -> WasiHttpCtxView<'_> {
+        self.limiter.before_call(&mut self.table);
         WasiHttpCtxView { hooks: &mut self.outbound, table: &mut self.table, ctx: &mut self.http }
     }
 }
@@ -253,7 +258,7 @@ impl WasiHttpView for ComponentState {
 /// The host side of a core module instance.
 pub struct CoreState {
     pub wasi: WasiP1Ctx,
-    limiter: Limiter,
+    pub limiter: Limiter,
     pub open_files: OpenFiles,
     _live: LiveInstance,
 }

@@ -2,12 +2,14 @@
 
 use crate::egress::{BODY_CHUNK_SIZE, BODY_CHUNKS};
 use crate::engine::TABLE_ELEMENTS;
+use crate::linkers::MAX_WRITE;
 use crate::memory::{Budget, Exceeded, Reservation};
 use http::HeaderMap;
 use std::any::Any;
 use std::sync::Arc;
 use wasmtime::ResourceLimiter;
 use wasmtime::component::ResourceTable;
+use wasmtime_wasi::p2::DynOutputStream;
 use wasmtime_wasi_http::FieldMap;
 use wasmtime_wasi_http::p2::body::HostOutgoingBody;
 use wasmtime_wasi_http::p2::types::{
@@ -18,6 +20,8 @@ use wasmtime_wasi_http::p2::types::{
 const ELEMENT: usize = size_of::<usize>();
 /// An instance's own part of the node: its stack, its store, its handles to the world.
 const INSTANCE: u64 = 32 * 1024;
+/// Each call may leave as much as headers may take.
+const CALLS_UNCOUNTED: u32 = 4;
 /// A handle, whatever it is to.
 const HANDLE: u64 = 256;
 
@@ -40,18 +44,29 @@ impl MemoryLimitExceeded {
 /// One instance's memory.
 #[derive(Debug)]
 pub struct Limiter {
+    budget: Arc<Budget>,
     /// What the guest itself allocated.
     guest: Reservation,
     /// What the host keeps for it.
     host: Reservation,
+    /// Calls since its handles were counted.
+    uncounted: u32,
+    /// There was no room for what it held.
+    overdrawn: Option<MemoryLimitExceeded>,
 }
 
 impl Limiter {
     /// Fails when the container has no memory for another instance.
     pub fn new(budget: Arc<Budget>) -> Result<Self, MemoryLimitExceeded> {
-        let mut limiter = Self { guest: Reservation::empty(budget.clone()), host: Reservation::empty(budget) };
+        let (guest, host) = (Reservation::empty(budget.clone()), Reservation::empty(budget.clone()));
+        let mut limiter = Self { budget, guest, host, uncounted: 0, overdrawn: None };
         limiter.host.grow(INSTANCE).map_err(|exceeded| limiter.exceeded(exceeded))?;
         Ok(limiter)
+    }
+
+    /// Memory that the host needs for the guest, and gives back itself.
+    pub fn reserve(&self, bytes: u64) -> Result<Reservation, MemoryLimitExceeded> {
+        self.budget.reserve(bytes).map_err(|exceeded| self.exceeded(exceeded))
     }
 
     fn exceeded(&self, exceeded: Exceeded) -> MemoryLimitExceeded {
@@ -72,8 +87,25 @@ impl Limiter {
 
     /// Counts what the host keeps for the guest's handles. What can be large is measured, the rest is taken to be small.
     pub fn count_handles(&mut self, table: &mut ResourceTable) -> Result<(), MemoryLimitExceeded> {
+        self.uncounted = 0;
+        if let Some(exceeded) = self.overdrawn {
+            return Err(exceeded);
+        }
         let handles: u64 = table.iter_mut().map(|entry| HANDLE + size_of_entry(entry)).sum();
         self.host.resize(INSTANCE + handles).map_err(|exceeded| self.exceeded(exceeded))
+    }
+
+    /// A call is made that may make a large handle. A guest that waits is not asked for its handles: what it has when it begins
+    /// to wait is counted by now, and if there was no room for it, others get none and the guest ends when it goes on.
+    pub fn before_call(&mut self, table: &mut ResourceTable) {
+        self.uncounted += 1;
+        if self.uncounted >= CALLS_UNCOUNTED
+            && let Err(exceeded) = self.count_handles(table)
+            && self.overdrawn.is_none()
+        {
+            self.host.overdraw(exceeded.exceeded.wanted);
+            self.overdrawn = Some(exceeded);
+        }
     }
 }
 
@@ -90,6 +122,8 @@ fn size_of_entry(entry: &(dyn Any + Send)) -> u64 {
         size_of_fields(&response.headers) + BODY_CHUNK_SIZE as u64
     } else if entry.is::<HostIncomingRequest>() {
         BODY_CHUNK_SIZE as u64
+    } else if entry.is::<DynOutputStream>() {
+        MAX_WRITE as u64
     } else if entry.is::<HostOutgoingBody>() {
         (BODY_CHUNKS * BODY_CHUNK_SIZE) as u64
     } else {

@@ -1,21 +1,30 @@
 //! What modules may import, and from whom they get it.
 
 use crate::guest::{ComponentState, CoreState, Environment};
+use std::any::Any;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 use wasmtime::component::{Linker, Resource};
 use wasmtime::error::Context as _;
 use wasmtime::{AsContextMut as _, Caller, Engine, Extern, StoreContextMut};
+use wasmtime_wasi::WasiView as _;
 use wasmtime_wasi::filesystem::{Descriptor, WasiFilesystemView as _};
 use wasmtime_wasi::p1::types::Errno;
 use wasmtime_wasi::p1::wasi_snapshot_preview1 as p1;
 use wasmtime_wasi::p2::bindings::filesystem::types::{
     DescriptorFlags, ErrorCode, Host as _, HostDescriptor as _, OpenFlags, PathFlags,
 };
+use wasmtime_wasi::p2::bindings::io::streams::{Host as _, HostOutputStream};
 use wasmtime_wasi::p2::bindings::{LinkOptions, cli};
+use wasmtime_wasi::p2::{DynOutputStream, ReaddirIterator};
 use wiggle::GuestMemory;
 
 /// Of the WASI that wasmtime-wasi offers; guests that were built against an older 0.2 are given this one.
 const TYPES: &str = "wasi:filesystem/types@0.2.12";
+const STREAMS: &str = "wasi:io/streams@0.2.12";
+/// Bytes that a guest may write to a stream at once.
+pub const MAX_WRITE: usize = 64 * 1024;
 const PREVIEW_1: &str = "wasi_snapshot_preview1";
 
 pub struct Linkers {
@@ -76,10 +85,71 @@ impl cli::environment::Host for &Environment {
     }
 }
 
-/// Counts the files that a component opens.
+/// Bounds what a component makes the host hold by its files and streams.
 fn limit_component(linker: &mut Linker<ComponentState>) -> wasmtime::Result<()> {
-    type Arguments = (Resource<Descriptor>, PathFlags, String, OpenFlags, DescriptorFlags);
     linker.allow_shadowing(true);
+    limit_open_files(linker)?;
+    limit_lists(linker)?;
+    limit_writes(linker)?;
+    linker.allow_shadowing(false);
+    Ok(())
+}
+
+/// No stream here permits more at once, and not each of them looks at what it is given.
+fn limit_writes(linker: &mut Linker<ComponentState>) -> wasmtime::Result<()> {
+    type Arguments = (Resource<DynOutputStream>, Vec<u8>);
+    linker.instance(STREAMS)?.func_wrap(
+        "[method]output-stream.write",
+        |mut store: StoreContextMut<'_, ComponentState>, (stream, bytes): Arguments| {
+            if bytes.len() > MAX_WRITE {
+                wasmtime::bail!("it wrote {} bytes at once to a stream that permits {MAX_WRITE}", bytes.len());
+            }
+            let table = store.data_mut().ctx().table;
+            match HostOutputStream::write(table, stream, bytes) {
+                Ok(()) => Ok((Ok(()),)),
+                Err(error) => Ok((Err(table.convert_stream_error(error)?),)),
+            }
+        },
+    )
+}
+
+/// Directories are listed a few at a time, and what a list takes is the container's memory.
+fn limit_lists(linker: &mut Linker<ComponentState>) -> wasmtime::Result<()> {
+    linker.instance(TYPES)?.func_wrap_async(
+        "[method]descriptor.read-directory",
+        |mut store: StoreContextMut<'_, ComponentState>, (directory,): (Resource<Descriptor>,)| {
+            Box::new(async move {
+                let state = store.data_mut();
+                let opened = match state.filesystem().table.get(&directory)? {
+                    Descriptor::Dir(opened) => vec![opened.dir.clone()],
+                    Descriptor::File(_) => Vec::new(),
+                };
+                let (size, turn) = state.open_files.size_of_lists(opened).await?;
+                let Some(size) = size else { return Ok((Err(ErrorCode::InsufficientMemory),)) };
+                let memory = state.limiter.reserve(size)?;
+                let mut files = state.filesystem();
+                let listed = files.read_directory(directory).await;
+                drop(turn);
+                match listed {
+                    Ok(list) => {
+                        let mut lists = std::mem::take(&mut state.open_files.lists);
+                        let table = state.filesystem().table;
+                        let is_there = |number| table.get(&Resource::<ReaddirIterator>::new_borrow(number)).is_ok();
+                        // A list that the guest has dropped may have left its number to this one.
+                        lists.retain(|(number, _)| *number != list.rep() && is_there(*number));
+                        lists.push((list.rep(), memory));
+                        state.open_files.lists = lists;
+                        Ok((Ok(list),))
+                    }
+                    Err(error) => Ok((Err(files.convert_error_code(error)?),)),
+                }
+            })
+        },
+    )
+}
+
+fn limit_open_files(linker: &mut Linker<ComponentState>) -> wasmtime::Result<()> {
+    type Arguments = (Resource<Descriptor>, PathFlags, String, OpenFlags, DescriptorFlags);
     linker.instance(TYPES)?.func_wrap_async(
         "[method]descriptor.open-at",
         |mut store: StoreContextMut<'_, ComponentState>,
@@ -103,12 +173,10 @@ fn limit_component(linker: &mut Linker<ComponentState>) -> wasmtime::Result<()> 
                 }
             })
         },
-    )?;
-    linker.allow_shadowing(false);
-    Ok(())
+    )
 }
 
-/// Counts those of a core module.
+/// The same for a core module.
 fn limit_core(linker: &mut wasmtime::Linker<CoreState>) -> wasmtime::Result<()> {
     type Open = (i32, i32, i32, i32, i32, i64, i64, i32, i32);
     linker.allow_shadowing(true);
@@ -151,8 +219,40 @@ fn limit_core(linker: &mut wasmtime::Linker<CoreState>) -> wasmtime::Result<()> 
             Ok(result)
         })
     })?;
+    type Read = (i32, i32, i32, i64, i32);
+    linker.func_wrap_async(
+        PREVIEW_1,
+        "fd_readdir",
+        |mut caller: Caller<'_, CoreState>, (fd, buffer, length, cookie, used): Read| {
+            Box::new(async move {
+                let (mut memory, state) = memory(&mut caller)?;
+                let directories = directories(state, &mut memory, fd).await;
+                let (size, _turn) = state.open_files.size_of_lists(directories).await?;
+                let Some(size) = size else { return Ok(Errno::Nomem as i32) };
+                // It is made twice, and is gone with the call.
+                let _memory = state.limiter.reserve(2 * size)?;
+                p1::fd_readdir(&mut state.wasi, &mut memory, fd, buffer, length, cookie, used).await
+            })
+        },
+    )?;
     linker.allow_shadowing(false);
     Ok(())
+}
+
+/// The directories that a core module's descriptor may be. Its number is known to WASI's implementation only, which tells how
+/// many links it has: some of those that are open fit, or all may be meant.
+async fn directories(state: &mut CoreState, memory: &mut GuestMemory<'_>, fd: i32) -> Vec<Arc<File>> {
+    use p1::WasiSnapshotPreview1 as _;
+    let Ok(wanted) = state.wasi.fd_filestat_get(memory, (fd as u32).into()).await else { return Vec::new() };
+    let table = &mut state.wasi.ctx().table;
+    let directory = |entry: &mut (dyn Any + Send)| match entry.downcast_ref() {
+        Some(Descriptor::Dir(directory)) => Some(directory.dir.clone()),
+        _ => None,
+    };
+    let all: Vec<Arc<File>> = table.iter_mut().filter_map(directory).collect();
+    let fits = |directory: &&Arc<File>| directory.metadata().is_ok_and(|found| found.nlink() == wanted.nlink);
+    let fitting: Vec<_> = all.iter().filter(fits).cloned().collect();
+    if fitting.is_empty() { all } else { fitting }
 }
 
 /// The guest's memory, with its budget for copies, and the host's side of it.

@@ -1,5 +1,6 @@
 //! Container log files in the CRI format (`TIMESTAMP stdout|stderr F|P text`), line-buffered and rotated.
 
+use crate::linkers::MAX_WRITE;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use std::fmt;
@@ -19,7 +20,7 @@ const MAX_LINE: usize = 16 * 1024;
 /// The tag of an entry whose line goes on in the next one, or ends without a line break.
 const PARTIAL: char = 'P';
 /// What a guest may write at once.
-const BUDGET: usize = 64 * 1024;
+const BUDGET: usize = MAX_WRITE;
 
 /// How large a container's log may grow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

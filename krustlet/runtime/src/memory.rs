@@ -116,6 +116,14 @@ impl Budget {
         beyond.inspect_err(|_| _ = self.used.fetch_sub(bytes, Ordering::Relaxed))
     }
 
+    /// Takes what is in use already, whether there is room for it or not.
+    fn overdraw(&self, bytes: u64) {
+        self.used.fetch_add(bytes, Ordering::Relaxed);
+        if let Some(parent) = &self.parent {
+            parent.overdraw(bytes);
+        }
+    }
+
     pub fn give_back(&self, bytes: u64) {
         self.used.fetch_sub(bytes, Ordering::Relaxed);
         if let Some(parent) = &self.parent {
@@ -152,6 +160,12 @@ impl Reservation {
         self.budget.take(by)?;
         self.bytes += by;
         Ok(())
+    }
+
+    /// The same for what is in use already.
+    pub fn overdraw(&mut self, by: u64) {
+        self.budget.overdraw(by);
+        self.bytes += by;
     }
 
     pub fn resize(&mut self, bytes: u64) -> Result<(), Exceeded> {

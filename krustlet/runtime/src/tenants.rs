@@ -4,6 +4,7 @@ use crate::cpu::Lane;
 use crate::shares::{Pool, Share, Shares};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use std::sync::Arc;
+use tokio::sync::Semaphore;
 
 /// Of the process's file descriptors, one in so many is the agent's own: logs, listeners, the API server, registries.
 const OWN_DESCRIPTORS: usize = 4;
@@ -20,6 +21,8 @@ pub struct Tenant {
     /// Connections in and out, and files.
     pub descriptors: Arc<Share>,
     pub lane: Arc<Lane>,
+    /// Directories that are being listed: each takes a thread, whose time nobody is charged for.
+    pub listings: Arc<Semaphore>,
 }
 
 /// The pods of one node.
@@ -50,6 +53,7 @@ impl Tenants {
             instances: self.instances.share(),
             descriptors: self.descriptors.share(),
             lane: Arc::new(Lane::new(self.workers)),
+            listings: Arc::new(Semaphore::new(self.workers)),
         })
     }
 }

@@ -125,6 +125,14 @@ pub fn list(path: &str) -> Result<String, ErrorCode> {
     Ok(names.join("\n"))
 }
 
+/// Begins to list a directory so often, and keeps all of the lists.
+pub fn lists(path: &str, count: u32) -> Result<(), ErrorCode> {
+    let directory = open(path, OpenFlags::DIRECTORY, DescriptorFlags::READ)?;
+    let lists = (0..count).map(|_| directory.read_directory()).collect::<Result<Vec<_>, _>>()?;
+    black_box(lists);
+    Ok(())
+}
+
 pub fn exists(path: &str) -> bool {
     resolve(path).and_then(|(directory, name)| directory.stat_at(PathFlags::SYMLINK_FOLLOW, &name)).is_ok()
 }
