@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import ipaddress
 from dataclasses import dataclass
@@ -61,20 +62,24 @@ def bootstrap_kubeconfig(endpoint: str, certificate: str, token: str = "") -> st
 
 def configuration(
     agent: str,
-    verification_key: str,
     machine_type: str,
     max_pods: int,
     port: int,
     *,
     bootstrap: str = BY_IDENTITY,
 ) -> str:
-    """Give a short name for all that a VM may be told anew while it runs.
+    """Give a short name for all that a VM may be told anew and its agent is restarted for.
 
     The VM gives it to its Node as a label, so that everybody sees which configuration the agent runs with.
     """
-    told = [agent, verification_key, machine_type, str(max_pods), str(port < FIRST_UNPRIVILEGED_PORT)]
-    told.append(bootstrap)
+    told = [agent, machine_type, str(max_pods), str(port < FIRST_UNPRIVILEGED_PORT), bootstrap]
     return hashlib.sha256("\0".join(told).encode()).hexdigest()[:12]
+
+
+def fingerprint(public_key: str) -> str:
+    """Name a public key (PEM) as the agent does: the first half of the SHA-256 sum of its SPKI, in hex."""
+    lines = [line.strip() for line in public_key.splitlines() if not line.startswith("-----")]
+    return hashlib.sha256(base64.b64decode("".join(lines))).hexdigest()[:32]
 
 
 def hostnames(name: str, project: str, zone: str) -> list[str]:
@@ -123,10 +128,9 @@ class KrustletNode(pulumi.ComponentResource):
             opts=pulumi.ResourceOptions(parent=self, deleted_with=args.cluster.lifetime),
         )
         binding = self._allow_certificate_requests(account)
-        self._configuration = pulumi.Output.all(args.agent.sha256, args.artifact.public_key).apply(
-            lambda told: configuration(
-                told[0],
-                told[1],
+        self._configuration = args.agent.sha256.apply(
+            lambda agent: configuration(
+                agent,
                 args.node.machine_type,
                 args.node.max_pods,
                 args.app_port,
@@ -275,6 +279,7 @@ class KrustletNode(pulumi.ComponentResource):
             hostnames=hostnames(args.node.name, args.project, args.zone),
             addresses=[instance.network_interfaces[0].network_ip, address.address],
             configuration=self._configuration,
+            verification_keys=args.artifact.public_key.apply(fingerprint),
             token=token.token,
             account="" if args.node.bootstrap == BY_TOKEN else account.email,
             kubeconfig=args.cluster.kubeconfig,

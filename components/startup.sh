@@ -187,9 +187,9 @@ word() {
     printf '"%s"' "$1" | sed 's/\\/\\\\/g; s/%/%%/g'
 }
 
-# Changes with everything that the service is made of.
+# Changes with everything that the service has to be started anew for. Other keys the agent takes while it runs.
 fingerprint() {
-    cat "$AGENT" "$CONFIG"/* "$UNIT" 2>/dev/null | cksum
+    cat "$AGENT" "$CONFIG/krustlet.env" "$CONFIG/bootstrap.kubeconfig" "$UNIT" 2>/dev/null | cksum
 }
 
 # Port 10250 is the kubelet's, where the API server looks for logs.

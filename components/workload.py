@@ -104,6 +104,7 @@ class WasmPod(pulumi.ComponentResource):
                 uid,
                 args.node.registration.uid,
                 args.node.registration.configuration,
+                args.node.registration.verification_keys,
             ],
             opts=pulumi.ResourceOptions(parent=self, depends_on=[pod], delete_before_replace=True),
         )

@@ -44,13 +44,15 @@ UNREADABLE = (
 class Machine:
     """The VM that may join: its name, which is the node's, the DNS names and the addresses that it has.
 
-    `configuration` is the one that its agent must run with, "" for any.
+    `configuration` is the one that its agent must run with, and `verification_keys` names the keys by which
+    it must judge; "" for any.
     """
 
     name: str
     hostnames: frozenset[str]
     addresses: frozenset[str]
     configuration: str = ""
+    verification_keys: str = ""
 
 
 @dataclass(frozen=True)

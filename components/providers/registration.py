@@ -57,6 +57,8 @@ ROLE_LABEL = "node-role.kubernetes.io/wasm"
 WASM_LABELS = {"kubernetes.io/arch": "wasm32-wasi", "kubernetes.io/os": "wasi"}
 # The agent gives it to its Node when it starts: which of the VM's configurations it runs with.
 CONFIGURATION_LABEL = "krustlet.dev/configuration"
+# The agent says by which keys it judges modules from now on: it takes others while it runs.
+KEYS_LABEL = "krustlet.dev/verification-keys"
 # The Kubernetes plugin's own switch, for a cluster that is gone for good.
 DELETE_UNREACHABLE = "PULUMI_K8S_DELETE_UNREACHABLE"
 # The reason of our own denials.
@@ -90,6 +92,7 @@ def machine(props: dict[str, Any]) -> Machine:
         frozenset([props["node"], *props["hostnames"]]),
         frozenset(address for address in props["addresses"] if address),
         props.get("configuration") or "",
+        props.get("verification_keys") or "",
     )
 
 
@@ -296,7 +299,11 @@ def _message(error: kubernetes.client.ApiException) -> str:
 
 
 def not_ready(
-    node: Any | None, renewed: datetime | None, since: datetime | None, configuration: str = ""
+    node: Any | None,
+    renewed: datetime | None,
+    since: datetime | None,
+    configuration: str = "",
+    verification_keys: str = "",
 ) -> str:
     """Say why a node is not the Ready wasm node that is waited for, "" when it is.
 
@@ -306,9 +313,9 @@ def not_ready(
     if node is None:
         return "there is no Node of its name yet"
     labels = node.metadata.labels or {}
-    wanted = {**WASM_LABELS, **({CONFIGURATION_LABEL: configuration} if configuration else {})}
+    wanted = {**WASM_LABELS, CONFIGURATION_LABEL: configuration, KEYS_LABEL: verification_keys}
     for key, value in wanted.items():
-        if labels.get(key) != value:
+        if value and labels.get(key) != value:
             return f"its label {key} is {labels.get(key)}, not {value}"
     ready = next((item for item in node.status.conditions or [] if item.type == "Ready"), None)
     if ready is None:
@@ -379,7 +386,8 @@ def _ready_node(
                 denied = _decide_all(cluster, vm, asker, log) or denied
                 known = _no_new_denial(cluster, vm, asker, known)
                 node = cluster.node(vm.name)
-                trouble = not_ready(node, cluster.renewed(vm.name), since, vm.configuration)
+                renewed = cluster.renewed(vm.name)
+                trouble = not_ready(node, renewed, since, vm.configuration, vm.verification_keys)
                 if not trouble:
                     cluster.name_role(vm.name)
                     return node
@@ -519,9 +527,10 @@ class NodeRegistrationProvider(ResourceProvider):
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
         """Another VM has to join anew, and so has a VM in another cluster.
 
-        Names and addresses count only while it joins; another configuration is waited for.
+        Names and addresses count only while it joins; another configuration and other keys are waited for.
         """
-        result = _changed(olds, news, replace={"node", "instance"}, update={"configuration"})
+        waited = {"configuration", "verification_keys"}
+        result = _changed(olds, news, replace={"node", "instance"}, update=waited)
         # The new Node has the old one's name.
         result.delete_before_replace = True
         return result
@@ -545,7 +554,7 @@ class NodeRegistrationProvider(ResourceProvider):
 
     @operation
     def update(self, _id: str, _olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
-        """Wait until the agent runs with the new configuration."""
+        """Wait until the agent runs with the new configuration, and judges by the new keys."""
         return UpdateResult({**news, "uid": _joined(news).metadata.uid})
 
     @operation
@@ -563,6 +572,7 @@ class NodeRegistration(pulumi.dynamic.Resource, module="registration", name="Nod
     node: pulumi.Output[str]
     uid: pulumi.Output[str]
     configuration: pulumi.Output[str]
+    verification_keys: pulumi.Output[str]
 
     def __init__(
         self,
@@ -574,6 +584,7 @@ class NodeRegistration(pulumi.dynamic.Resource, module="registration", name="Nod
         hostnames: Sequence[pulumi.Input[str]],
         addresses: Sequence[pulumi.Input[str]],
         configuration: pulumi.Input[str],
+        verification_keys: pulumi.Input[str],
         token: pulumi.Input[str],
         account: pulumi.Input[str],
         kubeconfig: pulumi.Input[str],
@@ -582,8 +593,8 @@ class NodeRegistration(pulumi.dynamic.Resource, module="registration", name="Nod
         """Wait for the VM `instance` (Google's numeric id), `created` then (RFC 3339), to join as `node`.
 
         `hostnames` and `addresses` are what its serving certificate may be for, besides `node` itself;
-        `configuration` is what its agent must run with. It asks for its first certificate as `account`, or
-        with the token where that is "".
+        `configuration` is what its agent must run with, `verification_keys` names the keys by which it must
+        judge. It asks for its first certificate as `account`, or with the token where that is "".
         """
         super().__init__(
             NodeRegistrationProvider(),
@@ -595,6 +606,7 @@ class NodeRegistration(pulumi.dynamic.Resource, module="registration", name="Nod
                 "hostnames": hostnames,
                 "addresses": addresses,
                 "configuration": configuration,
+                "verification_keys": verification_keys,
                 "token": pulumi.Output.secret(token),
                 "account": account,
                 "kubeconfig": pulumi.Output.secret(kubeconfig),

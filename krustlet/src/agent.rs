@@ -10,6 +10,7 @@ use crate::events::{Recorder, Severity};
 use crate::eviction::Evictor;
 use crate::google::MetadataServer;
 use crate::image_gc::ImageGc;
+use crate::keys::Keys;
 use crate::memory::{Memory, PodsMemory};
 use crate::node::{self, Keeper, Machine, NodeConfig, Readiness};
 use crate::panics::message_of;
@@ -164,7 +165,8 @@ async fn serve(
 
     // The node says that it is not ready before its pods are taken up again, and that it is once they are.
     let (readiness, current) = watch::channel(Readiness::NotReady("krustlet is taking up its pods"));
-    let mut keeper = Keeper::new(client.clone(), config, machine, current);
+    let (told, keys) = watch::channel(runtime.verification().fingerprint());
+    let mut keeper = Keeper::new(client.clone(), config, machine, current, keys);
     let mut reported = keeper.reported();
     tokio::select! {
         () = keeper.register() => {}
@@ -174,6 +176,14 @@ async fn serve(
     let keeper = vital.spawn("keeping the node's object", keeper.keep());
     let subject = node::reference(&names.node_name);
     events.record(subject.clone(), Severity::Normal, event::NODE_STARTING, "krustlet starts".to_owned());
+    let keys = Keys {
+        options: options.clone(),
+        runtime: runtime.clone(),
+        events: events.clone(),
+        node: subject.clone(),
+        told,
+    };
+    let _keys = vital.spawn("following the verification keys", keys.follow());
 
     let shutdown = CancellationToken::new();
     let context = Arc::new(NodeContext {

@@ -104,7 +104,7 @@ pub struct Options {
     #[arg(long, env = "KRUSTLET_PROVIDER_ID")]
     pub provider_id: Option<String>,
 
-    /// PEM files of the public keys that may sign modules, comma separated
+    /// PEM files of the public keys that may sign modules, comma separated; read again when they change
     #[arg(long, env = "KRUSTLET_VERIFICATION_KEYS", value_delimiter = ',')]
     verification_keys: Vec<PathBuf>,
 

@@ -14,6 +14,7 @@ mod eviction;
 mod google;
 mod http_client;
 mod image_gc;
+mod keys;
 mod logs;
 mod memory;
 mod node;

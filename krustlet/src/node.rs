@@ -41,6 +41,9 @@ pub const OPERATING_SYSTEM: &str = "wasi";
 /// Which labels the agent set at its last start, so that one that is gone from the flags goes from the Node too.
 const LABELS_ANNOTATION: &str = "krustlet.dev/node-labels";
 
+/// By which keys modules are judged from now on, for who waits until a node has taken another one.
+const KEYS_LABEL: &str = "krustlet.dev/verification-keys";
+
 /// Which address and ports pods have here, for who reads `kubectl describe node`.
 const NETWORK_ANNOTATION: &str = "krustlet.dev/pod-network";
 
@@ -240,6 +243,8 @@ pub struct Keeper {
     config: NodeConfig,
     machine: Machine,
     readiness: watch::Receiver<Readiness>,
+    /// The fingerprint of the keys.
+    keys: watch::Receiver<Option<String>>,
     /// The readiness that the API server has heard of.
     reported: watch::Sender<Option<Readiness>>,
     /// UID of the Node, which the Lease belongs to.
@@ -257,12 +262,14 @@ impl Keeper {
         config: NodeConfig,
         machine: Machine,
         readiness: watch::Receiver<Readiness>,
+        keys: watch::Receiver<Option<String>>,
     ) -> Self {
         Self {
             client,
             config,
             machine,
             readiness,
+            keys,
             reported: watch::Sender::new(None),
             uid: watch::Sender::new(None),
             info: system_info(),
@@ -294,6 +301,10 @@ impl Keeper {
     }
 
     async fn try_register(&mut self) -> kube::Result<()> {
+        match self.keys.borrow_and_update().clone() {
+            Some(keys) => self.config.labels.insert(KEYS_LABEL.to_owned(), keys),
+            None => self.config.labels.remove(KEYS_LABEL),
+        };
         let api = self.nodes();
         let node = match api.get_opt(&self.config.name).await? {
             Some(existing) => self.correct(existing).await?,
@@ -402,7 +413,7 @@ impl Keeper {
         let mut measure = tokio::time::interval(MEASURE);
         measure.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut present = true;
-        let mut readiness = self.readiness.clone();
+        let (mut readiness, mut keys) = (self.readiness.clone(), self.keys.clone());
         loop {
             let due = tokio::select! {
                 changed = readiness.changed() => {
@@ -410,6 +421,10 @@ impl Keeper {
                         return;
                     }
                     true
+                }
+                Ok(()) = keys.changed() => {
+                    self.register().await;
+                    false
                 }
                 _ = measure.tick() => self.is_due(),
                 event = futures::StreamExt::next(&mut events) => match event {

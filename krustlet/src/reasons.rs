@@ -76,6 +76,9 @@ pub mod event {
     pub const NODE_STARTING: &str = "Starting";
     pub const NODE_SHUTDOWN: &str = "Shutdown";
     pub const FREE_DISK_SPACE_FAILED: &str = "FreeDiskSpaceFailed";
+    /// Ours: modules are judged by other keys from now on, or by those of before because the new ones are unusable.
+    pub const VERIFICATION_KEYS_CHANGED: &str = "VerificationKeysChanged";
+    pub const VERIFICATION_KEYS_UNUSABLE: &str = "VerificationKeysUnusable";
 }
 
 /// Conditions of the node and their reasons.

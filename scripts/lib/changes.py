@@ -142,7 +142,7 @@ CHANGES = (
         "signingKey",
         "KEY",
         replace("app-key", "app-signature") | update("app-signature-push", "app-attestation") | RECONFIGURED,
-        AGENT,
+        note="the agent takes the new key while it runs, and starts nothing by the old one any more",
     ),
     Change("signingKeyPassword", "unused", {}),
     Change("gcp:zone", "europe-west1-c", CLUSTER, ALL),

@@ -9,6 +9,7 @@ import pytest
 
 from components.providers.signature import generate_key
 from tests.e2e.conftest import Stack, private_keys
+from tests.load import load
 from tests.waiting import until
 
 SIGN = ("--yes", "--tlog-upload=false", "--new-bundle-format=false", "--use-signing-config=false")
@@ -166,7 +167,7 @@ def test_a_module_altered_in_the_registry_is_refused(bench: Bench, pod: str) -> 
     )
 
 
-def test_another_key_takes_the_place_of_the_first_which_then_starts_no_pod_any_more(
+def test_another_key_takes_over_without_a_failed_request_and_the_first_starts_no_pod_any_more(
     bench: Bench, pod: str
 ) -> None:
     stack, before = bench.stack, bench.stack.outputs()
@@ -174,7 +175,10 @@ def test_another_key_takes_the_place_of_the_first_which_then_starts_no_pod_any_m
     try:
         key = generate_key()
         stack.run("pulumi", "config", "set", "--secret", "signingKey", text=key.private_key)
-        stack.run("pulumi", "up", "--yes")
+        with load(f"{before['url']}/healthz") as seen:
+            stack.run("pulumi", "up", "--yes")
+        assert seen.failures == []
+        assert seen.answers.total() > 100
         assert stack.outputs()["public_key"] == key.public_key
         assert stack.outputs()["image"] == before["image"]
         # The node looks at the signature when the pod starts.
@@ -186,3 +190,5 @@ def test_another_key_takes_the_place_of_the_first_which_then_starts_no_pod_any_m
     finally:
         stack.run("git", "checkout", "--quiet", "Pulumi.local.yaml")
         stack.run("pulumi", "up", "--yes")
+    running = stack.kubectl_json("get", "pod", before["pod"], "-n", before["namespace"])["status"]
+    assert running["containerStatuses"][0]["restartCount"] == 0

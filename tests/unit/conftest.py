@@ -41,6 +41,14 @@ class Registered:
         return rpc.unwrap_rpc_secret(self.inputs[key])
 
 
+# One of ECDSA P-256.
+PUBLIC_KEY = """-----BEGIN PUBLIC KEY-----
+MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEOTfGE1RYa2UAuX4uK2ONFFeYuaIR
+7OsF4N8yLj35bSgqFAa2JmWr8u5Zr907zfx6yrRFVSGucyUloz3ZVmmO2g==
+-----END PUBLIC KEY-----
+"""
+
+
 class Cloud(mocks.Mocks):
     """Gives each resource the outputs that the cloud would compute."""
 
@@ -76,7 +84,7 @@ class Cloud(mocks.Mocks):
             },
             "pulumi-python:dynamic/oci:Signature": {"signature_digest": "sha256:" + "34" * 32},
             "pulumi-python:dynamic/oci:Attestation": {"attestation_digest": "sha256:" + "56" * 32},
-            "pulumi-python:dynamic/signature:Key": {"private_key": "PRIVATE", "public_key": "PUBLIC"},
+            "pulumi-python:dynamic/signature:Key": {"private_key": "PRIVATE", "public_key": PUBLIC_KEY},
             "pulumi-python:dynamic/signature:Signature": {
                 "payload": "{}",
                 "signature": "c2ln",

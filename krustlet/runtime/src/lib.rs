@@ -80,7 +80,7 @@ use image_name::ImageName;
 use memory::{Budget, Scope};
 use metrics::Metrics;
 use module::Loader;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use precompiled::Cache;
 use pull::Puller;
 use pull_places::Places;
@@ -167,7 +167,7 @@ impl Runtime {
             client: RegistryClient::new(config.registries).context("failed to make the registry client")?,
             records: PullRecords::new(store.clone()),
             store: store.clone(),
-            verification: config.verification,
+            verification: RwLock::new(Arc::new(config.verification)),
             credentials: config.credentials,
             places: Places::new(config.pull_limits),
             locks: SharedLocks::default(),
@@ -211,6 +211,16 @@ impl Runtime {
     /// Has guests' requests to the names that the service knows go where it says. Once for the life of the runtime.
     pub fn resolve_names(&self, service: Arc<dyn NameService>) {
         self.0.executor.egress.names.set(service);
+    }
+
+    /// Who may sign what is pulled from now on, also what is on the node already.
+    pub fn verify_by(&self, verification: Verification) {
+        *self.0.puller.verification.write() = Arc::new(verification);
+    }
+
+    /// By what images are judged now. Another `Arc` than before is another judgement.
+    pub fn verification(&self) -> Arc<Verification> {
+        self.0.puller.verification.read().clone()
     }
 
     /// Has the image on this node, its digests, type and signature checked. One pull a digest, however many ask.

@@ -13,6 +13,7 @@ use crate::signature_search::{self, NotSigned};
 use crate::store::Store;
 use crate::{Image, SharedLocks};
 use bytes::Bytes;
+use parking_lot::RwLock;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -30,7 +31,7 @@ pub struct Puller {
     pub client: RegistryClient,
     pub store: Arc<Store>,
     pub records: PullRecords,
-    pub verification: Verification,
+    pub verification: RwLock<Arc<Verification>>,
     pub credentials: Arc<dyn CredentialSource>,
     pub places: Places,
     /// By repository and digest. Not by digest alone: whoever names another's image at a slow registry would hold it up.
@@ -138,7 +139,7 @@ impl Puller {
 
     /// Looks at the node's own copy: every digest and the signature are checked again.
     async fn cached(&self, name: &ImageName, digest: &Digest) -> Cached {
-        let (store, verification) = (self.store.clone(), self.verification.clone());
+        let (store, verification) = (self.store.clone(), self.verification.read().clone());
         let (name, digest) = (name.clone(), digest.clone());
         blocking(move || {
             let Some(manifest) = store.read(&digest, MAX_MANIFEST) else { return Cached::Missing };
@@ -284,7 +285,8 @@ impl Puller {
 
     /// Checks the signature: those on the node first, then those in the registry.
     async fn verify(&self, session: &mut Session<'_>, digest: &Digest) -> Result<(), Failure> {
-        let Verification::Keys(keys) = &self.verification else { return Ok(()) };
+        let verification = self.verification.read().clone();
+        let Verification::Keys(keys) = &*verification else { return Ok(()) };
         let (store, manifest) = (self.store.clone(), digest.clone());
         let known = blocking(move || store.signatures(&manifest)).await;
         if signature::verify(digest, &known, keys).is_ok() {

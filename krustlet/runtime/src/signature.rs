@@ -23,12 +23,24 @@ pub const MAX_SIGNATURES: usize = 32;
 pub const MAX_SIGNATURE_MANIFEST: u64 = 512 * 1024;
 
 /// Who may sign what this node runs.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verification {
     /// One of these keys must have signed the manifest.
     Keys(Vec<PublicKey>),
     /// Run anything. For development only.
     AllowUnsigned,
+}
+
+impl Verification {
+    /// What others can name the keys by: the first half of the SHA-256 sum, in hex, of their SPKIs (DER) in ascending order.
+    /// None where there are no keys.
+    pub fn fingerprint(&self) -> Option<String> {
+        let Self::Keys(keys) = self else { return None };
+        let mut keys: Vec<_> = keys.iter().map(PublicKey::spki).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        Some(Digest::of(&keys.concat()).hex().chars().take(32).collect())
+    }
 }
 
 /// A signature as fetched; kept next to the image so that it can be checked again.

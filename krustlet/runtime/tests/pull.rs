@@ -50,6 +50,23 @@ async fn a_signed_image_is_pulled_once_and_then_needs_no_network() {
 }
 
 #[tokio::test]
+async fn keys_that_are_taken_while_the_node_runs_judge_what_is_on_it_already() {
+    let (node, signer, manifest) = signed().await;
+    let name = node.registry.image(&manifest);
+    let pull = async |policy| node.runtime.pull(&name, policy, &[]).await;
+    assert!(pull(PullPolicy::IfNotPresent).await.is_ok());
+    let next = Signer::new(2);
+    node.runtime.verify_by(trusting(&[&next]));
+    for policy in [PullPolicy::Never, PullPolicy::IfNotPresent, PullPolicy::Always] {
+        assert!(matches!(pull(policy).await, Err(PullError::Signature { .. })), "{policy:?}");
+    }
+    node.registry.sign(&manifest, &next, &manifest);
+    assert!(pull(PullPolicy::IfNotPresent).await.is_ok());
+    node.runtime.verify_by(trusting(&[&signer, &next]));
+    assert!(pull(PullPolicy::Never).await.is_ok());
+}
+
+#[tokio::test]
 async fn a_tag_is_asked_for_again_under_always_and_only_then() {
     let (node, signer, first) = signed().await;
     let name = node.registry.image("v1");

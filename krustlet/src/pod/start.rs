@@ -61,6 +61,7 @@ impl Start {
         let node = &self.node;
         // What was changed before this start is what the container gets.
         let begin = Instant::now();
+        let mut verification = node.runtime.verification();
         let volumes = async {
             let dir = node.pod_dir(&self.pod).join("volumes");
             let prepare = || PodVolumes::prepare(&node.objects, &self.pod, &self.facts, &dir, &node.host_paths, begin);
@@ -76,7 +77,7 @@ impl Start {
             tokio::join!(self.module(), volumes, environment, self.ca_bundle(begin));
         volumes?;
         let (environment, ca_bundle) = (environment?, ca_bundle?);
-        let (image, module) = module?;
+        let (mut image, mut module) = module?;
         if module.kind() == Kind::HttpProxy && self.role == Role::Init && !limits.prepare_only {
             return Err(Failure::container(
                 "an init container runs to completion, and this component serves HTTP; give it restartPolicy Always or \
@@ -84,6 +85,11 @@ impl Start {
             ));
         }
         let (mounts, environment) = self.mounts(environment).await.map_err(|error| Failure::volumes(&error))?;
+        // Keys that were taken meanwhile are those that this start is judged by.
+        while !Arc::ptr_eq(&verification, &node.runtime.verification()) {
+            verification = node.runtime.verification();
+            (image, module) = self.module().await?;
+        }
         Ok(Prepared { image, module, limits, environment, mounts, ca_bundle, start: self })
     }
 

@@ -16,9 +16,12 @@ from unittest import mock
 
 import pytest
 
+from components.node import fingerprint
 from components.providers import artifacts, oci, referrers, signature
 from components.providers.client import Client
-from tests.integration.agent.harness import Pod, Workspace, artifact
+from tests.integration.agent.harness import Agent, Pod, Workspace, artifact
+from tests.load import load
+from tests.waiting import until
 
 OFFLINE = ("--yes", "--use-signing-config=false", "--tlog-upload=false")
 # What is given to the registry in place of a signature.
@@ -237,3 +240,47 @@ def test_a_signature_does_not_move_with_the_tag(space: Workspace, image: Callabl
     signed.client.expect(signed.client.manifest_request(tag, "PUT", content), 201)
     message = space.serve(image=f"{signed.repository}:{tag}").wait_waiting("SignatureValidationFailed")
     assert f"it is not signed: manifest {unsigned.digest} has no tag" in message
+
+
+def test_other_keys_are_taken_while_the_node_runs_and_no_request_fails_meanwhile(
+    make_agent: Callable[..., Agent],
+    make_workspace: Callable[[Agent], Workspace],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    agent = make_agent("rotated")
+    agent.start()
+    space = make_workspace(agent)
+    monkeypatch.setenv("GOOGLE_OAUTH_ACCESS_TOKEN", space.cluster.cloud.token)
+    keys, run = agent.directory / "cosign.pub", agent.pid
+    next_ = signature.generate_key()
+
+    def put(text: str, in_force: str) -> None:
+        # As the startup script does it: a file is there as a whole.
+        new = keys.with_suffix(".new")
+        new.write_text(text)
+        new.replace(keys)
+        label = "krustlet.dev/verification-keys"
+        until(lambda: agent.node().metadata.labels[label] == fingerprint(in_force), "the node to say so")
+
+    before = space.serve().wait_ready()
+    with load(f"{before.url}/version") as seen:
+        until(lambda: seen.answers["1"] > 50, "requests to be answered")
+        put(next_.public_key, in_force=next_.public_key)
+        # Also what is on the node already; and what the new key has signed, as the old one had.
+        refused = space.serve()
+        refused.wait_waiting("SignatureValidationFailed")
+        repository, _, digest = space.http_image.partition("@")
+        made = signature.sign(next_.private_key, repository, digest)
+        oci.push_bundle(
+            repository, digest, signature.bundle(signature.statement(digest), made.bundle_signature)
+        )
+        space.serve().wait_ready()
+        refused.wait_ready(timeout=60)
+        put("no key", in_force=next_.public_key)
+        until(lambda: "the keys of before stay in force" in agent.log, "the complaint")
+        space.serve().wait_ready()
+        answered = seen.answers["1"]
+        until(lambda: seen.answers["1"] > answered + 50, "more answers")
+    assert seen.failures == []
+    assert agent.pid == run
+    assert before.status().restart_count == 0

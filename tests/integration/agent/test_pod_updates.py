@@ -3,51 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import requests
 
-from tests.integration.agent.harness import Pod, Workspace, artifact, condition, http_probe
+from tests.integration.agent.harness import Workspace, artifact, condition, http_probe
+from tests.load import load
 from tests.waiting import until
-
-
-class Load:
-    """What clients that ask without pause were answered."""
-
-    def __init__(self) -> None:
-        self.answers: Counter[str] = Counter()
-        self.failures: list[str] = []
-        self.stop = threading.Event()
-
-    def run(self, url: str, keep_alive: bool) -> None:
-        session = requests.Session()
-        while not self.stop.is_set():
-            try:
-                answer = (session if keep_alive else requests).get(f"{url}/version", timeout=10)
-            except requests.RequestException as error:
-                self.failures.append(str(error))
-                continue
-            if answer.ok:
-                self.answers[answer.text] += 1
-            else:
-                self.failures.append(f"{answer.status_code} {answer.text}")
-
-
-@contextmanager
-def load(pod: Pod, clients: int = 4) -> Iterator[Load]:
-    """Requests from several clients, some of which keep their connections."""
-    made = Load()
-    threads = [threading.Thread(target=made.run, args=(pod.url, index % 2 == 0)) for index in range(clients)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield made
-    finally:
-        made.stop.set()
-        for thread in threads:
-            thread.join()
 
 
 def test_a_changed_image_takes_over_under_load_with_no_failed_request(space: Workspace) -> None:
@@ -58,7 +19,7 @@ def test_a_changed_image_takes_over_under_load_with_no_failed_request(space: Wor
         livenessProbe=http_probe(port),
         env=[{"name": "A", "value": "1"}],
     ).wait_ready()
-    with load(pod) as seen:
+    with load(f"{pod.url}/version") as seen:
         until(lambda: seen.answers["1"] > 50, "requests to be answered")
         pod.set_image(space.registry.guest("http-guest", "2"))
         pod.wait(lambda _: seen.answers["2"] > 50, "the new module to answer")
@@ -93,7 +54,7 @@ def test_a_request_in_flight_ends_with_the_module_that_it_began_with(space: Work
 
 def test_a_new_module_that_cannot_be_loaded_leaves_the_old_one_serving_and_says_so(space: Workspace) -> None:
     pod = space.serve().wait_ready()
-    with load(pod, clients=2) as seen:
+    with load(f"{pod.url}/version", clients=2) as seen:
         pod.set_image(space.registry.guest("garbage"))
         message = pod.wait_event("FailedImageUpdate", "InvalidImage")
         pod.wait(lambda pod: condition(pod, "krustlet.dev/ImageCurrent") == "False", "the condition")

@@ -14,7 +14,7 @@ import pytest
 
 from components import node
 from policy.rules import CREDENTIAL
-from tests.unit.conftest import REPOSITORY, Monitor, Run
+from tests.unit.conftest import PUBLIC_KEY, REPOSITORY, Monitor, Run
 
 KEYS = {"private_key", "token", "kubeconfig", "given", "password"}
 
@@ -268,17 +268,26 @@ def test_a_vm_and_its_disk_are_made_anew_with_another_cluster(program: Monitor) 
 
 
 def test_the_agent_s_configuration_is_told_by_its_sum_and_not_by_where_it_lies() -> None:
-    one = node.configuration("sum", "key", "e2-small", 5, 8080)
-    assert one == node.configuration("sum", "key", "e2-small", 5, 8081)
+    one = node.configuration("sum", "e2-small", 5, 8080)
+    assert one == node.configuration("sum", "e2-small", 5, 8081)
     others = [
-        node.configuration("another", "key", "e2-small", 5, 8080),
-        node.configuration("sum", "another", "e2-small", 5, 8080),
-        node.configuration("sum", "key", "e2-medium", 5, 8080),
-        node.configuration("sum", "key", "e2-small", 6, 8080),
-        node.configuration("sum", "key", "e2-small", 5, 80),
-        node.configuration("sum", "key", "e2-small", 5, 8080, bootstrap="token"),
+        node.configuration("another", "e2-small", 5, 8080),
+        node.configuration("sum", "e2-medium", 5, 8080),
+        node.configuration("sum", "e2-small", 6, 8080),
+        node.configuration("sum", "e2-small", 5, 80),
+        node.configuration("sum", "e2-small", 5, 8080, bootstrap="token"),
     ]
-    assert len({one, *others}) == 7
+    assert len({one, *others}) == 6
+
+
+def test_another_key_is_waited_for_by_the_name_that_openssl_has_for_it(
+    program: Monitor,
+) -> None:
+    # openssl ec -pubin -outform DER | sha256sum
+    assert node.fingerprint(PUBLIC_KEY) == "3a681522bfed75cd4c6044da7c28e1e4"
+    told = program.registered["node-vm"].plain("metadata")["krustlet-verification-key"]
+    registration = program.registered["node-registration"]
+    assert registration.plain("verification_keys") == node.fingerprint(told)
 
 
 def test_nothing_is_named_after_the_app_but_its_image_and_its_pod(
@@ -401,6 +410,7 @@ def test_the_smoke_test_is_last_and_runs_again_for_another_digest_or_url(program
         "pod-uid",
         "node-uid",
         program.registered["node-registration"].plain("configuration"),
+        program.registered["node-registration"].plain("verification_keys"),
     ]
     assert list(program.registered)[-1] == "workload-smoke-test"
 

@@ -53,6 +53,14 @@ def test_a_second_boot_with_nothing_new_leaves_an_agent_alone_that_runs(vm: Vm) 
     assert vm.systemctl()[-2] == "start krustlet"
 
 
+def test_another_key_is_given_to_the_agent_that_runs(vm: Vm) -> None:
+    assert vm.boot().returncode == 0
+    vm.metadata["instance/attributes/krustlet-verification-key"] = "ANOTHER"
+    assert vm.boot().returncode == 0
+    assert (vm.root / "etc/krustlet/verification.pem").read_text() == "ANOTHER\n"
+    assert vm.systemctl()[-2] == "start krustlet"
+
+
 @pytest.mark.parametrize(
     "missing",
     [

@@ -448,6 +448,11 @@ def test_a_node_runs_with_its_configuration_once_its_agent_says_so() -> None:
     assert registration.not_ready(found, None, None, "a") == ""
     assert registration.not_ready(found, None, None) == ""
     assert "krustlet.dev/configuration is a, not b" in registration.not_ready(found, None, None, "b")
+    assert "krustlet.dev/verification-keys is None, not k" in registration.not_ready(
+        found, None, None, "a", "k"
+    )
+    found.metadata.labels[registration.KEYS_LABEL] = "k"
+    assert registration.not_ready(found, None, None, "a", "k") == ""
 
 
 @pytest.mark.parametrize(("uid", "is_there"), [("u", True), ("another", False), (None, False)])
