@@ -15,8 +15,7 @@ from pulumi.dynamic import CheckResult, CreateResult, DiffResult, ReadResult, Re
 
 from components.providers import ProviderError, cargo, changed, gone, oci, operation, origin
 from components.providers.artifacts import attestation_tag, canonical
-from components.providers.client import Client
-from components.providers.referrers import Referrers
+from components.providers.referrers import Referrers, client_of
 from components.providers.signature import bundle, envelope, sign_statement, statement
 
 
@@ -55,7 +54,7 @@ def _keep(props: dict[str, Any]) -> None:
 
 def _remove(props: dict[str, Any]) -> None:
     """Remove what no resource of the new state stands for."""
-    repository, digest, client = props["repository"], props["digest"], Client(props["repository"])
+    repository, digest, client = props["repository"], props["digest"], client_of(props["repository"])
     if not oci.NEEDED.has(repository, props["attestation_digest"]):
         client.delete_artifact(props["attestation_digest"], attestation_tag(digest))
     for made in props["bundle_digests"]:
@@ -91,7 +90,7 @@ class OciAttestationProvider(ResourceProvider):
     @operation
     def read(self, id_: str, props: dict[str, Any]) -> ReadResult:
         """Look whether all are where they are looked for; a registry that is away is an error."""
-        client, digest = Client(props["repository"]), props["digest"]
+        client, digest = client_of(props["repository"]), props["digest"]
         referrers = Referrers(client, digest)
         there = client.holds(props["attestation_digest"], attestation_tag(digest))
         there = there and all(referrers.has(made) for made in props["bundle_digests"])

@@ -35,8 +35,7 @@ from components.providers.artifacts import (
     signature_tag,
 )
 from components.providers.cache import read_built
-from components.providers.client import Client as Client  # noqa: PLC0414  what uses this module names it so
-from components.providers.referrers import Referrers, subject_descriptor
+from components.providers.referrers import Referrers, client_of, subject_descriptor
 from components.providers.signature import bundle as signed_bundle
 from components.providers.signature import payload as signed_document
 from components.providers.signature import statement
@@ -47,7 +46,7 @@ REPOSITORY = re.compile(r"[^/\s]+(/[a-z0-9]+([._-]+[a-z0-9]+)*)+")
 def push(repository: str, kind: Kind, sha256: str, annotations: dict[str, str] | None = None) -> str:
     """Push a built file as an artifact, under a tag made of its own sum; give the manifest's digest."""
     made = artifact(kind, read_built(sha256), annotations)
-    return Client(repository).push_artifact(made, tag_for(sha256))
+    return client_of(repository).push_artifact(made, tag_for(sha256))
 
 
 def tag_for(sha256: str) -> str:
@@ -57,19 +56,19 @@ def tag_for(sha256: str) -> str:
 
 def push_signature(repository: str, digest: str, payload: str, signature: str) -> str:
     """Push the signature of an image to where cosign 2 looks for it; give the signature manifest's digest."""
-    return Client(repository).push_artifact(signature_artifact(payload, signature), signature_tag(digest))
+    return client_of(repository).push_artifact(signature_artifact(payload, signature), signature_tag(digest))
 
 
 def push_bundle(repository: str, digest: str, bundle: str, predicate_type: str = COSIGN_SIGN) -> str:
     """Push a Sigstore bundle as a referrer of an image in the registry; give the bundle manifest's digest."""
-    client = Client(repository)
+    client = client_of(repository)
     made = bundle_artifact(bundle, subject_descriptor(client, digest), predicate_type)
     return Referrers(client, digest).push(made)
 
 
 def push_attestations(repository: str, digest: str, envelopes: dict[str, bytes]) -> str:
     """Push attestations to where cosign 2 looks for them; give the digest of their manifest."""
-    return Client(repository).push_artifact(attestation_artifact(envelopes), attestation_tag(digest))
+    return client_of(repository).push_artifact(attestation_artifact(envelopes), attestation_tag(digest))
 
 
 class Needed:
@@ -153,14 +152,14 @@ class OciArtifactProvider(ResourceProvider):
     @operation
     def read(self, id_: str, props: dict[str, Any]) -> ReadResult:
         """Look whether tag, manifest and blobs are there; a registry that is away is an error."""
-        there = Client(props["repository"]).holds(props["digest"], tag_for(props["sha256"]))
+        there = client_of(props["repository"]).holds(props["digest"], tag_for(props["sha256"]))
         return ReadResult(id_, props) if there else gone()
 
     @operation
     def delete(self, _id: str, props: dict[str, Any]) -> None:
         """Remove tag and manifest, unless another resource has the same."""
         if not NEEDED.has(props["repository"], props["digest"]):
-            Client(props["repository"]).delete_artifact(props["digest"], tag_for(props["sha256"]))
+            client_of(props["repository"]).delete_artifact(props["digest"], tag_for(props["sha256"]))
 
 
 class OciArtifact(pulumi.dynamic.Resource, module="oci", name="Artifact"):
@@ -212,7 +211,7 @@ def _push_signatures(props: dict[str, Any]) -> dict[str, str]:
 
 def _remove_signatures(props: dict[str, Any]) -> None:
     """Remove what no resource of the new state stands for."""
-    repository, digest, client = props["repository"], props["digest"], Client(props["repository"])
+    repository, digest, client = props["repository"], props["digest"], client_of(props["repository"])
     if not NEEDED.has(repository, props["signature_digest"]):
         client.delete_artifact(props["signature_digest"], signature_tag(digest))
     # An older program's has none.
@@ -250,7 +249,7 @@ class OciSignatureProvider(ResourceProvider):
     @operation
     def read(self, id_: str, props: dict[str, Any]) -> ReadResult:
         """Look whether both are where they are looked for; a registry that is away is an error."""
-        client, digest = Client(props["repository"]), props["digest"]
+        client, digest = client_of(props["repository"]), props["digest"]
         there = client.holds(props["signature_digest"], signature_tag(digest))
         if there and (bundle := props.get("bundle_digest")):
             there = Referrers(client, digest).has(bundle)

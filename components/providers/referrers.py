@@ -9,10 +9,15 @@ import json
 import threading
 import urllib.parse
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from components.providers import Lazy
 from components.providers.artifacts import MANIFEST, Artifact, OciError, canonical
-from components.providers.client import Client
+
+if TYPE_CHECKING:
+    from components.providers.client import Client
+
+_CLIENTS = Lazy("components.providers.client")
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 # What registries without a list of their own answer; some have a page for people there.
@@ -20,6 +25,12 @@ NO_LIST = (400, 404, 405, 406, 501)
 PAGES = 20
 ATTEMPTS = 5
 _REWRITING = threading.Lock()
+
+
+def client_of(repository: str) -> Client:
+    """Give a client of a repository, `HOST[:PORT]/PATH`."""
+    made: Client = _CLIENTS.Client(repository)
+    return made
 
 
 class Referrers:

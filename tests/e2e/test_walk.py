@@ -26,8 +26,8 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from components.providers import oci
 from components.providers.artifacts import signature_tag
+from components.providers.client import Client
 from tests.e2e.cloud import Cloud
 from tests.e2e.conftest import Stack, clone
 
@@ -238,9 +238,9 @@ class Walk(RuleBasedStateMachine):
         }
         deletions[what]()
 
-    def _registry(self, repository: str) -> oci.Client:
+    def _registry(self, repository: str) -> Client:
         os.environ["GOOGLE_OAUTH_ACCESS_TOKEN"] = self.world.stack.env["GOOGLE_OAUTH_ACCESS_TOKEN"]
-        return oci.Client(repository)
+        return Client(repository)
 
     def _delete_signature(self, repository: str, digest: str) -> None:
         registry, tag = self._registry(repository), signature_tag(digest)
