@@ -296,9 +296,15 @@ class Job:
         """Let cargo build, keep the file, and record what was read for it."""
         memory = cache_directory() / "inputs" / f"{_hash(str(self.outputs))}.json"
         started = time.time_ns()
-        build = self.compile()
-        read = inputs.collect(build)
-        doubtful = freshness.doubtful(build, read, self.records.name, memory)
+        try:
+            build = self.compile()
+            read = inputs.collect(build)
+            doubtful = freshness.doubtful(build, read, self.records.name, memory)
+        except CargoError as error:
+            # Perhaps another clone's dependency, which has not what this one's sources want of it.
+            doubtful = freshness.taken(error.output)
+            if not doubtful:
+                raise
         if doubtful:
             _touch(doubtful)
             started = time.time_ns()
@@ -344,7 +350,7 @@ class Job:
         }
         command += [*self.toolchain.arguments, "--message-format", "json-render-diagnostics"]
         output = run(command, self.crate, settings)
-        messages = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        messages = inputs.messages_of(output)
         result = _result(messages, self.chosen)
         return inputs.Build(
             messages, result, self.chosen.workspace, self.crate, self.outputs, self.environment

@@ -35,7 +35,14 @@ UNRELATED_VARIABLES = re.compile(
 
 
 class CargoError(ProviderError):
-    """The crate cannot be built; the message ends with cargo's own."""
+    """The crate cannot be built; the message ends with cargo's own.
+
+    `output` is what the failed program printed on its standard output.
+    """
+
+    def __init__(self, message: str, output: str = "") -> None:
+        super().__init__(message)
+        self.output = output
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ def run(arguments: list[str], cwd: Path, environment: Mapping[str, str | None] |
         ) from None
     if done.returncode != 0:
         tail = "\n".join(done.stderr.strip().splitlines()[-ERROR_LINES:])
-        raise CargoError(f"`{' '.join(arguments[:3])}` failed in {cwd.name}:\n{tail}")
+        raise CargoError(f"`{' '.join(arguments[:3])}` failed in {cwd.name}:\n{tail}", done.stdout)
     return done.stdout
 
 

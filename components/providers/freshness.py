@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from components.providers.inputs import Build, Inputs, digest, write_json
+from components.providers.inputs import Build, Inputs, digest, local_artifacts, messages_of, write_json
 
 Origins = dict[str, list[str]]
 
@@ -31,6 +31,12 @@ def doubtful(build: Build, read: Inputs | None, facts: str, memory: Path) -> set
         if message["fresh"]
         and (read is None or known.get(_path(message)) != _origin(build, message, read, facts))
     }
+
+
+def taken(output: str) -> set[Path]:
+    """Give the sources of the artifacts that a build which failed took for fresh; `output` is cargo's."""
+    artifacts = local_artifacts(messages_of(output))
+    return {Path(message["target"]["src_path"]) for message in artifacts if message["fresh"]}
 
 
 def remember(build: Build, read: Inputs, facts: str, memory: Path) -> None:

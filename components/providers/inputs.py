@@ -95,14 +95,24 @@ class Build:
 
     def local_artifacts(self) -> list[dict[str, Any]]:
         """Give cargo's messages about what is compiled from the crate and its path dependencies."""
-        return [
-            message
-            for message in self.messages
-            if message["reason"] == "compiler-artifact"
-            and message["package_id"].startswith("path+file:")
-            # -Zbuild-std compiles the standard library, which is the compiler's.
-            and "/rustlib/src/" not in message["manifest_path"]
-        ]
+        return local_artifacts(self.messages)
+
+
+def messages_of(output: str) -> list[dict[str, Any]]:
+    """Read what cargo prints with `--message-format json`."""
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+def local_artifacts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give those of cargo's messages that are about what is compiled from path dependencies or the crate."""
+    return [
+        message
+        for message in messages
+        if message["reason"] == "compiler-artifact"
+        and message["package_id"].startswith("path+file:")
+        # -Zbuild-std compiles the standard library, which is the compiler's.
+        and "/rustlib/src/" not in message["manifest_path"]
+    ]
 
 
 def collect(build: Build) -> Inputs | None:

@@ -371,6 +371,34 @@ def test_what_another_clone_left_in_the_same_directory_is_not_taken(
     assert [said(cargo.build(crate, profile="dev")) for crate in crates] == ["one", "two"]
 
 
+def test_what_another_clone_left_of_a_dependency_is_not_what_a_build_fails_with(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crates = [home / "clones" / name / "program" for name in ("one", "two")]
+    for crate in crates:
+        name = crate.parent.name
+        plant(crate, NATIVE)
+        write("src/main.rs", f'fn main() {{ print!("{{}}", part::{name}()); }}\n')(crate, monkeypatch)
+        part = f'pub fn {name}() -> &\'static str {{ "{name}" }}\n'
+        write("part/src/lib.rs", part)(crate, monkeypatch)
+        write("part/Cargo.toml", '[package]\nname = "part"\nversion = "0.1.0"\nedition = "2021"\n')(
+            crate, monkeypatch
+        )
+        manifest = (crate / "Cargo.toml").read_text()
+        write("Cargo.toml", manifest + '[workspace]\n[dependencies.part]\npath = "part"\n')(
+            crate, monkeypatch
+        )
+        subprocess.run(["cargo", "generate-lockfile", "--offline"], cwd=crate, check=True)
+    assert said(cargo.build(crates[0], profile="dev")) == "one"
+    # Its dependency is older than what was made of the first one's, and has another function; it is newer.
+    (crates[1] / "src/main.rs").touch()
+    assert said(cargo.build(crates[1], profile="dev")) == "two"
+    # What is wrong in the sources themselves is still said, as cargo says it.
+    write("src/main.rs", "fn main() { part::three(); }\n")(crates[1], monkeypatch)
+    with pytest.raises(cargo.CargoError, match="cannot find function `three`"):
+        cargo.build(crates[1], profile="dev")
+
+
 @pytest.mark.parametrize(
     ("head", "triple", "is_right"),
     [
