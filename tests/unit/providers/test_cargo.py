@@ -395,7 +395,7 @@ def test_what_another_clone_left_of_a_dependency_is_not_what_a_build_fails_with(
     assert said(cargo.build(crates[1], profile="dev")) == "two"
     # What is wrong in the sources themselves is still said, as cargo says it.
     write("src/main.rs", "fn main() { part::three(); }\n")(crates[1], monkeypatch)
-    with pytest.raises(cargo.CargoError, match="cannot find function `three`"):
+    with pytest.raises(CargoError, match="cannot find function `three`"):
         cargo.build(crates[1], profile="dev")
 
 
