@@ -165,7 +165,12 @@ class KrustletNode(pulumi.ComponentResource):
                 allows=[{"protocol": "tcp", "ports": [str(port)]}],
                 source_ranges=sources,
                 target_service_accounts=[account.email],
-                opts=pulumi.ResourceOptions(parent=self),
+                opts=pulumi.ResourceOptions(
+                    parent=self,
+                    # The plugin would change it in place, which Google refuses; and its name is one rule's.
+                    replace_on_changes=["network"],
+                    delete_before_replace=True,
+                ),
             )
             for what, (port, sources) in opened.items()
         ]

@@ -105,14 +105,14 @@ CHANGES = (
         note="the URL is another",
     ),
     Change("machineType", "e2-medium", RECONFIGURED, BOOT),
-    Change("bootImage", "debian-cloud/debian-11", replace("node-disk") | JOINED, VM),
+    Change("bootImage", "debian-cloud/debian-13", replace("node-disk") | JOINED, VM),
     Change("diskSizeGb", "20", update("node-disk"), note="the system takes the room at its next boot"),
     Change("maxPods", "50", RECONFIGURED, AGENT),
     Change(
         "clusterName",
         "another",
         replace("cluster-network", "cluster-subnetwork", "cluster-account", "cluster-node-role")
-        | update("node-app-firewall", "node-agent-firewall")
+        | replace("node-app-firewall", "node-agent-firewall")
         | CLUSTER,
         ALL,
     ),

@@ -22,8 +22,8 @@ from components.providers.signature import generate_key
 from scripts.lib.changes import AGENT, CHANGES, NONE, POD, Change
 from tests.e2e.conftest import Stack
 
-# The one that moves most; AWESOME_WASM_CHANGES=all applies every row, a list of keys those.
-APPLIED = {"nodeName"}
+# Those that move most; AWESOME_WASM_CHANGES=all applies every row, a list of keys those.
+APPLIED = {"nodeName", "clusterName"}
 # Seconds that the app may be away on a machine that has other work.
 LIMITS = {NONE: 0.5, POD: 3.0, AGENT: 8.0}
 Plan = dict[str, str]
