@@ -305,6 +305,10 @@ class Job:
             doubtful = freshness.taken(error.output)
             if not doubtful:
                 raise
+            try:
+                _touch(doubtful)
+            except CargoError as why:
+                raise CargoError(f"{error}\nPerhaps because {why}") from None
         if doubtful:
             _touch(doubtful)
             started = time.time_ns()

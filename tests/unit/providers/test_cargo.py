@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pulumi
 import pytest
@@ -397,6 +399,11 @@ def test_what_another_clone_left_of_a_dependency_is_not_what_a_build_fails_with(
     write("src/main.rs", "fn main() { part::three(); }\n")(crates[1], monkeypatch)
     with pytest.raises(CargoError, match="cannot find function `three`"):
         cargo.build(crates[1], profile="dev")
+    # Also where nobody may set a file's time.
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "touch", Mock(side_effect=PermissionError(errno.EROFS, "read-only")))
+        with pytest.raises(CargoError, match=r"(?s)cannot find function `three`.*run `touch` on it"):
+            cargo.build(crates[1], profile="dev")
 
 
 @pytest.mark.parametrize(
