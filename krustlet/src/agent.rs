@@ -161,12 +161,13 @@ async fn serve(
     };
     let tls = Arc::new(api::server_tls(serving, client_ca(&membership.client_ca)?)?);
     let api = tokio::spawn(api::serve(context, listener, tls, api_stop.clone()));
-    let _membership = vital.spawn("keeping the client certificate", membership.keep());
+    let (ends, expiring) = watch::channel(None);
+    let _membership = vital.spawn("keeping the client certificate", membership.keep(ends, events.clone()));
 
     // The node says that it is not ready before its pods are taken up again, and that it is once they are.
     let (readiness, current) = watch::channel(Readiness::NotReady("krustlet is taking up its pods"));
     let (told, keys) = watch::channel(runtime.verification().fingerprint());
-    let mut keeper = Keeper::new(client.clone(), config, machine, current, keys);
+    let mut keeper = Keeper::new(client.clone(), config, machine, current, keys, expiring);
     let mut reported = keeper.reported();
     tokio::select! {
         () = keeper.register() => {}

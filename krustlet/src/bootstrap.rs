@@ -4,15 +4,24 @@ use crate::backoff::Backoff;
 use crate::certificates::{Credential, ServingCertificate, Store, Wanted, sleep_until, write_private};
 use crate::cli::{Names, Options};
 use crate::client::Connection;
+use crate::events::{Recorder, Severity};
+use crate::node;
+use crate::reasons::event;
 use anyhow::{Context, ensure};
 use jiff::Timestamp;
 use kube::config::{
     AuthInfo, Cluster, Context as KubeContext, KubeConfigOptions, Kubeconfig, NamedAuthInfo, NamedCluster, NamedContext,
 };
 use pem::Pem;
+use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
 use tracing::{info, warn};
+
+/// How often it is told that nobody renews the client certificate. Events are kept for an hour, and looked at every day.
+const TELL_AGAIN: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The node's place in the cluster.
 pub struct Membership {
@@ -143,22 +152,44 @@ impl Files {
 }
 
 impl Membership {
-    /// Renews the client certificate for as long as the agent runs, each time before it ends.
-    pub async fn keep(mut self) {
+    /// Renews the client certificate for as long as the agent runs, each time before it ends. One that is not renewed for long
+    /// is told of while somebody can still do something: `expiring` has its end then.
+    pub async fn keep(mut self, expiring: watch::Sender<Option<Timestamp>>, events: Recorder) {
         let wanted = Wanted::client(&self.files.node_name);
         loop {
             sleep_until(self.credential.renewal()).await;
-            let mut backoff = Backoff::api();
-            self.credential = loop {
-                match self.renew(&wanted).await {
-                    Ok(credential) => break credential,
-                    Err(error) => warn!(
-                        not_after = %self.credential.not_after,
-                        "failed to renew the client certificate, trying again: {error:#}"
-                    ),
-                }
-                tokio::time::sleep(backoff.jittered() * 4).await;
+            self.credential = tokio::select! {
+                credential = self.renewed(&wanted) => credential,
+                never = self.tell(&expiring, &events) => match never {},
             };
+            expiring.send_if_modified(|expiring| expiring.take().is_some());
+        }
+    }
+
+    async fn renewed(&self, wanted: &Wanted) -> Credential {
+        let mut backoff = Backoff::api();
+        loop {
+            match self.renew(wanted).await {
+                Ok(credential) => return credential,
+                Err(error) => warn!(
+                    not_after = %self.credential.not_after,
+                    "failed to renew the client certificate, trying again: {error:#}"
+                ),
+            }
+            tokio::time::sleep(backoff.jittered() * 4).await;
+        }
+    }
+
+    async fn tell(&self, expiring: &watch::Sender<Option<Timestamp>>, events: &Recorder) -> Infallible {
+        let end = self.credential.not_after;
+        sleep_until(self.credential.overdue()).await;
+        expiring.send_replace(Some(end));
+        loop {
+            let message = node::expiry(end);
+            warn!("{message}");
+            let node = node::reference(&self.files.node_name);
+            events.record(node, Severity::Warning, event::CERTIFICATE_EXPIRING, message);
+            tokio::time::sleep(TELL_AGAIN).await;
         }
     }
 

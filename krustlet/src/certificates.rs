@@ -30,6 +30,8 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 /// Share of its life after which a certificate is renewed, and how much that may vary from node to node.
 const RENEW_AFTER: f64 = 0.8;
 const RENEW_JITTER: f64 = 0.06;
+/// Share of its life after which one that is still not renewed is told of: of a year, six weeks before its end.
+const TELL_AFTER: f64 = 0.88;
 /// Whoever denied a request needs time to think again, and not a new request every moment.
 const AFTER_DENIAL: Duration = Duration::from_secs(60);
 
@@ -190,8 +192,20 @@ impl Credential {
 
     /// When to ask for the next one.
     pub fn renewal(&self) -> Timestamp {
-        let life = Duration::try_from(self.not_after.duration_since(self.since)).unwrap_or_default();
-        self.since.checked_add(jitter(life.mul_f64(RENEW_AFTER), RENEW_JITTER)).unwrap_or(self.not_after)
+        self.after(jitter(self.life().mul_f64(RENEW_AFTER), RENEW_JITTER))
+    }
+
+    /// When its renewal is late.
+    pub fn overdue(&self) -> Timestamp {
+        self.after(self.life().mul_f64(TELL_AFTER))
+    }
+
+    fn life(&self) -> Duration {
+        Duration::try_from(self.not_after.duration_since(self.since)).unwrap_or_default()
+    }
+
+    fn after(&self, time: Duration) -> Timestamp {
+        self.since.checked_add(time).unwrap_or(self.not_after)
     }
 
     /// As rustls serves it.

@@ -12,6 +12,7 @@ use k8s_openapi::api::core::v1::{
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, OwnerReference, Time};
+use k8s_openapi::apimachinery::pkg::version::Info;
 use krustlet_runtime::Ipv4Net;
 use kube::api::{Api, ObjectMeta, Patch, PatchParams, PostParams};
 use kube::runtime::WatchStreamExt;
@@ -47,9 +48,23 @@ const KEYS_LABEL: &str = "krustlet.dev/verification-keys";
 /// Which address and ports pods have here, for who reads `kubectl describe node`.
 const NETWORK_ANNOTATION: &str = "krustlet.dev/pod-network";
 
-/// The Kubernetes version whose API this agent is written to, then its own.
-fn kubelet_version() -> String {
-    format!("v1.37.0+krustlet.{}", env!("CARGO_PKG_VERSION"))
+/// The minor version of Kubernetes whose API this agent is written to.
+const KUBERNETES_MINOR: u32 = 37;
+
+/// The Kubernetes version that the node counts as, then the agent's own. No kubelet may be newer than its API server
+/// (https://kubernetes.io/releases/version-skew-policy/), and this agent needs nothing that an older one lacks.
+fn kubelet_version(server: Option<&Info>) -> String {
+    // Clouds write "36+".
+    let minor = server.and_then(|server| server.minor.trim_end_matches('+').parse().ok()).unwrap_or(KUBERNETES_MINOR);
+    format!("v1.{}.0+krustlet.{}", minor.min(KUBERNETES_MINOR), env!("CARGO_PKG_VERSION"))
+}
+
+/// What an operator is told of a client certificate that ends then, unrenewed.
+pub fn expiry(end: Timestamp) -> String {
+    format!(
+        "the node's client certificate ends at {end:.0}, and its renewal is not approved: `kubectl get csr` shows the request, \
+         `kubectl certificate approve NAME` approves it"
+    )
 }
 
 /// What the flags say about the node.
@@ -245,6 +260,8 @@ pub struct Keeper {
     readiness: watch::Receiver<Readiness>,
     /// The fingerprint of the keys.
     keys: watch::Receiver<Option<String>>,
+    /// When the client certificate ends, once its renewal is late.
+    expiring: watch::Receiver<Option<Timestamp>>,
     /// The readiness that the API server has heard of.
     reported: watch::Sender<Option<Readiness>>,
     /// UID of the Node, which the Lease belongs to.
@@ -263,6 +280,7 @@ impl Keeper {
         machine: Machine,
         readiness: watch::Receiver<Readiness>,
         keys: watch::Receiver<Option<String>>,
+        expiring: watch::Receiver<Option<Timestamp>>,
     ) -> Self {
         Self {
             client,
@@ -270,9 +288,10 @@ impl Keeper {
             machine,
             readiness,
             keys,
+            expiring,
             reported: watch::Sender::new(None),
             uid: watch::Sender::new(None),
-            info: system_info(),
+            info: system_info(kubelet_version(None)),
             sent: Vec::new(),
             sent_at: None,
             warned_taints: false,
@@ -305,6 +324,7 @@ impl Keeper {
             Some(keys) => self.config.labels.insert(KEYS_LABEL.to_owned(), keys),
             None => self.config.labels.remove(KEYS_LABEL),
         };
+        self.info.kubelet_version = kubelet_version(Some(&self.client.apiserver_version().await?));
         let api = self.nodes();
         let node = match api.get_opt(&self.config.name).await? {
             Some(existing) => self.correct(existing).await?,
@@ -358,7 +378,7 @@ impl Keeper {
     /// Sends the node's status, whole.
     async fn report(&mut self) -> kube::Result<()> {
         let readiness = self.readiness.borrow_and_update().clone();
-        let conditions = conditions(&readiness, self.machine.signals.pressure(), &self.sent, now());
+        let conditions = self.conditions(&readiness);
         let mut status = serde_json::to_value(self.status(conditions.clone())).map_err(kube::Error::SerdeError)?;
         // Addresses would be merged by type, and one that is gone from the flags would stay.
         if let Some(addresses) = status.get_mut("addresses").and_then(serde_json::Value::as_array_mut) {
@@ -414,6 +434,7 @@ impl Keeper {
         measure.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut present = true;
         let (mut readiness, mut keys) = (self.readiness.clone(), self.keys.clone());
+        let mut expiring = self.expiring.clone();
         loop {
             let due = tokio::select! {
                 changed = readiness.changed() => {
@@ -426,6 +447,7 @@ impl Keeper {
                     self.register().await;
                     false
                 }
+                Ok(()) = expiring.changed() => true,
                 _ = measure.tick() => self.is_due(),
                 event = futures::StreamExt::next(&mut events) => match event {
                     Some(Ok(Event::Init)) => { present = false; false }
@@ -458,9 +480,14 @@ impl Keeper {
         }
     }
 
+    fn conditions(&self, readiness: &Readiness) -> Vec<NodeCondition> {
+        let expiring = *self.expiring.borrow();
+        conditions(readiness, self.machine.signals.pressure(), expiring, &self.sent, now())
+    }
+
     /// Whether the API's Node differs from the truth, or has not heard from us for long.
     fn is_due(&self) -> bool {
-        let current = conditions(&self.readiness.borrow(), self.machine.signals.pressure(), &self.sent, now());
+        let current = self.conditions(&self.readiness.borrow());
         let states = |conditions: &[NodeCondition]| -> Vec<(String, String, Option<String>)> {
             let mut states: Vec<_> = conditions
                 .iter()
@@ -474,13 +501,19 @@ impl Keeper {
     }
 }
 
-const OUR_CONDITIONS: [&str; 4] =
-    [reasons::MEMORY_PRESSURE, reasons::DISK_PRESSURE, reasons::PID_PRESSURE, reasons::READY];
+const OUR_CONDITIONS: [&str; 5] = [
+    reasons::MEMORY_PRESSURE,
+    reasons::DISK_PRESSURE,
+    reasons::PID_PRESSURE,
+    reasons::CERTIFICATE_EXPIRING,
+    reasons::READY,
+];
 
 /// The node's conditions now; those that were so before keep the time of their transition.
 fn conditions(
     readiness: &Readiness,
     pressure: Pressure,
+    expiring: Option<Timestamp>,
     before: &[NodeCondition],
     now: Timestamp,
 ) -> Vec<NodeCondition> {
@@ -526,11 +559,16 @@ fn conditions(
         reasons::SUFFICIENT_PID,
         "guests are not processes: a node cannot run out of them",
     );
+    let (type_, kept) = (reasons::CERTIFICATE_EXPIRING, reasons::CERTIFICATE_IS_KEPT);
+    let certificate = match expiring {
+        Some(end) => condition(type_, true, reasons::RENEWAL_NOT_APPROVED, &expiry(end)),
+        None => condition(type_, false, kept, "the client certificate is renewed long before its end"),
+    };
     let ready = match readiness {
         Readiness::Ready => condition(reasons::READY, true, reasons::KUBELET_READY, "krustlet is taking pods"),
         Readiness::NotReady(why) => condition(reasons::READY, false, reasons::KUBELET_NOT_READY, why),
     };
-    vec![memory, disk, pid, ready]
+    vec![memory, disk, pid, certificate, ready]
 }
 
 fn now() -> Timestamp {
@@ -636,7 +674,7 @@ pub fn reference(name: &str) -> ObjectReference {
     }
 }
 
-fn system_info() -> NodeSystemInfo {
+fn system_info(kubelet_version: String) -> NodeSystemInfo {
     let read = |path: &str| std::fs::read_to_string(path).map(|text| text.trim().to_owned()).unwrap_or_default();
     let machine_id = read("/etc/machine-id");
     let uuid = sysinfo::Product::uuid().ok().filter(|uuid| !uuid.is_empty()).unwrap_or_else(|| machine_id.clone());
@@ -648,7 +686,7 @@ fn system_info() -> NodeSystemInfo {
         architecture: ARCHITECTURE.to_owned(),
         operating_system: OPERATING_SYSTEM.to_owned(),
         container_runtime_version: format!("wasmtime://{}", krustlet_runtime::WASMTIME_VERSION),
-        kubelet_version: kubelet_version(),
+        kubelet_version,
         kernel_version: sysinfo::System::kernel_version().unwrap_or_default(),
         os_image: sysinfo::System::long_os_version().unwrap_or_default(),
         system_uuid: uuid,
@@ -730,14 +768,23 @@ mod tests {
         let (start, later): (Timestamp, Timestamp) =
             ("2026-01-01T00:00:00Z".parse().unwrap(), "2026-01-01T01:00:00Z".parse().unwrap());
         let not_ready = Readiness::NotReady("starting");
-        let first = conditions(&not_ready, Pressure::default(), &[], start);
-        let same = conditions(&not_ready, Pressure::default(), &first, later);
-        assert_eq!(same[3].last_transition_time, Some(Time(start)));
-        assert_eq!(same[3].last_heartbeat_time, Some(Time(later)));
-        let ready = conditions(&Readiness::Ready, Pressure::default(), &same, later);
-        assert_eq!(ready[3].status, "True");
-        assert_eq!(ready[3].last_transition_time, Some(Time(later)));
+        let first = conditions(&not_ready, Pressure::default(), None, &[], start);
+        let same = conditions(&not_ready, Pressure::default(), None, &first, later);
+        assert_eq!(same[4].last_transition_time, Some(Time(start)));
+        assert_eq!(same[4].last_heartbeat_time, Some(Time(later)));
+        let ready = conditions(&Readiness::Ready, Pressure::default(), None, &same, later);
+        assert_eq!(ready[4].status, "True");
+        assert_eq!(ready[4].last_transition_time, Some(Time(later)));
         assert_eq!(ready[0].last_transition_time, Some(Time(start)));
+    }
+
+    #[test]
+    fn the_node_is_never_newer_than_its_api_server_nor_than_the_agent() {
+        let version = |minor: &str| kubelet_version(Some(&Info { minor: minor.into(), ..Info::default() }));
+        for (server, told) in [("35", "35"), ("36+", "36"), ("37", "37"), ("38+", "37"), ("", "37"), ("x", "37")] {
+            assert!(version(server).starts_with(&format!("v1.{told}.0+krustlet.")), "{server:?}");
+        }
+        assert_eq!(kubelet_version(None), version("37"));
     }
 
     #[test]

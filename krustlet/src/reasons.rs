@@ -76,6 +76,8 @@ pub mod event {
     pub const NODE_STARTING: &str = "Starting";
     pub const NODE_SHUTDOWN: &str = "Shutdown";
     pub const FREE_DISK_SPACE_FAILED: &str = "FreeDiskSpaceFailed";
+    /// Ours: nobody has renewed the node's client certificate, though it is time.
+    pub const CERTIFICATE_EXPIRING: &str = "ClientCertificateExpiring";
     /// Ours: modules are judged by other keys from now on, or by those of before because the new ones are unusable.
     pub const VERIFICATION_KEYS_CHANGED: &str = "VerificationKeysChanged";
     pub const VERIFICATION_KEYS_UNUSABLE: &str = "VerificationKeysUnusable";
@@ -87,6 +89,8 @@ pub mod node {
     pub const MEMORY_PRESSURE: &str = "MemoryPressure";
     pub const DISK_PRESSURE: &str = "DiskPressure";
     pub const PID_PRESSURE: &str = "PIDPressure";
+    /// Ours: the node will be out of the cluster unless somebody approves its certificate request.
+    pub const CERTIFICATE_EXPIRING: &str = "krustlet.dev/ClientCertificateExpiring";
 
     pub const KUBELET_READY: &str = "KubeletReady";
     pub const KUBELET_NOT_READY: &str = "KubeletNotReady";
@@ -95,4 +99,6 @@ pub mod node {
     pub const NO_DISK_PRESSURE: &str = "KubeletHasNoDiskPressure";
     pub const DISK_PRESSURE_REASON: &str = "KubeletHasDiskPressure";
     pub const SUFFICIENT_PID: &str = "KubeletHasSufficientPID";
+    pub const CERTIFICATE_IS_KEPT: &str = "ClientCertificateIsKept";
+    pub const RENEWAL_NOT_APPROVED: &str = "RenewalNotApproved";
 }

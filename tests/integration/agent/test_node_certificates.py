@@ -165,6 +165,38 @@ def test_only_the_first_request_comes_with_the_token_and_each_has_a_key_of_its_o
     assert len(keys) == len(signer.requests)
 
 
+def test_a_certificate_that_nobody_renews_is_told_of_before_it_ends_and_until_it_is_renewed(
+    own: Agent, cluster: Cluster
+) -> None:
+    # Long enough that nine tenths of it leave time to look.
+    life = timedelta(seconds=60)
+    condition = "krustlet.dev/ClientCertificateExpiring"
+
+    def told() -> list[Any]:
+        of_node = "involvedObject.kind=Node,involvedObject.name=" + own.name
+        found = cluster.core.list_event_for_all_namespaces(field_selector=of_node).items
+        return [event for event in found if event.reason == "ClientCertificateExpiring"]
+
+    with cluster.unrenewed():
+        signer = Signer(cluster, own.name, life)
+        own.start()
+        signer.close()
+        held = _held(own)
+        assert own.condition(condition) == "False"
+        until(lambda: own.condition(condition) == "True", "the condition", timeout=life.total_seconds())
+        assert datetime.now(UTC) < held.not_valid_after_utc
+        (event,) = until(told, "the Event", timeout=10)
+        assert event.type == "Warning"
+        assert "kubectl certificate approve" in event.message
+        signer = Signer(cluster, own.name, timedelta(hours=1))
+        try:
+            until(lambda: own.condition(condition) == "False", "the condition to end")
+        finally:
+            signer.close()
+    assert _held(own).serial_number != held.serial_number
+    assert own.condition("Ready") == "True"
+
+
 def test_keys_are_readable_by_the_agents_user_alone(agent: Agent) -> None:
     pki = agent.data_dir / "pki"
     assert {path.name for path in pki.iterdir()} >= {"client.pem", "serving.pem"}

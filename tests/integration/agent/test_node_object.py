@@ -77,6 +77,7 @@ def test_the_conditions_are_those_of_a_healthy_kubelet(agent: Agent) -> None:
         "MemoryPressure": "False",
         "DiskPressure": "False",
         "PIDPressure": "False",
+        "krustlet.dev/ClientCertificateExpiring": "False",
     }
     assert conditions["Ready"].reason == "KubeletReady"
     for item in conditions.values():
