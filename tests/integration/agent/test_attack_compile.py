@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import wasmtime
@@ -84,13 +83,15 @@ def test_compiling_leaves_no_memory_behind_in_the_agent(space: Workspace, agent:
     assert grown < 40, f"the agent grew by {grown:.0f} MiB"
 
 
-def test_what_cannot_be_run_is_refused_in_words_and_without_the_compiler(space: Workspace) -> None:
+def test_what_cannot_be_run_is_refused_in_words_and_without_the_compiler(
+    space: Workspace, agent: Agent
+) -> None:
     body = "(i32.const 3) (i32.mul) " * 50
     module = f"(core module {f'(func (param i32) (result i32) (local.get 0) {body})' * 4000})"
     newer = '(import "wasi:http/types@0.3.0" (instance (export "fields" (type (sub resource)))))'
     image = space.registry.push("newer", layout(bytes(wasmtime.wat2wasm(f"(component {newer} {module})"))))
-    began = time.monotonic()
+    before = agent.children_cpu_seconds()
     message = space.serve(image=image).wait_waiting("InvalidImage")
-    assert time.monotonic() - began < 10
+    assert agent.children_cpu_seconds() - before < 1
     for part in ("WASI 0.3.0", "wasi:http/types@0.3.0", "WASI 0.2", "wasm32-wasip2"):
         assert part in message

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -161,11 +160,9 @@ def test_a_function_that_calls_the_host_again_and_again_gives_way_and_is_ended_a
         assert neighbour.get("/version", timeout=5).ok
     for attack in attacks:
         attack.delete(grace=0)
-    began = time.monotonic()
     until(
-        lambda: neighbour.get("/version").elapsed.total_seconds() < 0.1, "the guests to be ended", timeout=20
+        lambda: neighbour.get("/version").elapsed.total_seconds() < 0.1, "the guests to be ended", timeout=10
     )
-    assert time.monotonic() - began < 10
 
 
 def test_more_than_a_stream_permits_is_no_write_and_the_log_stays_in_its_bounds(

@@ -45,7 +45,8 @@ def test_sixty_requests_of_forty_mebibytes_take_no_more_than_the_limit_of_their_
     pod = space.serve(resources={"limits": {"memory": "64Mi"}}).wait_ready()
     pod.get("/alloc", mib=40)
     codes, grown = _attack([pod], agent, 60, 40)
-    assert set(codes) == {200, 503}, codes
+    # How many are served is a race; the others are told so, and nothing else.
+    assert {503} <= set(codes) <= {200, 503}, codes
     # The limit, and what sixty connections and their answers take.
     assert grown < 64 + 48, f"the agent grew by {grown:.0f} MiB"
     assert neighbour.get("/version").ok
@@ -61,7 +62,7 @@ def test_the_containers_of_a_pod_share_the_limit_of_the_pod(space: Workspace, ag
     pod = space.pod(*containers, resources=limit).wait_ready()
     ways = [dataclasses.replace(pod, port=port) for port in ports]
     codes, grown = _attack(ways, agent, 40, 40)
-    assert set(codes) == {200, 503}, codes
+    assert {503} <= set(codes) <= {200, 503}, codes
     assert grown < 64 + 48, f"the agent grew by {grown:.0f} MiB"
 
 
@@ -75,7 +76,7 @@ def test_a_pod_without_a_limit_takes_a_quarter_of_what_the_node_has_for_guests(
     space = make_workspace(small)
     pod, neighbour = space.serve().wait_ready(), space.serve().wait_ready()
     codes, grown = _attack([pod], small, 40, 40)
-    assert set(codes) == {200, 503}, codes
+    assert {503} <= set(codes) <= {200, 503}, codes
     assert grown < 100 + 48, f"the agent grew by {grown:.0f} MiB"
     # Nor do several of them end the node.
     pods = [pod, *(space.serve().wait_ready() for _ in range(5))]
