@@ -270,6 +270,7 @@ SUITES: dict[str, list[Suite]] = {
     "app": [
         Suite(("cargo", "fmt", "--check"), paths.REPOSITORY / "wasm_app"),
         Suite(("cargo", "fmt", "--check"), paths.REPOSITORY / "tests" / "guests"),
+        Suite(("cargo", "fmt", "--check"), paths.REPOSITORY / "bench" / "native"),
         Suite(
             ("cargo", "clippy", "--locked", "--release", "--all-targets", "--", "-D", "warnings"),
             paths.REPOSITORY / "wasm_app",
