@@ -15,7 +15,7 @@ from tests.unit.conftest import REPOSITORY
 
 PROGRAM = [REPOSITORY / "__main__.py", *sorted((REPOSITORY / "components").rglob("*"))]
 PROVIDERS = sorted((REPOSITORY / "components" / "providers").glob("*.py"))
-SCRIPTS = sorted((REPOSITORY / "scripts" / "lib").glob("*.py"))
+SCRIPTS = sorted((REPOSITORY / "scripts" / "lib").rglob("*.py"))
 LOCALCLOUD = sorted((REPOSITORY / "localcloud").rglob("*.py"))
 
 
