@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from scripts.lib import paths
-from scripts.lib.bench import measure
+from scripts.lib.bench import guard, measure
 from scripts.lib.bench.measure import BenchError, summary
 from scripts.lib.bench.peers import Docker, Peer, native
 
@@ -29,7 +29,7 @@ def change(peers: Sequence[Peer], outputs: dict[str, Any], rounds: int) -> dict[
         if isinstance(peer, Docker):
             ways[peer.name] = (peer.address(0), partial(_container, peer))
     taken: dict[str, list[float]] = {name: [] for name in ways}
-    with changeable() as write:
+    with changeable(peers[0].directory) as write:
         for number in range(rounds):
             answer = write(f"{time.time_ns()}-{number}")
             for name in measure.rotated(list(ways), number):
@@ -42,7 +42,7 @@ def change(peers: Sequence[Peer], outputs: dict[str, Any], rounds: int) -> dict[
 
 
 @contextlib.contextmanager
-def changeable() -> Iterator[Callable[[str], bytes]]:
+def changeable(directory: Path) -> Iterator[Callable[[str], bytes]]:
     """Gives what writes another answer into the sources; in the end they and the stack are as they were."""
     before = ROUTES.read_text(encoding="utf-8")
     if before.count(LINE) != 1:
@@ -53,6 +53,7 @@ def changeable() -> Iterator[Callable[[str], bytes]]:
         ROUTES.write_text(before.replace(LINE, f'r#"{answer}"#'), encoding="utf-8")
         return answer.encode()
 
+    guard.keep(directory, ROUTES)
     try:
         yield write
     finally:

@@ -2,7 +2,8 @@
 
 `python -m scripts.lib.bench.guard DIRECTORY` waits until its standard input is closed, which the kernel does
 for a benchmark that was killed too. Then it ends every process that has the directory in its environment,
-unmounts what is below it, and removes it with the control groups of its name.
+puts back the files that were kept, unmounts what is below the directory, and removes it with the control
+groups of its name.
 """
 
 import contextlib
@@ -17,6 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MARK = "AWESOME_WASM_BENCH"
+KEPT = "kept"
+
+
+def keep(directory: Path, file: Path) -> None:
+    """Has a file that is about to be changed put back in the end."""
+    place = directory / KEPT / file.relative_to("/")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(file, place)
 
 
 def marked(directory: Path) -> list[int]:
@@ -39,10 +48,14 @@ def end(directory: Path, grace: float = 15) -> None:
         while marked(directory) and time.monotonic() < deadline:
             time.sleep(0.1)
         deadline = time.monotonic() + grace
+    for place in (directory / KEPT).rglob("*"):
+        file = Path("/", place.relative_to(directory / KEPT))
+        if place.is_file() and place.read_bytes() != file.read_bytes():
+            shutil.copy2(place, file)
     mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
-    for place in reversed([line.split(" ")[4] for line in mounts]):
-        if place.startswith(f"{directory}/"):
-            subprocess.run(["umount", "--lazy", place], check=False)
+    for mounted in reversed([line.split(" ")[4] for line in mounts]):
+        if mounted.startswith(f"{directory}/"):
+            subprocess.run(["umount", "--lazy", mounted], check=False)
     for group in Path("/sys/fs/cgroup").glob(f"**/{directory.name}"):
         for inner in sorted([group, *group.rglob("*/")], reverse=True):
             with contextlib.suppress(OSError):

@@ -109,10 +109,16 @@ def test_a_load_with_a_wrong_answer_is_no_figure(errors: str) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nothing_that_a_benchmark_started_outlives_it(number: signal.Signals, tmp_path: Path) -> None:
     # A process that left the benchmark's session and its parent, as a container's shim does.
+    source = tmp_path / "source"
+    source.write_text("as it was")
     code = """
 import subprocess, sys
+from pathlib import Path
 from scripts.lib.bench import guard
 with guard.place() as directory:
+    source = Path(sys.argv[1])
+    guard.keep(directory, source)
+    source.write_text("changed")
     command = ["sh", "-c", "sleep 600 >/dev/null & echo $!"]
     child = subprocess.check_output(
         command, env=guard.environment(directory), start_new_session=True, text=True
@@ -121,7 +127,7 @@ with guard.place() as directory:
     sys.stdin.read()
 """
     with subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, str(source)],
         cwd=REPOSITORY,
         env={**os.environ, "TMPDIR": str(tmp_path)},
         stdin=subprocess.PIPE,
@@ -135,6 +141,7 @@ with guard.place() as directory:
         bench.send_signal(number)
         until(lambda: not Path(directory).exists(), "the directory to go", timeout=40)
         assert guard.marked(Path(directory)) == []
+        assert source.read_text() == "as it was"
 
 
 def test_the_changed_line_is_put_back_whatever_happens(
@@ -147,7 +154,7 @@ def test_the_changed_line_is_put_back_whatever_happens(
     monkeypatch.setattr(change, "_up", lambda: ups.append(copy.read_text()))
 
     def fail() -> None:
-        with change.changeable() as write:
+        with change.changeable(tmp_path / "run") as write:
             for word in ("1", "2"):
                 answer = write(word).decode()
                 assert json.loads(answer) == {"status": "ok", "change": word}
