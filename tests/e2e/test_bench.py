@@ -16,6 +16,7 @@ def test_a_quick_run_answers_every_question_for_every_peer(stack: Stack, tmp_pat
     ).stdout
     data = json.loads(file.read_text())
     peers, absent = set(data["peers"]), data["absent"]
+    assert data["failed"] == {}
     # No threshold: other tests run beside it.
     assert {"node", "process"} <= peers
     assert peers | set(absent) - {"wrk"} == {"node", "docker", "runtime", "process", "wasmtime"}

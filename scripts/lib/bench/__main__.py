@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from kubernetes import client, config
+from kubernetes.client import ApiException
 
 from scripts.lib import paths
 from scripts.lib.bench import guard, questions, report
 from scripts.lib.bench.change import change
-from scripts.lib.bench.measure import BenchError, cores, wrk_command
+from scripts.lib.bench.measure import BenchError, cores, first_answer, wrk_command
 from scripts.lib.bench.peers import (
     AbsentError,
     Docker,
@@ -101,7 +102,12 @@ def _open(
     peers, absent = [], {}
     for name in wanted:
         try:
-            peers.append(makers[name]())
+            peer = makers[name]()
+            peers.append(peer)
+            # What does not answer at all is known before the first figure.
+            peer.launch(0)
+            first_answer(peer.address(0))
+            peer.remove([0])
         except AbsentError as error:
             absent[name] = str(error)
             print(f"not measured: {name}; to install: {error}", flush=True)
@@ -132,6 +138,7 @@ def measured(options: argparse.Namespace, outputs: dict[str, Any]) -> dict[str, 
         "load": " ".join(wrk_command("http://ADDRESS:PORT/PATH", effort.seconds, 50)),
         "server_cores": cores()[0],
         "link_mbit": questions.LINK_MBIT,
+        "failed": {},
     }
     if not data["machine"]["quiet"]:
         print(
@@ -159,7 +166,12 @@ def measured(options: argparse.Namespace, outputs: dict[str, Any]) -> dict[str, 
         }
         for name in asked:
             print(f"{name}:", flush=True)
-            data[name] = ask[name]()
+            try:
+                data[name] = ask[name]()
+            except (BenchError, ApiException, subprocess.CalledProcessError) as error:
+                # The answers to the others are not lost with it.
+                data["failed"][name] = str(error)
+                print(f"error: {name}: {error}", file=sys.stderr, flush=True)
     data["ratios"] = questions.ratios(data)
     data["seconds"] = round(time.monotonic() - begun)
     text = (
@@ -208,7 +220,7 @@ def main() -> int:
     if options.publish:
         report.JSON.write_text(text, encoding="utf-8")
         report.publish()
-    return 0
+    return 1 if data["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -219,7 +219,10 @@ class WasmtimeServe(Program):
     def __init__(self, directory: Path, component: Path) -> None:
         program = wasmtime()
         compiled = directory / "app.cwasm"
-        subprocess.run([program, "compile", component, "-o", compiled], check=True)
+        command = [str(program), "compile", str(component), "-o", str(compiled)]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        if answer.returncode != 0:
+            raise BenchError(f"{' '.join(command)}: {answer.stderr}")
         super().__init__(directory, compiled)
         self.program = program
 
@@ -291,9 +294,12 @@ class Runtime(Peer):
 
     def remove(self, numbers: Iterable[int]) -> None:
         """Deletes containers."""
-        for number in numbers:
-            command = [*self._state, "delete", "--force", f"bench-{number}"]
-            subprocess.run(command, stderr=subprocess.DEVNULL, check=False)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(self._delete, numbers))
+
+    def _delete(self, number: int) -> None:
+        command = [*self._state, "delete", "--force", f"bench-{number}"]
+        subprocess.run(command, stderr=subprocess.DEVNULL, check=False)
 
     def processes(self) -> set[int]:
         """The app's alone: the runtime does not stay."""

@@ -13,13 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kubernetes.client import ApiException
+
 from scripts.lib import verify
 from scripts.lib.bench import measure
 from scripts.lib.bench.measure import ANSWERS, FACTOR, HEALTH, PRIMORIAL, BenchError, significant, summary
 from scripts.lib.bench.peers import Docker, Node, Peer
 
 LINK_MBIT = 100
-PATIENCE = 400  # seconds for the start of all instances of a peer
+PATIENCE = 250  # seconds for the start of all instances of a peer
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,13 @@ def _density(peer: Peer, effort: Effort) -> dict[str, Any]:
                 break
             say(f"{peer.title}: {count} idle")
             begun, launched = time.monotonic(), count
-            with ThreadPoolExecutor(4) as pool:
-                list(pool.map(peer.launch, range(up, count)))
-            new = [peer.address(number) for number in range(up, count)]
-            last = max(measure.first_answer(address, timeout=600) for address in new)
+            try:
+                with ThreadPoolExecutor(4) as pool:
+                    list(pool.map(peer.launch, range(up, count)))
+                last = max(measure.first_answer(peer.address(one)) for one in range(up, count))
+            except (BenchError, OSError, ApiException) as error:
+                found["stopped"] = f"{count} do not start ({str(error)[:200]})"
+                break
             found["up_seconds"][str(count)] = significant(last - begun)
             up = count
             # The events and logs of so many starts are still being written.
@@ -143,6 +148,8 @@ def _density(peer: Peer, effort: Effort) -> dict[str, Any]:
             idle = (measure.cpu(peer.processes()) - used) / (time.monotonic() - began)
             found["total_mb"][str(count)] = significant(measure.memory(peer.processes()))
             found["idle_cpu_percent"][str(count)] = significant(idle * 100)
+        if up == 0:
+            raise BenchError(f"{peer.title}: {found['stopped']}")
         found["instance_kb"] = significant((found["total_mb"][str(up)] - before) / up * 1000)
     finally:
         peer.remove(range(launched))

@@ -86,7 +86,7 @@ def density(data: dict[str, Any]) -> str:
     heads = ["MB of memory", "none", *counts, "kB each", "idle, % of a core"]
     text = _table(heads, rows)
     notes = [
-        f"{title(data, name)}: {one['stopped']}, and was not tried."
+        f"{title(data, name)} stops here: {one['stopped']}."
         for name, one in data["density"].items()
         if "stopped" in one
     ]
@@ -228,7 +228,8 @@ def readme(data: dict[str, Any]) -> str:
 
 def is_for_the_readme(data: dict[str, Any]) -> bool:
     """Whether a run is one to quote: full, and beside no other work."""
-    return data["mode"] == "full" and bool(data["machine"]["quiet"]) and "node" in data["density"]
+    complete = not data.get("failed") and all(data.get(part) for part in PARTS)
+    return data["mode"] == "full" and bool(data["machine"]["quiet"]) and complete
 
 
 def plots(data: dict[str, Any], directory: Path) -> list[Path]:
