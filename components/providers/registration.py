@@ -34,6 +34,7 @@ from components.providers import Lazy, ProviderError, changed, gone, is_unknown,
 from components.providers.certificates import (
     BOOTSTRAP_GROUP,
     BOOTSTRAP_USER,
+    CLIENT_SIGNER,
     Machine,
     Request,
     Verdict,
@@ -327,6 +328,12 @@ def not_ready(
     return ""
 
 
+def _asker(props: dict[str, Any]) -> str:
+    """Say as whom the VM of these inputs asks for its first certificate."""
+    account: str = props.get("account") or ""
+    return account or BOOTSTRAP_USER + props["token"].partition(".")[0]
+
+
 def join(
     cluster: Cluster,
     vm: Machine,
@@ -435,6 +442,21 @@ def _decide_all(cluster: Cluster, vm: Machine, asker: str, log: Callable[[str], 
     return refused
 
 
+def _waiting(cluster: Cluster, vm: Machine, asker: str) -> list[str]:
+    """Give the names of the machine's requests that would be approved and that nobody else approves soon."""
+    try:
+        return sorted(
+            item.metadata.name
+            for item, request in cluster.requests()
+            if request.signer == CLIENT_SIGNER and (verdict := judge(request, vm, asker)) and verdict.approve
+        )
+    except kubernetes.client.ApiException as error:
+        if error.status != 403:
+            raise
+        # Whoever may only look at the cluster, as a preview in CI, approves none either.
+        return []
+
+
 class BootstrapTokenProvider(ResourceProvider):
     """CRUD of a node's claim to join.
 
@@ -527,10 +549,12 @@ class NodeRegistrationProvider(ResourceProvider):
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
         """Another VM has to join anew, and so has a VM in another cluster.
 
-        Names and addresses count only while it joins; another configuration and other keys are waited for.
+        Names and addresses count only while it joins; another configuration and other keys are waited for,
+        and a request for a certificate that waits is decided about.
         """
         waited = {"configuration", "verification_keys"}
         result = _changed(olds, news, replace={"node", "instance"}, update=waited)
+        result.changes = result.changes or bool(olds.get("waiting_requests"))
         # The new Node has the old one's name.
         result.delete_before_replace = True
         return result
@@ -544,17 +568,26 @@ class NodeRegistrationProvider(ResourceProvider):
     def read(self, id_: str, props: dict[str, Any]) -> ReadResult:
         """Look for the Node; one that was deleted and came back has to be let in again.
 
-        An API server that is away is an error.
+        True requests of it that wait, as a renewal on GKE, whose approver decides about none, are drift in
+        `waiting_requests`. An API server that is away is an error.
         """
-        node = None
+        waiting = None
         with _unless_given_up(), _api_errors(f"the Node {props['node']} cannot be read"):
-            node = Cluster(props["kubeconfig"]).node(props["node"])
-        is_it = node is not None and node.metadata.uid == props["uid"]
-        return ReadResult(id_, props) if is_it else gone()
+            cluster = Cluster(props["kubeconfig"])
+            node = cluster.node(props["node"])
+            if node is not None and node.metadata.uid == props["uid"]:
+                waiting = _waiting(cluster, machine(props), _asker(props))
+        if waiting is None:
+            return gone()
+        known = {key: value for key, value in props.items() if key != "waiting_requests"}
+        return ReadResult(id_, known | ({"waiting_requests": waiting} if waiting else {}))
 
     @operation
     def update(self, _id: str, _olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
-        """Wait until the agent runs with the new configuration, and judges by the new keys."""
+        """Wait until the agent runs with the new configuration, and judges by the new keys.
+
+        What it asks for meanwhile, or has asked for before, is decided about.
+        """
         return UpdateResult({**news, "uid": _joined(news).metadata.uid})
 
     @operation

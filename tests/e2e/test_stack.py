@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import requests
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.e2e.conftest import Stack, private_keys
 from tests.waiting import until
@@ -100,6 +103,43 @@ def test_a_second_up_changes_nothing_and_a_refresh_shows_no_drift(stack: Stack) 
     stack.run("pulumi", "preview", "--expect-no-changes")
     stack.run("pulumi", "refresh", "--yes", "--expect-no-changes")
     stack.run("pulumi", "up", "--yes", "--expect-no-changes")
+
+
+def _renewal(node: str) -> str:
+    """What a node asks for when its client certificate is to end, as the API server takes it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name(
+        [
+            x509.NameAttribute(x509.NameOID.ORGANIZATION_NAME, "system:nodes"),
+            x509.NameAttribute(x509.NameOID.COMMON_NAME, f"system:node:{node}"),
+        ]
+    )
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
+    spec = {
+        "request": base64.b64encode(request.public_bytes(serialization.Encoding.PEM)).decode(),
+        "signerName": "kubernetes.io/kube-apiserver-client-kubelet",
+        "usages": ["digital signature", "client auth"],
+    }
+    kind = {"apiVersion": "certificates.k8s.io/v1", "kind": "CertificateSigningRequest"}
+    return json.dumps({**kind, "metadata": {"name": "a-renewal"}, "spec": spec})
+
+
+def test_a_renewal_that_the_cloud_leaves_waiting_is_drift_and_the_next_up_approves_it(stack: Stack) -> None:
+    node = stack.outputs()["node"]
+    groups = ("--as-group=system:nodes", "--as-group=system:authenticated")
+    stack.kubectl("create", "-f", "-", f"--as=system:node:{node}", *groups, text=_renewal(node))
+    try:
+        shown = json.loads(stack.run("pulumi", "preview", "--refresh", "--json").stdout)
+        assert shown["changeSummary"]["update"] == 1
+        assert not stack.kubectl_json("get", "csr", "a-renewal")["status"], "a preview decides about nothing"
+        stack.run("pulumi", "up", "--yes", "--refresh", "--skip-preview")
+        until(
+            lambda: "certificate" in stack.kubectl_json("get", "csr", "a-renewal")["status"],
+            "the renewal to be signed",
+        )
+        stack.run("pulumi", "preview", "--refresh", "--expect-no-changes")
+    finally:
+        stack.kubectl("delete", "csr", "a-renewal")
 
 
 def test_a_comment_in_a_provider_shows_nothing_in_a_preview(stack: Stack) -> None:

@@ -460,9 +460,47 @@ def test_a_refresh_sees_a_node_that_is_gone_or_came_back_as_another(
     monkeypatch: pytest.MonkeyPatch, uid: str | None, is_there: bool
 ) -> None:
     node = None if uid is None else SimpleNamespace(metadata=SimpleNamespace(uid=uid))
-    monkeypatch.setattr(registration, "Cluster", lambda _: SimpleNamespace(node=lambda _: node))
-    found = registration.NodeRegistrationProvider().read("n", {**OLDS, "uid": "u"})
+    cluster = SimpleNamespace(node=lambda _: node, requests=list)
+    monkeypatch.setattr(registration, "Cluster", lambda _: cluster)
+    found = registration.NodeRegistrationProvider().read("n", STATE)
     assert bool(found.id) is is_there
+    assert "waiting_requests" not in (found.outs or {})
+
+
+STATE = {**OLDS, "node": VM.name, "addresses": [], "uid": "u", "account": ACCOUNT, "token": "t"}
+RENEWAL = replace(CLIENT, username=NODE, groups=frozenset({"system:nodes"}))
+
+
+@pytest.mark.parametrize(
+    ("asked", "waits"),
+    [
+        (RENEWAL, True),
+        (_by_account(CLIENT), True),
+        (replace(RENEWAL, pem=pem("admin")), False),
+        (replace(RENEWAL, username="mallory"), False),
+        (SERVING, False),
+    ],
+)
+def test_a_true_request_that_waits_is_drift_and_the_next_up_decides_about_it(
+    monkeypatch: pytest.MonkeyPatch, asked: Request, waits: bool
+) -> None:
+    there = SimpleNamespace(metadata=SimpleNamespace(uid="u"))
+    cluster = FakeCluster(asked)
+    monkeypatch.setattr(cluster, "node", lambda _: there)
+    monkeypatch.setattr(registration, "Cluster", lambda _: cluster)
+    provider = registration.NodeRegistrationProvider()
+    seen = provider.read("n", {**STATE, "waiting_requests": ["csr-of-before"]}).outs or {}
+    assert seen.get("waiting_requests") == (["csr-0"] if waits else None)
+    assert provider.diff("n", seen, STATE).changes is waits
+
+
+def test_whoever_may_not_list_requests_sees_no_drift(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster(RENEWAL)
+    cluster.failures.append(ApiException(status=403))
+    monkeypatch.setattr(cluster, "node", lambda _: SimpleNamespace(metadata=SimpleNamespace(uid="u")))
+    monkeypatch.setattr(registration, "Cluster", lambda _: cluster)
+    found = registration.NodeRegistrationProvider().read("n", STATE)
+    assert "waiting_requests" not in (found.outs or {})
 
 
 def away(_kubeconfig: str) -> SimpleNamespace:
