@@ -61,7 +61,7 @@ pub struct Pods {
 impl Pods {
     pub fn new(node: Arc<NodeContext>, max_pods: u32, taken_up: watch::Sender<bool>) -> Self {
         let work: Work = Box::new(|node, pod, updates, rejected| {
-            async move { Worker::new(node, pod, updates, rejected).run().await }.boxed()
+            async move { Box::new(Worker::new(node, pod, updates, rejected)).run().await }.boxed()
         });
         Self {
             node,
@@ -78,7 +78,7 @@ impl Pods {
     pub async fn run(mut self) {
         let api: Api<Pod> = Api::all(self.node.client.clone());
         let selector = watcher::Config::default().fields(&format!("spec.nodeName={}", self.node.facts.node_name));
-        let events = watcher(api, selector).modify(|pod| pod.metadata.managed_fields = None).backoff(Backoff::api());
+        let events = watcher(api, selector).modify(trimmed).backoff(Backoff::api());
         let mut events = pin!(events);
         let shutdown = self.node.shutdown.clone();
         // The watch goes on while pods are drained: one that is deleted meanwhile is to end as deleted.
@@ -241,6 +241,19 @@ impl Pods {
         if gone {
             self.drop_pod(uid);
         }
+    }
+}
+
+/// Without what nobody here reads: the objects are kept for as long as their pods live.
+fn trimmed(pod: &mut Pod) {
+    pod.metadata.managed_fields = None;
+    if let Some(spec) = &mut pod.spec {
+        // What is read as it comes has room for four.
+        spec.containers.shrink_to_fit();
+    }
+    if let Some(status) = &mut pod.status {
+        status.conditions.iter_mut().for_each(Vec::shrink_to_fit);
+        status.container_statuses.iter_mut().for_each(Vec::shrink_to_fit);
     }
 }
 

@@ -28,7 +28,8 @@ pub struct Record {
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
-    records: BTreeMap<String, Record>,
+    /// Boxed: a node of the map has room for eleven.
+    records: BTreeMap<String, Box<Record>>,
 }
 
 impl Checkpoint {
@@ -47,12 +48,12 @@ impl Checkpoint {
     }
 
     pub fn get(&self, container: &str) -> Option<&Record> {
-        self.records.get(container)
+        self.records.get(container).map(Box::as_ref)
     }
 
     /// Remembers the run. A crash of the machine may lose it, a crash of the agent does not.
     pub fn set(&mut self, container: &str, record: Record) {
-        self.records.insert(container.to_owned(), record);
+        self.records.insert(container.to_owned(), Box::new(record));
         if let Err(error) = self.write() {
             tracing::warn!(path = %self.path.display(), "failed to write a checkpoint: {error}");
         }

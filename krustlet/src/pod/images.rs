@@ -1,6 +1,7 @@
 //! Getting a container's image: pull policy, the pod's own registry secrets, and the Events that tell about it.
 
 use super::namespace;
+use super::sources::while_forbidden;
 use crate::client::{describe, status_code};
 use crate::events::{Recorder, Severity};
 use crate::reasons::event;
@@ -22,7 +23,7 @@ pub struct PullSecrets(Mutex<HashMap<String, Secret>>);
 impl PullSecrets {
     async fn get(&self, api: &Api<Secret>, namespace: &str, name: &str) -> Result<Secret, kube::Error> {
         let key = format!("{namespace}/{name}");
-        match api.get(name).await {
+        match while_forbidden(|| api.get(name)).await {
             Ok(secret) => {
                 let mut known = self.0.lock();
                 if known.len() >= REMEMBERED {
@@ -166,6 +167,7 @@ fn credentials(secret: &Secret) -> Result<DockerConfig, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pod::testing::Cluster;
 
     #[test]
     fn a_policy_that_is_given_is_followed() {
@@ -193,6 +195,15 @@ mod tests {
     #[test]
     fn a_secret_of_another_kind_is_refused_by_name_of_what_it_lacks() {
         assert!(credentials(&Secret::default()).err().unwrap().contains(".dockerconfigjson"));
+    }
+
+    #[tokio::test]
+    async fn a_pod_that_the_authorizer_does_not_know_yet_gets_its_secret() {
+        let cluster = Cluster::forbidding(2);
+        cluster.put("secrets", "pull", serde_json::json!({"metadata": {"namespace": "shop", "name": "pull"}}));
+        let api = Api::namespaced(cluster.client(), "shop");
+        assert!(PullSecrets::default().get(&api, "shop", "pull").await.is_ok());
+        assert_eq!(cluster.reads(), 3);
     }
 
     #[test]

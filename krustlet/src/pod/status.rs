@@ -170,8 +170,9 @@ pub struct View<'a> {
 pub fn build(view: &View<'_>) -> PodStatus {
     let pod = view.pod;
     let statuses = |init: bool| -> Option<Vec<ContainerStatus>> {
-        let all: Vec<ContainerStatus> =
+        let mut all: Vec<ContainerStatus> =
             view.containers.iter().filter(|c| (c.role != Role::Main) == init).map(|c| c.to_api()).collect();
+        all.shrink_to_fit();
         (!all.is_empty()).then_some(all)
     };
     let phase = phase(view);

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex};
 pub struct Cluster {
     objects: Arc<Mutex<BTreeMap<String, Value>>>,
     reads: Arc<Mutex<u32>>,
+    forbidden: u32,
     token_requests: Arc<Mutex<Vec<Value>>>,
     token_seconds: i64,
 }
@@ -23,6 +24,11 @@ impl Cluster {
     /// One whose tokens live so many seconds.
     pub fn giving_tokens_of(seconds: i64) -> Self {
         Self { token_seconds: seconds, ..Self::default() }
+    }
+
+    /// One whose authorizer learns only after so many reads of what the node may read.
+    pub fn forbidding(reads: u32) -> Self {
+        Self { forbidden: reads, ..Self::default() }
     }
 
     pub fn put(&self, kind: &str, name: &str, object: Value) {
@@ -48,7 +54,15 @@ impl Cluster {
 }
 
 async fn read(State(cluster): State<Cluster>, Path((kind, name)): Path<(String, String)>) -> (StatusCode, Json<Value>) {
-    *cluster.reads.lock().unwrap() += 1;
+    let reads = {
+        let mut reads = cluster.reads.lock().unwrap();
+        *reads += 1;
+        *reads
+    };
+    if reads <= cluster.forbidden {
+        let status = json!({"kind": "Status", "status": "Failure", "code": 403, "reason": "Forbidden"});
+        return (StatusCode::FORBIDDEN, Json(status));
+    }
     match cluster.objects.lock().unwrap().get(&format!("{kind}/{name}")) {
         Some(object) => (StatusCode::OK, Json(object.clone())),
         None => {

@@ -63,8 +63,9 @@ pub struct Worker {
     node: Arc<NodeContext>,
     lifecycle: PodLifecycle,
     updates: Updates,
-    inbox: mpsc::UnboundedReceiver<Report>,
-    outbox: mpsc::UnboundedSender<Report>,
+    /// Boxed: a channel has room for 32 from the start.
+    inbox: mpsc::UnboundedReceiver<Box<Report>>,
+    outbox: mpsc::UnboundedSender<Box<Report>>,
     containers: Vec<Running>,
     volumes: Arc<OnceCell<PodVolumes>>,
     checkpoint: Checkpoint,
@@ -127,11 +128,12 @@ impl Worker {
     }
 
     /// Lives as long as the pod's object does, or until the agent ends.
-    pub async fn run(mut self) {
+    pub async fn run(mut self: Box<Self>) {
         let mut emptied = false;
         let mut event = if self.node.shutdown.is_cancelled() { Event::ShuttingDown } else { Event::Tick };
         loop {
-            self.step(event).await;
+            // Boxed: it is over soon, and the task of an idle pod stays as small as what it waits for.
+            Box::pin(self.step(event)).await;
             // The object of a pod that has ended may stay for long.
             if self.lifecycle.is_finished() && !std::mem::replace(&mut emptied, true) {
                 tokio::spawn(remove_files(self.node.pod_dir(self.lifecycle.pod()).join("volumes")));
@@ -144,7 +146,7 @@ impl Worker {
         self.node.ports.release_pod(uid(self.lifecycle.pod()));
         if self.lifecycle.is_gone() {
             self.node.addresses.release(uid(self.lifecycle.pod()));
-            self.remove_files().await;
+            Box::pin(self.remove_files()).await;
         }
     }
 
@@ -188,7 +190,7 @@ impl Worker {
             () = node.ports.released(), if waits_for_port => return Event::Released(Obstacle::Port),
             () = node.addresses.released(), if waits_for_address => return Event::Released(Obstacle::Address),
         };
-        match report {
+        match *report {
             Report::Event(event) => event,
             Report::Prepared { index, generation, prepared } => {
                 let result = Ok(prepared.kind());
@@ -383,7 +385,7 @@ impl Worker {
         let (address, deregistered_at) = (self.address(), self.deregistered_at(grace));
         let Some(live) = &mut self.containers[index].guest else {
             let report = ended_by("the container has no guest".to_owned(), index, generation);
-            let _ = self.outbox.send(report);
+            let _ = self.outbox.send(Box::new(report));
             return;
         };
         live.probes = None;
@@ -399,7 +401,7 @@ impl Worker {
                     () = passed(deadline.clone(), Duration::ZERO) => Err("the grace period ended first".to_owned()),
                 };
                 if let Err(cause) = result {
-                    let _ = outbox.send(Report::Event(Event::PreStopFailed { index, generation, cause }));
+                    let _ = outbox.send(Box::new(Report::Event(Event::PreStopFailed { index, generation, cause })));
                 }
             }
             let server = match guest {
@@ -510,7 +512,7 @@ impl Worker {
                 error!(pod = full_name(&pod), "a task of a pod's worker panicked: {message}");
                 failed(format!("a bug in the node agent: {message}"))
             });
-            let _ = outbox.send(report);
+            let _ = outbox.send(Box::new(report));
         }))
     }
 }

@@ -105,7 +105,7 @@ impl PodLifecycle {
     ) -> Self {
         let shown = pod.status.clone().unwrap_or_default();
         let frozen = is_finished(&pod);
-        let containers: Vec<ContainerLifecycle> = match &pod.spec {
+        let mut containers: Vec<ContainerLifecycle> = match &pod.spec {
             Some(spec) if !frozen => containers(spec)
                 .map(|(role, container)| {
                     let statuses =
@@ -117,6 +117,7 @@ impl PodLifecycle {
                 .collect(),
             _ => Vec::new(),
         };
+        containers.shrink_to_fit();
         let adopted = containers.iter().any(|container| container.has_run);
         // The last agent did not get to it.
         let restarting_all = containers.iter().any(|container| {
