@@ -41,6 +41,7 @@ REPOSITORIES = f"/artifactregistry/v1/projects/{PROJECT}/locations/{REGION}/repo
 ARCHITECTURE = "wasm32-wasi"
 TOLERATIONS = [{"key": "kubernetes.io/arch", "operator": "Equal", "value": ARCHITECTURE}]
 PULL_SECRET = "registry"
+MIB = 1024 * 1024
 # That the machine's own disk is nearly full is no matter, unless a flag of the test says otherwise.
 AGENT_ENVIRONMENT = {
     "RUST_LOG": "info,krustlet=debug",
@@ -474,6 +475,27 @@ class Agent:
             ["ps", "-o", "rss=", "-p", str(self.pid)], capture_output=True, text=True, check=True
         )
         return int(shown.stdout) * 1024
+
+    @contextlib.contextmanager
+    def bounded(self, mib: int) -> Iterator[None]:
+        """In here it grows by no more, but for what pods, their logs and their connections take beside it."""
+        before = most = self.resident_bytes()
+        done = threading.Event()
+
+        def watch() -> None:
+            nonlocal most
+            while not done.wait(0.02):
+                most = max(most, self.resident_bytes())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+        grown = (most - before) / MIB
+        assert grown < mib + 48, f"the agent grew by {grown:.0f} MiB"
 
     def cpu_seconds(self) -> float:
         """CPU time that the process has used (Linux)."""

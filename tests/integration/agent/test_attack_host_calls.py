@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import wasmtime
 
 from tests.integration.agent.harness import Agent, Manifest, Pod, Workspace, layout
 from tests.waiting import until
 
-MIB = 1024 * 1024
 LIMIT: Manifest = {"limits": {"memory": "64Mi"}}
-# Above the limit: what pods, their logs and their connections take beside it.
-MARGIN = 48
 
 # A command that writes so many bytes of line breaks to its log, so often, in one function without a loop.
 WRITES = """(component
@@ -120,28 +114,6 @@ def _writes(space: Workspace, size: int, count: int) -> str:
     return _push(space, WRITES.format(size=size, calls=call * count))
 
 
-@contextmanager
-def _bounded(agent: Agent, mib: int) -> Iterator[None]:
-    """The agent grows by no more in here."""
-    before = most = agent.resident_bytes()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not done.wait(0.02):
-            most = max(most, agent.resident_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-    grown = (most - before) / MIB
-    assert grown < mib, f"the agent grew by {grown:.0f} MiB"
-
-
 def _ended(pod: Pod) -> Manifest:
     ended = pod.wait_terminated()
     return {"reason": ended.reason, "code": ended.exit_code, "message": ended.message or ""}
@@ -169,7 +141,7 @@ def test_more_than_a_stream_permits_is_no_write_and_the_log_stays_in_its_bounds(
     space: Workspace, agent: Agent
 ) -> None:
     image = _writes(space, 16_000_000, 1)
-    with _bounded(agent, 64 + MARGIN):
+    with agent.bounded(64):
         pod = space.run(image=image, resources=LIMIT)
         assert "wrote 16000000 bytes at once" in _ended(pod)["message"]
     assert len(pod.logs()) < 1000
@@ -180,7 +152,7 @@ def test_what_requests_hold_while_they_wait_is_the_memory_of_their_container(
 ) -> None:
     neighbour = space.serve().wait_ready()
     pod = space.serve(image=_push(space, HEADERS), resources=LIMIT).wait_ready()
-    with _bounded(agent, 64 + MARGIN), ThreadPoolExecutor(100) as pool:
+    with agent.bounded(64), ThreadPoolExecutor(100) as pool:
         answers = pool.map(lambda _: pod.get("/", timeout=60).status_code, range(100))
         assert neighbour.get("/version").ok
         # None gives an answer; most find no room.
@@ -203,7 +175,7 @@ def test_lists_of_a_directory_are_the_memory_of_the_container_that_keeps_them(
     space: Workspace, agent: Agent
 ) -> None:
     volume = _fill(agent, "listed", 10_000)
-    with _bounded(agent, 64 + MARGIN):
+    with agent.bounded(64):
         assert _ended(space.run("lists", "/v", "60", pod=volume, **MOUNTED))["reason"] == "OOMKilled"
     # What one has dropped is given back.
     dropped = ["lists", "/v", "9", "then"] * 9
@@ -212,7 +184,7 @@ def test_lists_of_a_directory_are_the_memory_of_the_container_that_keeps_them(
 
 def test_a_directory_of_too_many_files_is_not_listed(space: Workspace, agent: Agent) -> None:
     volume = _fill(agent, "crowded", 45_000)
-    with _bounded(agent, 64 + MARGIN):
+    with agent.bounded(64):
         component = space.run("ls", "/v", pod=volume, **MOUNTED)
         assert _ended(component)["code"] == 1
     assert "insufficient-memory" in component.logs()
