@@ -110,3 +110,78 @@ fn put_number(output: &mut Vec<u8>, mut number: u32) {
     }
     output.push(number as u8);
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use wasmparser::{Parser, Payload, Validator};
+
+    /// Whether each operator that leaves its module, in order of the bytes, comes right after an empty loop.
+    fn places(wasm: &[u8]) -> Vec<bool> {
+        let mut found = Vec::new();
+        for payload in Parser::new(0).parse_all(wasm) {
+            let Payload::CodeSectionEntry(body) = payload.unwrap() else { continue };
+            let operators: Vec<_> = body
+                .get_operators_reader()
+                .unwrap()
+                .into_iter()
+                .map(|operator| format!("{:?}", operator.unwrap()))
+                .collect();
+            for (index, operator) in operators.iter().enumerate() {
+                if operator.starts_with("Call") || operator.starts_with("ReturnCall") {
+                    let before = operators.get(index.saturating_sub(2)..index).unwrap();
+                    found.push(before.first().is_some_and(|first| first.starts_with("Loop")));
+                }
+            }
+        }
+        found
+    }
+
+    const CORE: &str = r#"(module $m (type $t (func)) (import "a" "f" (func $f)) (import "a" "m" (memory 1)) (import "a" "g" (func $g))
+        (table 2 funcref) (elem (i32.const 0) $f) (func $own) (elem declare func $f)
+        (func (export "all") (local i32)
+            (call $f) (call $g) (call $own) (call_indirect (i32.const 0)) (call_ref $t (ref.func $f)) unreachable (call $f))
+        (func (return_call $g)) (func (return_call $own)) (func (return_call_indirect (i32.const 0)))
+        (func (return_call_ref $t (ref.func $f))))"#;
+    const LEAVES: [bool; 10] = [true, true, false, true, true, true, true, false, true, true];
+
+    #[test]
+    fn each_call_that_may_lead_to_the_host_comes_after_one_and_no_other() {
+        for text in [CORE.to_owned(), format!("(component (component (core {}))", CORE.trim_start_matches('('))] {
+            let wasm = wat::parse_str(&text).unwrap();
+            let with = add(&wasm).unwrap();
+            Validator::new_with_features(wasmparser::WasmFeatures::all()).validate_all(&with).unwrap();
+            assert_eq!(places(&wasm), [false; 10]);
+            assert_eq!(places(&with), LEAVES);
+        }
+    }
+
+    #[test]
+    fn hints_about_places_in_the_code_are_left_out_and_other_custom_sections_stay() {
+        let text = r#"(module (@custom "metadata.code.branch_hint" "\00") (@custom "name of mine" "x") (func))"#;
+        let with = add(&wat::parse_str(text).unwrap()).unwrap();
+        let names: Vec<_> = Parser::new(0)
+            .parse_all(&with)
+            .filter_map(|payload| match payload.unwrap() {
+                Payload::CustomSection(section) => Some(section.name().to_owned()),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(names, ["name of mine"]);
+    }
+
+    #[test]
+    fn bytes_that_are_no_module_are_an_error_or_stay_what_they_are() {
+        let wasm = wat::parse_str(CORE).unwrap();
+        let mut random = crate::testing::Random::new(7);
+        crate::testing::cases(2000, || {
+            let bytes = random.mutate(&wasm);
+            let valid = |bytes: &[u8]| Validator::new().validate_all(bytes).is_ok();
+            match add(&bytes) {
+                Ok(with) => assert_eq!(valid(&bytes), valid(&with), "{bytes:?}"),
+                Err(_) => assert!(!valid(&bytes), "{bytes:?}"),
+            }
+        });
+    }
+}
