@@ -37,6 +37,7 @@ mod metrics;
 mod module;
 mod mounts;
 mod name_service;
+mod open;
 mod precompiled;
 mod public_key;
 mod pull;

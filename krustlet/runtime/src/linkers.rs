@@ -1,6 +1,7 @@
 //! What modules may import, and from whom they get it.
 
 use crate::guest::{ComponentState, CoreState, Environment};
+use crate::open::{is_ordinary, open_at};
 use std::any::Any;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt as _;
@@ -10,15 +11,16 @@ use wasmtime::error::Context as _;
 use wasmtime::{AsContextMut as _, Caller, Engine, Extern, StoreContextMut};
 use wasmtime_wasi::WasiView as _;
 use wasmtime_wasi::filesystem::{Descriptor, WasiFilesystemView as _};
-use wasmtime_wasi::p1::types::Errno;
+use wasmtime_wasi::p1::WasiP1Ctx;
+use wasmtime_wasi::p1::types::{Errno, Lookupflags};
 use wasmtime_wasi::p1::wasi_snapshot_preview1 as p1;
 use wasmtime_wasi::p2::bindings::filesystem::types::{
-    DescriptorFlags, ErrorCode, Host as _, HostDescriptor as _, OpenFlags, PathFlags,
+    DescriptorFlags, ErrorCode, Host as _, HostDescriptor as _, NewTimestamp, OpenFlags, PathFlags,
 };
 use wasmtime_wasi::p2::bindings::io::streams::{Host as _, HostOutputStream};
 use wasmtime_wasi::p2::bindings::{LinkOptions, cli};
 use wasmtime_wasi::p2::{DynOutputStream, ReaddirIterator};
-use wiggle::GuestMemory;
+use wiggle::{GuestMemory, GuestPtr};
 
 /// Of the WASI that wasmtime-wasi offers; guests that were built against an older 0.2 are given this one.
 const TYPES: &str = "wasi:filesystem/types@0.2.12";
@@ -89,6 +91,7 @@ impl cli::environment::Host for &Environment {
 fn limit_component(linker: &mut Linker<ComponentState>) -> wasmtime::Result<()> {
     linker.allow_shadowing(true);
     limit_open_files(linker)?;
+    limit_times(linker)?;
     limit_lists(linker)?;
     limit_writes(linker)?;
     linker.allow_shadowing(false);
@@ -159,16 +162,60 @@ fn limit_open_files(linker: &mut Linker<ComponentState>) -> wasmtime::Result<()>
                 let Some(taken) = state.open_files.take() else {
                     return Ok((Err(ErrorCode::InsufficientMemory),));
                 };
-                let mut files = state.filesystem();
-                match files.open_at(directory, path_flags, path, open_flags, flags).await {
-                    Ok(opened) => {
-                        let file = match files.table.get(&opened)? {
-                            Descriptor::File(file) => Arc::downgrade(&file.file),
-                            Descriptor::Dir(directory) => Arc::downgrade(&directory.dir),
-                        };
-                        state.open_files.hold(file, taken);
-                        Ok((Ok(opened),))
+                let table = state.filesystem().table;
+                let Descriptor::Dir(directory) = table.get(&directory)?.clone() else {
+                    return Ok((Err(ErrorCode::NotDirectory),));
+                };
+                let opened = match open_at(&directory, path_flags, path, open_flags, flags).await {
+                    Ok(opened) => opened,
+                    Err(error) => return Ok((Err(error),)),
+                };
+                let file = match &opened {
+                    Descriptor::File(file) => Arc::downgrade(&file.file),
+                    Descriptor::Dir(directory) => Arc::downgrade(&directory.dir),
+                };
+                let opened = state.filesystem().table.push(opened)?;
+                state.open_files.hold(file, taken);
+                Ok((Ok(opened),))
+            })
+        },
+    )
+}
+
+/// WASI's implementation opens what the path leads to for this, so that the same is opened here, and given to it.
+fn limit_times(linker: &mut Linker<ComponentState>) -> wasmtime::Result<()> {
+    type Arguments = (Resource<Descriptor>, PathFlags, String, NewTimestamp, NewTimestamp);
+    linker.instance(TYPES)?.func_wrap_async(
+        "[method]descriptor.set-times-at",
+        |mut store: StoreContextMut<'_, ComponentState>,
+         (directory, path_flags, path, accessed, modified): Arguments| {
+            Box::new(async move {
+                let mut files = store.data_mut().filesystem();
+                // A link that is not followed is not opened.
+                if !path_flags.contains(PathFlags::SYMLINK_FOLLOW) {
+                    return Ok((match files.set_times_at(directory, path_flags, path, accessed, modified).await {
+                        Ok(()) => Ok(()),
+                        Err(error) => Err(files.convert_error_code(error)?),
+                    },));
+                }
+                let Descriptor::Dir(directory) = files.table.get(&directory)?.clone() else {
+                    return Ok((Err(ErrorCode::NotDirectory),));
+                };
+                let mut opened = Err(ErrorCode::Access);
+                for flags in [DescriptorFlags::READ, DescriptorFlags::WRITE] {
+                    if matches!(opened, Err(ErrorCode::Access)) {
+                        opened = open_at(&directory, path_flags, path.clone(), OpenFlags::empty(), flags).await;
                     }
+                }
+                let opened = match opened {
+                    Ok(opened) => files.table.push(opened)?,
+                    Err(error) => return Ok((Err(error),)),
+                };
+                let borrowed = Resource::new_borrow(opened.rep());
+                let result = files.set_times(borrowed, accessed, modified).await;
+                files.table.delete(opened)?;
+                match result {
+                    Ok(()) => Ok((Ok(()),)),
                     Err(error) => Ok((Err(files.convert_error_code(error)?),)),
                 }
             })
@@ -188,6 +235,9 @@ fn limit_core(linker: &mut wasmtime::Linker<CoreState>) -> wasmtime::Result<()> 
                 let Some(taken) = caller.data_mut().open_files.take() else { return Ok(Errno::Mfile as i32) };
                 let (mut memory, state) = memory(&mut caller)?;
                 let wasi = &mut state.wasi;
+                if !leads_to_ordinary(wasi, &mut memory, fd, lookup, path, length).await {
+                    return Ok(Errno::Perm as i32);
+                }
                 let result =
                     p1::path_open(wasi, &mut memory, fd, lookup, path, length, open, base, inheriting, flags, opened)
                         .await?;
@@ -219,6 +269,22 @@ fn limit_core(linker: &mut wasmtime::Linker<CoreState>) -> wasmtime::Result<()> 
             Ok(result)
         })
     })?;
+    type Times = (i32, i32, i32, i32, i64, i64, i32);
+    linker.func_wrap_async(
+        PREVIEW_1,
+        "path_filestat_set_times",
+        |mut caller: Caller<'_, CoreState>, (fd, lookup, path, length, accessed, modified, flags): Times| {
+            Box::new(async move {
+                let (mut memory, state) = memory(&mut caller)?;
+                let wasi = &mut state.wasi;
+                if !leads_to_ordinary(wasi, &mut memory, fd, lookup, path, length).await {
+                    return Ok(Errno::Perm as i32);
+                }
+                p1::path_filestat_set_times(wasi, &mut memory, fd, lookup, path, length, accessed, modified, flags)
+                    .await
+            })
+        },
+    )?;
     type Read = (i32, i32, i32, i64, i32);
     linker.func_wrap_async(
         PREVIEW_1,
@@ -237,6 +303,26 @@ fn limit_core(linker: &mut wasmtime::Linker<CoreState>) -> wasmtime::Result<()> 
     )?;
     linker.allow_shadowing(false);
     Ok(())
+}
+
+/// Whether a core module may open what its path leads to. Its descriptors are known to WASI's implementation only, which
+/// opens it by the path again: what is put there in between is not seen, and holds one thread for each such module.
+async fn leads_to_ordinary(
+    wasi: &mut WasiP1Ctx,
+    memory: &mut GuestMemory<'_>,
+    fd: i32,
+    lookup: i32,
+    path: i32,
+    length: i32,
+) -> bool {
+    use p1::WasiSnapshotPreview1 as _;
+    let Ok(lookup) = Lookupflags::try_from(lookup.cast_unsigned()) else { return true };
+    let path = GuestPtr::new((path.cast_unsigned(), length.cast_unsigned()));
+    // What is not there is not waited for.
+    match wasi.path_filestat_get(memory, fd.cast_unsigned().into(), lookup, path).await {
+        Ok(found) => is_ordinary(found.filetype),
+        Err(_) => true,
+    }
 }
 
 /// The directories that a core module's descriptor may be. Its number is known to WASI's implementation only, which tells how

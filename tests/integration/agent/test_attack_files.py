@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import requests
+import wasmtime
 
-from tests.integration.agent.harness import Agent, Manifest, Pod, Workspace, command, literal, served
+from tests.integration.agent.harness import Agent, Manifest, Pod, Workspace, command, layout, literal, served
 from tests.waiting import until
 
 SHARED = [{"name": "shared", "emptyDir": {}}]
@@ -163,6 +167,56 @@ LINKS = {
     "nested": "../../../../..",
     "of a link": "up",
 }
+
+
+# A core module that opens a file of its first directory, or sets its times; its exit code is WASI's answer.
+OPENS = """(module
+  (import "wasi_snapshot_preview1" "path_open"
+    (func $open (param i32 i32 i32 i32 i32 i64 i64 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "path_filestat_set_times"
+    (func $times (param i32 i32 i32 i32 i64 i64 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+  (memory (export "memory") 1)
+  (data (i32.const 16) "{path}")
+  (func (export "_start") (call $exit {call})))"""
+OPEN = (
+    "(call $open (i32.const 3) (i32.const 1) (i32.const 16) (i32.const {length})"
+    " (i32.const 0) (i64.const {rights}) (i64.const 0) (i32.const 0) (i32.const 8))"
+)
+SET_TIMES = (
+    "(call $times (i32.const 3) (i32.const 1) (i32.const 16) (i32.const {length})"
+    " (i64.const 0) (i64.const 0) (i32.const 10))"
+)
+
+
+def test_what_is_neither_file_nor_directory_is_refused_at_once_and_holds_nothing_of_the_nodes(
+    space: Workspace, agent: Agent
+) -> None:
+    root = agent.host_directory / space.unique("special")
+    root.mkdir()
+    os.mkfifo(root / "fifo")
+    (root / "file").write_text("x")
+    (root / "link").symlink_to("fifo")
+    volume = {"volumes": [{"name": "v", "hostPath": {"path": str(root)}}]}
+    mounted: Manifest = {"volumeMounts": [{"name": "v", "mountPath": "/v"}]}
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(root / "socket"))
+        pod = space.serve(pod=volume, **mounted).wait_ready()
+        names = ["fifo", "link", "socket"]
+        asked = [("/write" if number % 2 else "/read", f"/v/{names[number % 3]}") for number in range(60)]
+        with ThreadPoolExecutor(len(asked)) as pool:
+            answers = pool.map(lambda way: pod.get(way[0], path=way[1], text="x").status_code, asked)
+            assert not set(answers) & {200, 503, 504}
+        assert pod.get("/read", path="/v/file").text == "x"
+    cases = [(OPEN, "file", 0), (SET_TIMES, "file", 0)]
+    cases += [(call, name, 63) for call in (OPEN, SET_TIMES) for name in ("fifo", "link")]
+    runs = []
+    for call, path, code in cases:
+        # Rights to read and to write.
+        text = OPENS.replace("{call}", call).format(path=path, length=len(path), rights=2 | 64)
+        image = space.registry.push("opens", layout(bytes(wasmtime.wat2wasm(text))), space.unique("opens"))
+        runs.append((space.run(image=image, pod=volume, **mounted), code))
+    assert [run.wait_terminated().exit_code for run, _ in runs] == [code for _, code in runs]
 
 
 def test_links_made_between_two_requests_lead_nowhere(space: Workspace) -> None:
