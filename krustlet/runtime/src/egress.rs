@@ -266,8 +266,8 @@ struct Open {
     _memory: Reservation,
 }
 
-type Completion = Box<dyn Future<Output = Result<(), HttpError>> + Send>;
-type Sent = Result<(http::Response<WasiBody>, Completion), HttpError>;
+pub type Completion = Box<dyn Future<Output = Result<(), HttpError>> + Send>;
+pub type Sent = Result<(http::Response<WasiBody>, Completion), HttpError>;
 
 impl WasiHttpHooks for Outbound {
     fn send_request(

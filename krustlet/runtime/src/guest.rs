@@ -5,7 +5,7 @@ use crate::egress::Outbound;
 use crate::error::StartError;
 use crate::executor::Executor;
 use crate::files::OpenFiles;
-use crate::limits::{Limiter, MemoryLimitExceeded};
+use crate::limits::{Limiter, MAX_FIELDS, MemoryLimitExceeded};
 use crate::logs::{LogFile, LogStream};
 use crate::memory::{Budget, Scope};
 use crate::metrics::LiveInstance;
@@ -189,10 +189,12 @@ impl Container {
         table.set_max_capacity(MAX_RESOURCES);
         let mut wasi = self.wasi().build();
         wasi.filesystem().clone_from(&self.filesystem);
+        let mut http = WasiHttpCtx::new();
+        http.set_field_size_limit(MAX_FIELDS);
         let state = ComponentState {
             wasi,
             environment: self.environment.clone(),
-            http: WasiHttpCtx::new(),
+            http,
             table,
             outbound: self.outbound.clone(),
             limiter: Limiter::new(self.memory.clone())?,

@@ -8,7 +8,7 @@ use http::HeaderMap;
 use std::any::Any;
 use std::sync::Arc;
 use wasmtime::ResourceLimiter;
-use wasmtime::component::ResourceTable;
+use wasmtime::component::{Resource, ResourceTable};
 use wasmtime_wasi::p2::DynOutputStream;
 use wasmtime_wasi_http::FieldMap;
 use wasmtime_wasi_http::p2::body::HostOutgoingBody;
@@ -24,6 +24,14 @@ const INSTANCE: u64 = 32 * 1024;
 const CALLS_UNCOUNTED: u32 = 4;
 /// A handle, whatever it is to.
 const HANDLE: u64 = 256;
+/// What WASI's implementation lets a map of headers hold, as it counts.
+pub const MAX_FIELDS: usize = 128 * 1024;
+/// A header's place in its map: its hash, name, first value and links, and its place in the index.
+const HEADER: usize = 112;
+/// The same of a further value of the same name, in a list that may be twice as long.
+const FURTHER_VALUE: usize = 2 * 72;
+/// What a name or a value costs beside its bytes: an allocation has a head and a least size, and so has its count of owners.
+const ALLOCATION: usize = 64;
 
 /// A guest asked for more than its limit. It is ended, as a container that its kernel finds over its limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -131,10 +139,36 @@ fn size_of_entry(entry: &(dyn Any + Send)) -> u64 {
     }
 }
 
+/// What the map itself takes, by the room that it has, and what is in it.
 fn size_of_fields(fields: &HeaderMap) -> u64 {
-    let names = fields.keys().map(|name| name.as_str().len() + size_of::<http::HeaderName>()).sum::<usize>();
-    let values = fields.values().map(|value| value.len() + size_of::<http::HeaderValue>()).sum::<usize>();
-    (names + values) as u64
+    let names: usize = fields.keys().map(|name| name.as_str().len() + ALLOCATION).sum();
+    let values: usize = fields.values().map(|value| value.len() + ALLOCATION).sum();
+    (fields.capacity() * HEADER + further_values(fields) * FURTHER_VALUE + names + values) as u64
+}
+
+/// How many values are not the first of their name.
+fn further_values(fields: &HeaderMap) -> usize {
+    fields.len() - fields.keys_len()
+}
+
+/// Changes a map of headers. One keeps the room of the further values that are removed from it, which nothing tells; so it is
+/// made anew without.
+pub fn change_fields<T>(
+    table: &mut ResourceTable,
+    fields: &Resource<FieldMap>,
+    change: impl FnOnce(&mut FieldMap) -> T,
+) -> wasmtime::Result<T> {
+    let fields = table.get_mut(fields)?;
+    let before = further_values(fields);
+    let result = change(fields);
+    if further_values(fields) < before {
+        let mut anew = FieldMap::new_mutable(MAX_FIELDS);
+        for (name, value) in fields.iter() {
+            anew.append_raw(name.clone(), value.clone())?;
+        }
+        *fields = anew;
+    }
+    Ok(result)
 }
 
 impl ResourceLimiter for Limiter {
@@ -153,7 +187,9 @@ impl ResourceLimiter for Limiter {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::egress::{Completion, Sent};
     use crate::memory::Scope;
+    use wasmtime_wasi_http::{RequestOptions, WasiBody, WasiHttpHooks};
 
     #[test]
     fn memory_and_tables_together_are_bounded() {
@@ -199,20 +235,89 @@ mod tests {
         assert_eq!(budget.used(), INSTANCE);
     }
 
+    /// A map with a header of 100 kB.
+    fn fields(table: &mut ResourceTable) -> Resource<FieldMap> {
+        let mut map = FieldMap::new_mutable(MAX_FIELDS);
+        let value = http::HeaderValue::from_bytes(&[b'a'; 100_000]).unwrap();
+        map.append_raw(http::HeaderName::from_static("x"), value).unwrap();
+        table.push(map).unwrap()
+    }
+
+    #[test]
+    fn what_a_guest_holds_is_counted_while_it_calls_and_others_get_no_room_where_there_was_none() {
+        let budget = Budget::within(&Budget::node(u64::MAX), Scope::Container, 1_000_000);
+        let mut limiter = Limiter::new(budget.clone()).unwrap();
+        let mut table = ResourceTable::new();
+        for made in 0..10 {
+            limiter.before_call(&mut table);
+            fields(&mut table);
+            let uncounted = u64::from(CALLS_UNCOUNTED);
+            assert!(budget.used() >= 100_000 * (made + 1_u64).saturating_sub(uncounted), "{made}");
+        }
+        for _ in 0..CALLS_UNCOUNTED {
+            limiter.before_call(&mut table);
+        }
+        assert!(Limiter::new(budget.clone()).is_err(), "there is no room for another");
+        assert!(limiter.count_handles(&mut table).is_err(), "it ends when it goes on");
+        drop(limiter);
+        assert_eq!(budget.used(), 0);
+    }
+
+    #[test]
+    fn a_map_of_headers_counts_with_its_own_parts_and_with_room_that_it_keeps() {
+        let value = || http::HeaderValue::from_static("");
+        let name = |number: usize| http::HeaderName::from_bytes(format!("x{number}").as_bytes()).unwrap();
+        let mut map = HeaderMap::new();
+        assert_eq!(size_of_fields(&map), 0);
+        for number in 0..1000 {
+            map.append(name(number), value());
+        }
+        let parts = size_of::<http::HeaderName>() + size_of::<http::HeaderValue>() + 3 * size_of::<usize>();
+        assert!(size_of_fields(&map) >= 1000 * (parts + 2 * 32) as u64);
+        map.clear();
+        assert!(size_of_fields(&map) >= (1000 * parts) as u64, "the room stays");
+    }
+
+    struct Hooks;
+
+    impl WasiHttpHooks for Hooks {
+        fn send_request(
+            &mut self,
+            _request: http::Request<WasiBody>,
+            _options: Option<RequestOptions>,
+            _processed: Completion,
+        ) -> Box<dyn Future<Output = Sent> + Send> {
+            Box::new(std::future::pending())
+        }
+    }
+
+    #[test]
+    fn a_map_keeps_all_but_the_values_that_were_removed_and_may_be_changed_further() {
+        let mut table = ResourceTable::new();
+        let fields = table.push(FieldMap::new_mutable(MAX_FIELDS)).unwrap();
+        let mut change = |name: &str, values: usize| {
+            let values = (0..values).map(|number| number.to_string().into_bytes()).collect();
+            change_fields(&mut table, &fields, |map| map.set(&mut Hooks, name.to_owned(), values)).unwrap().unwrap();
+            let map = table.get(&fields).unwrap();
+            let count = |name: &str| map.get_all(name).iter().count();
+            (count("kept"), count("gone"), map.capacity())
+        };
+        assert_eq!(change("kept", 2).0, 2);
+        assert_eq!(change("gone", 1000).1, 1000);
+        assert_eq!(change("gone", 1).1, 1);
+        for number in 0..100 {
+            change(&format!("x{number}"), 2);
+        }
+        let (kept, gone, room) = change("kept", 0);
+        assert_eq!((kept, gone), (0, 1));
+        assert!(room < 200);
+    }
+
     #[test]
     fn headers_and_bodies_that_the_host_keeps_for_a_guest_count() {
         let budget = Budget::node(1_000_000);
         let mut limiter = Limiter::new(budget.clone()).unwrap();
         let mut table = ResourceTable::new();
-        let fields = |table: &mut ResourceTable| {
-            let mut map = FieldMap::new_mutable(1_000_000);
-            map.append_raw(
-                http::HeaderName::from_static("x"),
-                http::HeaderValue::from_bytes(&[b'a'; 100_000]).unwrap(),
-            )
-            .unwrap();
-            table.push(map).unwrap()
-        };
         let first = fields(&mut table);
         limiter.count_handles(&mut table).unwrap();
         assert!(budget.used() > INSTANCE + 100_000);

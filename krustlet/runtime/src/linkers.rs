@@ -1,6 +1,7 @@
 //! What modules may import, and from whom they get it.
 
 use crate::guest::{ComponentState, CoreState, Environment};
+use crate::limits::change_fields;
 use crate::open::{is_ordinary, open_at};
 use std::any::Any;
 use std::fs::File;
@@ -20,10 +21,13 @@ use wasmtime_wasi::p2::bindings::filesystem::types::{
 use wasmtime_wasi::p2::bindings::io::streams::{Host as _, HostOutputStream};
 use wasmtime_wasi::p2::bindings::{LinkOptions, cli};
 use wasmtime_wasi::p2::{DynOutputStream, ReaddirIterator};
+use wasmtime_wasi_http::p2::HeaderError;
+use wasmtime_wasi_http::{FieldMap, FieldMapError, WasiHttpView as _};
 use wiggle::{GuestMemory, GuestPtr};
 
 /// Of the WASI that wasmtime-wasi offers; guests that were built against an older 0.2 are given this one.
 const TYPES: &str = "wasi:filesystem/types@0.2.12";
+const HTTP_TYPES: &str = "wasi:http/types@0.2.12";
 const STREAMS: &str = "wasi:io/streams@0.2.12";
 /// Bytes that a guest may write to a stream at once.
 pub const MAX_WRITE: usize = 64 * 1024;
@@ -94,6 +98,7 @@ fn limit_component(linker: &mut Linker<ComponentState>) -> wasmtime::Result<()> 
     limit_times(linker)?;
     limit_lists(linker)?;
     limit_writes(linker)?;
+    limit_headers(linker)?;
     linker.allow_shadowing(false);
     Ok(())
 }
@@ -112,6 +117,31 @@ fn limit_writes(linker: &mut Linker<ComponentState>) -> wasmtime::Result<()> {
                 Ok(()) => Ok((Ok(()),)),
                 Err(error) => Ok((Err(table.convert_stream_error(error)?),)),
             }
+        },
+    )
+}
+
+/// What a guest removes from a map of headers leaves no room behind that nobody counts.
+fn limit_headers(linker: &mut Linker<ComponentState>) -> wasmtime::Result<()> {
+    type Set = (Resource<FieldMap>, String, Vec<Vec<u8>>);
+    type Delete = (Resource<FieldMap>, String);
+    let told = |result: Result<(), FieldMapError>| match result {
+        Ok(()) => Ok((Ok(()),)),
+        Err(error) => Ok((Err(HeaderError::from(error).downcast()?),)),
+    };
+    let mut types = linker.instance(HTTP_TYPES)?;
+    types.func_wrap(
+        "[method]fields.set",
+        move |mut store: StoreContextMut<'_, ComponentState>, (fields, name, values): Set| {
+            let http = store.data_mut().http();
+            told(change_fields(http.table, &fields, |fields| fields.set(http.hooks, name, values))?)
+        },
+    )?;
+    types.func_wrap(
+        "[method]fields.delete",
+        move |mut store: StoreContextMut<'_, ComponentState>, (fields, name): Delete| {
+            let http = store.data_mut().http();
+            told(change_fields(http.table, &fields, |fields| fields.remove_all(http.hooks, name).map(drop))?)
         },
     )
 }
