@@ -6,6 +6,7 @@ use crate::executor::Executor;
 use crate::guest::{Container, ContainerSpec, Failure, Stats};
 use crate::metrics::Metrics;
 use crate::module::{Code, Module};
+use crate::stack;
 use std::fmt;
 use std::sync::Arc;
 use tokio::sync::watch;
@@ -94,10 +95,9 @@ impl Execution {
         };
         let kill = CancellationToken::new();
         let (send, exit) = watch::channel(None);
-        let guest = Sliced::new(
-            container.cpu.clone(),
-            run(executor.clone(), metrics.clone(), module.clone(), container.clone()),
-        );
+        let guest = run(executor.clone(), metrics.clone(), module.clone(), container.clone());
+        let memory = container.memory.clone();
+        let guest = Sliced::new(container.cpu.clone(), async move { stack::charged(&memory, guest).await });
         let killed = kill.clone();
         executor.handle().spawn(async move {
             let exit = tokio::select! {

@@ -22,6 +22,9 @@ const KEEP_RESIDENT: usize = 1024 * 1024;
 const KEEP_RESIDENT_BLIND: usize = 64 * 1024;
 /// The same for a table: the functions of an ordinary guest.
 const KEEP_TABLE: usize = 16 * 1024;
+/// The same for a stack: what an ordinary guest touches of it.
+const KEEP_STACK: usize = 32 * 1024;
+const PAGE: usize = 4096;
 /// The first Linux with the PAGEMAP_SCAN ioctl.
 const PAGEMAP_SCAN: (u32, u32) = (6, 7);
 
@@ -38,12 +41,27 @@ pub fn engine(idle: u64) -> wasmtime::Result<(Engine, u32)> {
     result
 }
 
-/// What a slot may keep resident while it is idle: of a memory, and of a table.
-fn keep_resident(instances: u32, idle: u64) -> (usize, usize) {
-    let tables = KEEP_TABLE * TABLES as usize;
-    let share = usize::try_from(idle / u64::from(instances.max(1))).unwrap_or(usize::MAX).saturating_sub(tables);
-    let share = share / MEMORIES as usize;
-    (share.min(if kernel_scans_pages() { KEEP_RESIDENT } else { KEEP_RESIDENT_BLIND }), KEEP_TABLE)
+/// What a slot may keep resident while it is idle.
+struct KeepResident {
+    memory: usize,
+    table: usize,
+    stack: usize,
+}
+
+impl KeepResident {
+    fn of(instances: u32, idle: u64) -> Self {
+        let share = usize::try_from(idle / u64::from(instances.max(1))).unwrap_or(usize::MAX);
+        // The pool rounds up to pages.
+        let part = |share: usize| share / PAGE * PAGE;
+        let stack = KEEP_STACK.min(part(share / 4));
+        let table = KEEP_TABLE.min(part((share - stack) / TABLES as usize));
+        let memory = part((share - stack - table * TABLES as usize) / MEMORIES as usize);
+        Self {
+            memory: memory.min(if kernel_scans_pages() { KEEP_RESIDENT } else { KEEP_RESIDENT_BLIND }),
+            table,
+            stack,
+        }
+    }
 }
 
 fn config(instances: u32, idle: u64) -> Config {
@@ -60,9 +78,11 @@ fn config(instances: u32, idle: u64) -> Config {
         .table_elements(TABLE_ELEMENTS)
         .max_unused_warm_slots(WARM_SLOTS)
         .pagemap_scan(Enabled::Auto);
-    let (memory, table) = keep_resident(instances, idle);
-    pool.linear_memory_keep_resident(memory).table_keep_resident(table);
+    let keep = KeepResident::of(instances, idle);
+    pool.linear_memory_keep_resident(keep.memory).table_keep_resident(keep.table).async_stack_keep_resident(keep.stack);
     let mut config = code_config();
+    // Half a mebibyte that one guest touched would stay with the node for ever.
+    config.async_stack_zeroing(true);
     config.allocation_strategy(InstanceAllocationStrategy::Pooling(pool));
     config
 }
@@ -118,9 +138,9 @@ mod tests {
         for machine in [1u64, 2, 4, 24, 512].map(|gib| gib << 30) {
             let idle = Division::of(machine, None).idle;
             for instances in MAX_INSTANCES {
-                let (memory, table) = keep_resident(instances, idle);
-                let kept =
-                    u64::from(instances) * (u64::from(MEMORIES) * memory as u64 + u64::from(TABLES) * table as u64);
+                let keep = KeepResident::of(instances, idle);
+                let slot = MEMORIES as usize * keep.memory + TABLES as usize * keep.table + keep.stack;
+                let kept = u64::from(instances) * slot as u64;
                 assert!(kept <= idle, "{kept} of {idle}");
             }
         }

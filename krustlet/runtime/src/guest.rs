@@ -10,6 +10,7 @@ use crate::logs::{LogFile, LogStream};
 use crate::memory::{Budget, Scope};
 use crate::metrics::LiveInstance;
 use crate::mounts::{self, Mount};
+use crate::stack;
 use crate::tenants::Tenant;
 use std::fmt;
 use std::sync::Arc;
@@ -246,6 +247,7 @@ pub struct ComponentState {
 
 impl WasiView for ComponentState {
     fn ctx(&mut self) -> WasiCtxView<'_> {
+        stack::mark();
         WasiCtxView { ctx: &mut self.wasi, table: &mut self.table }
     }
 }

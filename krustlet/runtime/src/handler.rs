@@ -11,6 +11,7 @@ use crate::connection::OpenRequest;
 use crate::cpu::Sliced;
 use crate::guest::{ComponentState, Container, Failure};
 use crate::http::{Server, Serving};
+use crate::stack;
 use hyper::body::Incoming;
 use hyper::{Method, Request, Response, StatusCode, header};
 use std::convert::Infallible;
@@ -129,7 +130,8 @@ fn refusal(status: StatusCode, text: &'static str) -> Response<Answer> {
 async fn execute(server: Arc<Server>, serving: Arc<Serving>, request: Request<Incoming>, exchange: Arc<Exchange>) {
     match serving.container.component_store(&server.executor.engine, server.metrics.instance()) {
         Ok(mut store) => {
-            if let Err(error) = call(&serving, &mut store, request, &exchange).await {
+            let call = call(&serving, &mut store, request, &exchange);
+            if let Err(error) = stack::charged(&serving.container.memory, call).await {
                 told(&exchange, &error);
             }
             // Only now are the guest's streams closed.

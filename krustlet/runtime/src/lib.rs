@@ -48,6 +48,7 @@ mod sandbox;
 mod shares;
 mod signature;
 mod signature_search;
+mod stack;
 mod store;
 mod tenants;
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use crate::guest::{ComponentState, CoreState, Environment};
 use crate::limits::change_fields;
 use crate::open::{is_ordinary, open_at};
+use crate::stack;
 use std::any::Any;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt as _;
@@ -65,7 +66,10 @@ fn component(engine: &Engine) -> wasmtime::Result<Linker<ComponentState>> {
 /// WASI preview 1, whose socket calls work on no descriptor that a guest here can have.
 fn core(engine: &Engine) -> wasmtime::Result<wasmtime::Linker<CoreState>> {
     let mut linker = wasmtime::Linker::new(engine);
-    wasmtime_wasi::p1::add_to_linker_async(&mut linker, |state: &mut CoreState| &mut state.wasi)?;
+    wasmtime_wasi::p1::add_to_linker_async(&mut linker, |state: &mut CoreState| {
+        stack::mark();
+        &mut state.wasi
+    })?;
     limit_core(&mut linker)?;
     Ok(linker)
 }

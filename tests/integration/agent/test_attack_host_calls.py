@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import wasmtime
 
-from tests.integration.agent.harness import Agent, Manifest, Pod, Workspace, layout
+from tests.integration.agent.harness import MIB, Agent, Manifest, Pod, Workspace, layout
 from tests.waiting import until
 
 LIMIT: Manifest = {"limits": {"memory": "64Mi"}}
@@ -206,6 +206,26 @@ def test_what_requests_hold_while_they_wait_is_the_memory_of_their_container(
         assert neighbour.get("/version").ok
         # None gives an answer; most find no room.
         assert set(answers) <= {500, 503}
+
+
+def test_what_a_guest_has_touched_of_its_stack_is_the_memory_of_its_container(
+    space: Workspace, agent: Agent
+) -> None:
+    neighbour = space.serve().wait_ready()
+    # A third of a mebibyte each.
+    text = WAITS.format(each="(call $deep (i32.const 7500))", times=1, pages=1, ms=10_000)
+    pod = space.serve(
+        image=_push(space, text),
+        resources={"limits": {"memory": "48Mi"}},
+        pod={"annotations": {"krustlet.dev/max-concurrent-requests": "400"}},
+    ).wait_ready()
+    before = agent.resident_bytes()
+    with agent.bounded(48), ThreadPoolExecutor(400) as pool:
+        answers = pool.map(lambda _: pod.get("/", timeout=60).status_code, range(400))
+        assert neighbour.get("/version").ok
+        assert set(answers) == {500, 503}
+    # Nor does it stay with the node.
+    until(lambda: agent.resident_bytes() < before + 48 * MIB, "the stacks to be given back")
 
 
 def _fill(agent: Agent, name: str, files: int) -> Manifest:
