@@ -1,6 +1,7 @@
 //! Registry credentials from a VM's metadata server: the one module that knows Google.
 
 use crate::http_client;
+use crate::reach::Reach;
 use anyhow::{Context, anyhow, ensure};
 use futures::future::BoxFuture;
 use http::{HeaderMap, HeaderValue};
@@ -76,8 +77,9 @@ impl MetadataServer {
             http::HeaderName::from_static("metadata-flavor"),
             HeaderValue::from_static("Google"),
         )]);
-        let answer =
-            http_client::get(&url, &headers, MAX_ANSWER).await.map_err(|error| anyhow!("no answer: {error}"))?;
+        let answer = http_client::get(&url, &headers, MAX_ANSWER, &Reach::ANYWHERE)
+            .await
+            .map_err(|error| anyhow!("no answer: {error}"))?;
         ensure!(answer.status.is_success(), "{} answered {}", self.host, answer.status);
         ensure!(!answer.truncated, "{} answered more than {MAX_ANSWER} bytes", self.host);
         serde_json::from_slice(&answer.body).context("the answer is no token")

@@ -1,6 +1,7 @@
 //! The agent's one HTTP client beside those of Kubernetes and the registries: for probes, hooks and the metadata server.
 //! A request has a connection of its own, and an answer is read up to a limit.
 
+use crate::reach::Reach;
 use bytes::Bytes;
 use futures::future::{Either, select};
 use http::{HeaderMap, HeaderValue, Request, StatusCode, header};
@@ -14,7 +15,6 @@ use std::fmt::{Display, Formatter};
 use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
 use url::{Host, Url};
 
 /// As the kubelet, and Go's client.
@@ -66,11 +66,11 @@ impl<E: std::error::Error + Send + Sync + 'static> From<E> for Error {
 
 /// GETs the URL, and follows redirects as the kubelet does: on the same host only. The answer of one that leads elsewhere is
 /// given as it is. Takes as long as the other side takes: the caller sets the limit.
-pub async fn get_on_host(url: &Url, headers: &HeaderMap, max_body: usize) -> Result<Answer, Error> {
+pub async fn get_on_host(url: &Url, headers: &HeaderMap, max_body: usize, reach: &Reach) -> Result<Answer, Error> {
     let mut at = url.clone();
     let mut headers = headers.clone();
     for _ in 0..MAX_REDIRECTS {
-        let answer = get(&at, &headers, max_body).await?;
+        let answer = get(&at, &headers, max_body, reach).await?;
         let Some(location) = redirection(&answer) else { return Ok(answer) };
         let next = target(&at, &location)?;
         if next.host() != url.host() {
@@ -106,7 +106,7 @@ fn target(from: &Url, location: &str) -> Result<Url, Error> {
 }
 
 /// One request on a connection of its own. Any certificate is taken, as by the kubelet.
-pub async fn get(url: &Url, headers: &HeaderMap, max_body: usize) -> Result<Answer, Error> {
+pub async fn get(url: &Url, headers: &HeaderMap, max_body: usize, reach: &Reach) -> Result<Answer, Error> {
     let https = match url.scheme() {
         "http" => false,
         "https" => true,
@@ -115,9 +115,9 @@ pub async fn get(url: &Url, headers: &HeaderMap, max_body: usize) -> Result<Answ
     let host = url.host().ok_or_else(|| Error::Other("the URL has no host".into()))?;
     let port = url.port_or_known_default().unwrap_or(if https { 443 } else { 80 });
     let stream = match &host {
-        Host::Domain(name) => TcpStream::connect((*name, port)).await?,
-        Host::Ipv4(address) => TcpStream::connect((*address, port)).await?,
-        Host::Ipv6(address) => TcpStream::connect((*address, port)).await?,
+        Host::Domain(name) => reach.connect(name, port).await?,
+        Host::Ipv4(address) => reach.connect(&address.to_string(), port).await?,
+        Host::Ipv6(address) => reach.connect(&address.to_string(), port).await?,
     };
     if !https {
         return request(url, headers, stream, max_body).await;
@@ -284,7 +284,8 @@ mod tests {
     #[tokio::test]
     async fn redirects_are_followed_on_the_same_host_and_no_further() {
         let (url, asked) = server().await;
-        let get = async |path: &str| get_on_host(&url.join(path).unwrap(), &HeaderMap::new(), 100).await;
+        let get =
+            async |path: &str| get_on_host(&url.join(path).unwrap(), &HeaderMap::new(), 100, &Reach::ANYWHERE).await;
         assert_eq!(get("/here").await.unwrap().status, 500);
         assert_eq!(get("/elsewhere").await.unwrap().status, 307);
         assert_eq!(get("/unlocated").await.unwrap().status, 302);
@@ -295,9 +296,9 @@ mod tests {
     #[tokio::test]
     async fn a_body_is_read_up_to_the_limit() {
         let (url, _) = server().await;
-        let large = get(&url.join("/large").unwrap(), &HeaderMap::new(), 100).await.unwrap();
+        let large = get(&url.join("/large").unwrap(), &HeaderMap::new(), 100, &Reach::ANYWHERE).await.unwrap();
         assert_eq!((large.body.len(), large.truncated), (100, true));
-        let small = get(&url.join("/x").unwrap(), &HeaderMap::new(), 6).await.unwrap();
+        let small = get(&url.join("/x").unwrap(), &HeaderMap::new(), 6, &Reach::ANYWHERE).await.unwrap();
         assert_eq!((&small.body[..], small.truncated), (&b"broken"[..], false));
     }
 
@@ -305,8 +306,8 @@ mod tests {
     async fn a_server_without_tls_is_told_from_one_that_fails() {
         let (mut url, _) = server().await;
         url.set_scheme("https").unwrap();
-        assert!(matches!(get(&url, &HeaderMap::new(), 0).await, Err(Error::NoTls)));
+        assert!(matches!(get(&url, &HeaderMap::new(), 0, &Reach::ANYWHERE).await, Err(Error::NoTls)));
         let closed = Url::parse("https://127.0.0.1:1/").unwrap();
-        assert!(matches!(get(&closed, &HeaderMap::new(), 0).await, Err(Error::Other(_))));
+        assert!(matches!(get(&closed, &HeaderMap::new(), 0, &Reach::ANYWHERE).await, Err(Error::Other(_))));
     }
 }

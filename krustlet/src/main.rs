@@ -23,6 +23,7 @@ mod pod;
 mod pods;
 mod ports;
 mod pressure;
+mod reach;
 mod reasons;
 mod services;
 mod telemetry;

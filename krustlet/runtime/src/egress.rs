@@ -65,7 +65,7 @@ pub struct EgressConfig {
 
 /// A node's part in it: what all of its containers share.
 pub struct Egress {
-    pub policy: EgressPolicy,
+    pub policy: Arc<EgressPolicy>,
     pub names: Arc<Names>,
     roots: RootCertStore,
     tls: Arc<ClientConfig>,
@@ -83,7 +83,7 @@ impl Egress {
             add_bundle(&mut roots, bundle)?;
         }
         let tls = Arc::new(client_config(roots.clone()));
-        let policy = EgressPolicy::new(config.networks, config.node_addresses);
+        let policy = Arc::new(EgressPolicy::new(config.networks, config.node_addresses));
         let resolve = Arc::new(|host: &str, port| (host, port).to_socket_addrs().map(Vec::from_iter));
         Ok(Self { policy, names: Arc::default(), roots, tls, resolve })
     }

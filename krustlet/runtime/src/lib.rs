@@ -60,6 +60,7 @@ pub use command::{Execution, Exit, ExitReason};
 pub use compile::{Compiler, main as compiler_main};
 pub use credentials::{CredentialSource, DockerConfig, Login, NoCredentials, RegistrySecret};
 pub use egress::EgressConfig;
+pub use egress_policy::{EgressPolicy, Refused};
 pub use error::{LoadError, PullError, StartError};
 pub use garbage::Freed;
 pub use guest::{ContainerSpec, PodMemory, Stats};
@@ -208,6 +209,11 @@ impl Runtime {
     /// Keeps guests from the API server from now on, as it is named and where it is.
     pub fn refuse_api_server(&self, name: &str, addresses: impl IntoIterator<Item = IpAddr>) {
         self.0.executor.egress.policy.add_api_server(name, addresses);
+    }
+
+    /// What guests may connect to, now and as it is later.
+    pub fn egress_policy(&self) -> Arc<EgressPolicy> {
+        self.0.executor.egress.policy.clone()
     }
 
     /// Has guests' requests to the names that the service knows go where it says. Once for the life of the runtime.

@@ -3,6 +3,7 @@
 use super::http_get::HttpGet;
 use crate::addresses::PodAddress;
 use crate::http_client::Error;
+use crate::reach::Reach;
 use k8s_openapi::api::core::v1::{Container, LifecycleHandler};
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
@@ -41,7 +42,12 @@ pub fn pre_stop(container: &Container) -> Option<&LifecycleHandler> {
 }
 
 /// Does what the hook says. Takes as long as the other side takes: the caller sets the limit.
-pub async fn run(container: &Container, handler: &LifecycleHandler, address: PodAddress) -> Result<(), String> {
+pub async fn run(
+    container: &Container,
+    handler: &LifecycleHandler,
+    address: PodAddress,
+    reach: &Reach,
+) -> Result<(), String> {
     if let Some(sleep) = &handler.sleep {
         tokio::time::sleep(Duration::from_secs(u64::try_from(sleep.seconds).unwrap_or(0))).await;
     }
@@ -49,9 +55,9 @@ pub async fn run(container: &Container, handler: &LifecycleHandler, address: Pod
         return Ok(());
     };
     let get = HttpGet::of(get, container, address, USER_AGENT)?;
-    let answer = match get.send().await {
+    let answer = match get.send(reach).await {
         // As the kubelet, for what was written when it did not know https here.
-        Err(Error::NoTls) => get.in_clear().send().await,
+        Err(Error::NoTls) => get.in_clear().send(reach).await,
         answer => answer,
     };
     match answer {
@@ -98,7 +104,9 @@ mod tests {
             let container = container(json!({"httpGet": {"path": "/bye", "port": port}}));
             let hook = pre_stop(&container).unwrap();
             // Nobody listens there.
-            let error = run(&container, hook, PodAddress::of_node([127, 255, 255, 253].into())).await.unwrap_err();
+            let error = run(&container, hook, PodAddress::of_node([127, 255, 255, 253].into()), &Reach::ANYWHERE)
+                .await
+                .unwrap_err();
             assert!(error.contains(&format!("http://127.255.255.253:{expected}/bye")), "{error}");
         }
     }
@@ -112,14 +120,18 @@ mod tests {
         let bye = |path: &str| container(json!({"httpGet": {"path": path, "port": port, "scheme": "HTTPS"}}));
         let address = PodAddress::of_node([127, 0, 0, 1].into());
         let container = bye("/bye");
-        assert_eq!(run(&container, pre_stop(&container).unwrap(), address).await, Ok(()));
+        assert_eq!(run(&container, pre_stop(&container).unwrap(), address, &Reach::ANYWHERE).await, Ok(()));
         let container = bye("/nothing");
-        assert_eq!(run(&container, pre_stop(&container).unwrap(), address).await, Ok(()), "whatever the answer is");
+        assert_eq!(
+            run(&container, pre_stop(&container).unwrap(), address, &Reach::ANYWHERE).await,
+            Ok(()),
+            "whatever the answer is"
+        );
     }
 
     #[tokio::test]
     async fn a_hook_may_sleep() {
         let container = container(json!({"sleep": {"seconds": 0}}));
-        assert_eq!(run(&container, pre_stop(&container).unwrap(), ANY).await, Ok(()));
+        assert_eq!(run(&container, pre_stop(&container).unwrap(), ANY, &Reach::ANYWHERE).await, Ok(()));
     }
 }

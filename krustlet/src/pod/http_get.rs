@@ -3,6 +3,7 @@
 use super::ports;
 use crate::addresses::PodAddress;
 use crate::http_client::{self, Error};
+use crate::reach::Reach;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use k8s_openapi::api::core::v1::{Container, HTTPGetAction};
 use std::fmt::{Display, Formatter};
@@ -31,8 +32,8 @@ impl HttpGet {
     }
 
     /// The status of the answer. Redirects are followed on the same host; one that leads elsewhere is the answer.
-    pub async fn send(&self) -> Result<StatusCode, Error> {
-        Ok(http_client::get_on_host(&self.url, &self.headers, MAX_BODY).await?.status)
+    pub async fn send(&self, reach: &Reach) -> Result<StatusCode, Error> {
+        Ok(http_client::get_on_host(&self.url, &self.headers, MAX_BODY, reach).await?.status)
     }
 
     /// The same without TLS.

@@ -19,6 +19,7 @@ use crate::backoff::jitter;
 use crate::client::{describe, status_code};
 use crate::logs;
 use crate::panics::message_of;
+use crate::reach::Reach;
 use crate::reasons::terminated;
 use crate::telemetry::metrics;
 use crate::trees;
@@ -258,6 +259,10 @@ impl Worker {
     }
 
     /// Where the pod is reached. Before it has an address, nothing of it is served.
+    fn reach(&self) -> Reach {
+        Reach::of_pod(self.address().ip, self.node.runtime.egress_policy())
+    }
+
     fn address(&self) -> PodAddress {
         let known = self.node.addresses.of(self.lifecycle.pod());
         known.unwrap_or_else(|| PodAddress::of_node(self.node.addresses.node()))
@@ -347,10 +352,10 @@ impl Worker {
 
     fn post_start(&mut self, index: usize, generation: u32) {
         let Some((_, spec)) = self.lifecycle.spec(index) else { return };
-        let address = self.address();
+        let (address, reach) = (self.address(), self.reach());
         let work = async move {
             let result = match hooks::post_start(&spec) {
-                Some(hook) => hooks::run(&spec, hook, address).await,
+                Some(hook) => hooks::run(&spec, hook, address, &reach).await,
                 None => Ok(()),
             };
             Report::Event(Event::PostStarted { index, generation, result })
@@ -365,7 +370,7 @@ impl Worker {
     fn probe(&mut self, index: usize, generation: u32) {
         let Some((_, spec)) = self.lifecycle.spec(index) else { return };
         let (sender, events) = mpsc::channel(8);
-        let probing = Probing { _prober: probes::spawn(&spec, self.address(), sender), events };
+        let probing = Probing { _prober: probes::spawn(&spec, self.address(), self.reach(), sender), events };
         if let Some(live) = self.containers[index].guest.as_mut().filter(|live| live.generation == generation) {
             live.probes = Some(probing);
         }
@@ -382,7 +387,7 @@ impl Worker {
     /// process without a handler for SIGTERM would.
     fn stop(&mut self, index: usize, generation: u32, until: Instant, grace: Duration) {
         let spec = self.lifecycle.spec(index).map(|(_, spec)| spec).unwrap_or_default();
-        let (address, deregistered_at) = (self.address(), self.deregistered_at(grace));
+        let (address, reach, deregistered_at) = (self.address(), self.reach(), self.deregistered_at(grace));
         let Some(live) = &mut self.containers[index].guest else {
             let report = ended_by("the container has no guest".to_owned(), index, generation);
             let _ = self.outbox.send(Box::new(report));
@@ -397,7 +402,7 @@ impl Worker {
         let work = async move {
             if let Some(hook) = hooks::pre_stop(&spec) {
                 let result = tokio::select! {
-                    result = hooks::run(&spec, hook, address) => result,
+                    result = hooks::run(&spec, hook, address, &reach) => result,
                     () = passed(deadline.clone(), Duration::ZERO) => Err("the grace period ended first".to_owned()),
                 };
                 if let Err(cause) = result {

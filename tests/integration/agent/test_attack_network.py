@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from tests.integration.agent.harness import Agent, Pod, Workspace, free_port
+from tests.integration.agent.harness import Agent, Pod, Workspace, condition, free_port
 
 ALLOWED = "krustlet.dev/allowed-hosts"
 CA_BUNDLE = "krustlet.dev/ca-bundle"
@@ -91,6 +91,35 @@ def test_the_api_server_is_refused_though_it_is_listed(space: Workspace) -> None
     answer = pod.get("/fetch", url=f"{space.cluster.server}/version")
     assert (answer.status_code, answer.text) == (502, "DestinationIpProhibited")
     assert "denied a request" in pod.logs()
+
+
+@pytest.mark.parametrize("kind", ["httpGet", "tcpSocket"])
+def test_a_probe_goes_to_its_own_pod_and_to_nothing_else_that_is_the_nodes(
+    space: Workspace, loopback: ThreadingHTTPServer, kind: str
+) -> None:
+    def probed(host: str, port: int | str) -> Pod:
+        path = {"path": "/healthz"} if kind == "httpGet" else {}
+        return space.serve(readinessProbe={kind: {"host": host, "port": port, **path}, "periodSeconds": 1})
+
+    api, api_port = space.cluster.server.removeprefix("https://").split(":")
+    spellings = ["127.0.0.1", "localhost", "127.1", "::ffff:127.0.0.1", "169.254.1.1", "metadata.goog"]
+    pods = [probed(host, loopback.server_port) for host in spellings] + [probed(api, int(api_port))]
+    own, silent = probed(space.agent.address, "http"), probed("", "http")
+    for pod in pods:
+        pod.wait_event("Unhealthy", "where the node does not go for a pod")
+    for pod in (own, silent):
+        pod.wait_ready()
+    assert [condition(pod.read(), "Ready") for pod in pods] == ["False"] * len(pods)
+    assert loopback.asked == []  # type: ignore[attr-defined]
+
+
+def test_a_hook_goes_no_further_than_a_probe(space: Workspace, loopback: ThreadingHTTPServer) -> None:
+    action = {"httpGet": {"host": "localhost", "port": loopback.server_port, "path": "/started"}}
+    pod = space.serve(lifecycle={"postStart": action, "preStop": action}, pod={"restart": "Never"})
+    pod.wait_event("FailedPostStartHook", "where the node does not go for a pod")
+    pod.delete(grace=5)
+    pod.wait_gone()
+    assert loopback.asked == []  # type: ignore[attr-defined]
 
 
 def test_a_request_to_a_host_that_is_not_listed_leaves_a_line_in_the_log(space: Workspace) -> None:

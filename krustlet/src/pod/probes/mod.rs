@@ -10,13 +10,13 @@ use super::http_get::HttpGet;
 use super::ports;
 use crate::addresses::PodAddress;
 use crate::panics::message_of;
+use crate::reach::Reach;
 use crate::telemetry::{ProbeLabels, metrics};
 use futures::FutureExt as _;
 use k8s_openapi::api::core::v1::{Container, Probe};
 use std::net::Ipv4Addr;
 use std::panic::AssertUnwindSafe;
 use std::time::Duration;
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior};
@@ -60,11 +60,16 @@ impl Drop for Prober {
 }
 
 /// Starts probing a container that has just started at `address`. Events carry the container's name.
-pub fn spawn(container: &Container, address: PodAddress, events: mpsc::Sender<(String, ProbeEvent)>) -> Prober {
+pub fn spawn(
+    container: &Container,
+    address: PodAddress,
+    reach: Reach,
+    events: mpsc::Sender<(String, ProbeEvent)>,
+) -> Prober {
     let name = container.name.clone();
     let task = match Plan::of(container, address) {
         Ok(plan) if plan.is_empty() => None,
-        Ok(plan) => Some(tokio::spawn(plan.run(Events { name, events }))),
+        Ok(plan) => Some(tokio::spawn(plan.run(reach, Events { name, events }))),
         Err(error) => {
             tracing::error!(container = name, error, "container cannot be probed");
             None
@@ -116,10 +121,10 @@ impl Plan {
         self.startup.is_none() && self.readiness.is_none() && self.liveness.is_none()
     }
 
-    async fn run(self, events: Events) {
+    async fn run(self, reach: Reach, events: Events) {
         let since = Instant::now();
         if let Some(startup) = self.startup {
-            if !startup.run(since, &events).await {
+            if !startup.run(since, &reach, &events).await {
                 return;
             }
             if self.readiness.is_none() && !events.send(ProbeEvent::Ready(true)).await {
@@ -127,7 +132,7 @@ impl Plan {
             }
         }
         let run = async |task: Option<Task>| match task {
-            Some(task) => task.run(since, &events).await,
+            Some(task) => task.run(since, &reach, &events).await,
             None => true,
         };
         tokio::join!(run(self.readiness), run(self.liveness));
@@ -165,13 +170,13 @@ impl Task {
     }
 
     /// Tries until the probe has said all it has to say; whether the container is still to be probed by the others.
-    async fn run(mut self, since: Instant, events: &Events) -> bool {
+    async fn run(mut self, since: Instant, reach: &Reach, events: &Events) -> bool {
         tokio::time::sleep_until(since + self.delay).await;
         let mut ticks = tokio::time::interval(self.period);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            let result = self.action.attempt(self.timeout).await;
+            let result = self.action.attempt(self.timeout, reach).await;
             count(self.tracker.kind, result.is_ok());
             let (said, next) = self.tracker.observe(result);
             for event in said {
@@ -215,15 +220,15 @@ impl Action {
         }
     }
 
-    async fn attempt(&self, timeout: Duration) -> Result<(), String> {
+    async fn attempt(&self, timeout: Duration, reach: &Reach) -> Result<(), String> {
         let attempt = async {
             match self {
-                Self::Http(get) => match get.send().await {
+                Self::Http(get) => match get.send(reach).await {
                     Ok(status) if (200..400).contains(&status.as_u16()) => Ok(()),
                     Ok(status) => Err(format!("HTTP probe failed with statuscode: {}", status.as_u16())),
                     Err(error) => Err(format!("{get}: {error}")),
                 },
-                Self::Tcp { host, port } => match TcpStream::connect((host.as_str(), *port)).await {
+                Self::Tcp { host, port } => match reach.connect(host, *port).await {
                     Ok(_) => Ok(()),
                     Err(error) => Err(format!("dial tcp {host}:{port}: {error}")),
                 },
@@ -283,7 +288,7 @@ mod tests {
         let probes = json!({"livenessProbe": {"tcpSocket": {"port": 1}, "periodSeconds": 1, "failureThreshold": 2}});
         let mut plan = Plan::of(&container(probes), PodAddress::of_node("127.0.0.1".parse().unwrap())).unwrap();
         plan.liveness.as_mut().unwrap().action = Action::Bug;
-        let probing = tokio::spawn(plan.run(Events { name: "app".into(), events: sender }));
+        let probing = tokio::spawn(plan.run(Reach::ANYWHERE, Events { name: "app".into(), events: sender }));
         let mut said = Vec::new();
         while let Some((_, event)) = events.recv().await {
             said.push(event);
@@ -326,7 +331,7 @@ mod tests {
         let container = container(json!({"livenessProbe": probe}));
         let address = PodAddress::of_node("127.0.0.1".parse().unwrap());
         let action = Action::of(container.liveness_probe.as_ref().unwrap(), &container, address).unwrap();
-        action.attempt(Duration::from_secs(1)).await
+        action.attempt(Duration::from_secs(1), &Reach::ANYWHERE).await
     }
 
     #[tokio::test]
@@ -382,7 +387,8 @@ mod tests {
     /// All events until the prober ends by itself.
     async fn events(probes: Value) -> Vec<ProbeEvent> {
         let (sender, mut receiver) = mpsc::channel(16);
-        let _prober = spawn(&container(probes), PodAddress::of_node("127.0.0.1".parse().unwrap()), sender);
+        let _prober =
+            spawn(&container(probes), PodAddress::of_node("127.0.0.1".parse().unwrap()), Reach::ANYWHERE, sender);
         let mut events = Vec::new();
         while let Some((name, event)) = receiver.recv().await {
             assert_eq!(name, "app");
@@ -397,7 +403,8 @@ mod tests {
         let get = |path: &str| json!({"httpGet": {"path": path, "port": port}, "failureThreshold": 1});
         let (sender, mut receiver) = mpsc::channel(16);
         let probes = json!({"startupProbe": get("/ok"), "readinessProbe": get("/ok"), "livenessProbe": get("/ok")});
-        let prober = spawn(&container(probes), PodAddress::of_node("127.0.0.1".parse().unwrap()), sender);
+        let prober =
+            spawn(&container(probes), PodAddress::of_node("127.0.0.1".parse().unwrap()), Reach::ANYWHERE, sender);
         assert_eq!(receiver.recv().await.unwrap().1, ProbeEvent::Started);
         assert_eq!(receiver.recv().await.unwrap().1, ProbeEvent::Ready(true));
         drop(prober);
@@ -418,7 +425,8 @@ mod tests {
     #[tokio::test]
     async fn a_container_without_probes_costs_nothing() {
         let (sender, mut receiver) = mpsc::channel(1);
-        let prober = spawn(&container(json!({})), PodAddress::of_node("127.0.0.1".parse().unwrap()), sender);
+        let prober =
+            spawn(&container(json!({})), PodAddress::of_node("127.0.0.1".parse().unwrap()), Reach::ANYWHERE, sender);
         assert!(prober.task.is_none());
         assert_eq!(receiver.recv().await, None);
     }
