@@ -124,6 +124,18 @@ def _renewal(node: str) -> str:
     return json.dumps({**kind, "metadata": {"name": "a-renewal"}, "spec": spec})
 
 
+@pytest.fixture
+def unrenewed(stack: Stack) -> Iterator[None]:
+    """Nobody in the cluster approves a renewal of a client certificate."""
+    binding = ("clusterrolebinding", "gce:beta:kubelet-certificate-rotation")
+    found = stack.kubectl_json("get", *binding)
+    stack.kubectl("delete", *binding)
+    yield
+    del found["metadata"]["resourceVersion"], found["metadata"]["uid"]
+    stack.kubectl("create", "-f", "-", text=json.dumps(found))
+
+
+@pytest.mark.usefixtures("unrenewed")
 def test_a_renewal_that_the_cloud_leaves_waiting_is_drift_and_the_next_up_approves_it(stack: Stack) -> None:
     node = stack.outputs()["node"]
     groups = ("--as-group=system:nodes", "--as-group=system:authenticated")
@@ -131,7 +143,8 @@ def test_a_renewal_that_the_cloud_leaves_waiting_is_drift_and_the_next_up_approv
     try:
         shown = json.loads(stack.run("pulumi", "preview", "--refresh", "--json").stdout)
         assert shown["changeSummary"]["update"] == 1
-        assert not stack.kubectl_json("get", "csr", "a-renewal")["status"], "a preview decides about nothing"
+        status = stack.kubectl_json("get", "csr", "a-renewal")["status"]
+        assert not status, "a preview decides about nothing"
         stack.run("pulumi", "up", "--yes", "--refresh", "--skip-preview")
         until(
             lambda: "certificate" in stack.kubectl_json("get", "csr", "a-renewal")["status"],
