@@ -137,8 +137,10 @@ class KubernetesCluster(pulumi.ComponentResource):
             private_ip_google_access=True,
             opts=pulumi.ResourceOptions(
                 parent=self,
-                # Google changes no secondary range that a cluster uses, and moves no cluster to another.
+                # Google changes no secondary range that a cluster uses, and moves no cluster to another; and
+                # the name is one subnetwork's.
                 replace_on_changes=["secondaryIpRanges"],
+                delete_before_replace=True,
             ),
         )
         cluster = gcp.container.Cluster(
