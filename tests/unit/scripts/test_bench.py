@@ -112,9 +112,11 @@ def test_nothing_that_a_benchmark_started_outlives_it(number: signal.Signals, tm
     source = tmp_path / "source"
     source.write_text("as it was")
     code = """
-import subprocess, sys
+import signal, subprocess, sys
 from pathlib import Path
 from scripts.lib.bench import guard
+# A shell has its background jobs ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with guard.place() as directory:
     source = Path(sys.argv[1])
     guard.keep(directory, source)
