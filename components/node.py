@@ -105,6 +105,9 @@ class KrustletNode(pulumi.ComponentResource):
         self._args = args
         self.cluster = args.cluster
         child = pulumi.ResourceOptions(parent=self, depends_on=args.services.enabled)
+        # Where zone or region changes, what is made anew with its name begins with the cluster: two that
+        # delete before they create at once would each end what the other one still needs.
+        self._after_cluster = [*args.services.enabled, args.cluster.lifetime]
         account = gcp.serviceaccount.Account(
             f"{name}-account",
             project=args.project,
@@ -119,7 +122,7 @@ class KrustletNode(pulumi.ComponentResource):
             project=args.project,
             region=args.region,
             name=f"{args.node.name[:55]}-address",
-            opts=child,
+            opts=pulumi.ResourceOptions(parent=self, depends_on=self._after_cluster),
         )
         token = BootstrapToken(
             f"{name}-token",
@@ -207,7 +210,7 @@ class KrustletNode(pulumi.ComponentResource):
             size=self._args.node.disk_size_gb,
             opts=pulumi.ResourceOptions(
                 parent=self,
-                depends_on=self._args.services.enabled,
+                depends_on=self._after_cluster,
                 delete_before_replace=True,
                 # It has the agent's certificates, which are good for one cluster.
                 replacement_trigger=[self._args.cluster.certificate],
