@@ -318,8 +318,19 @@ class Docker(Peer):
         if os.geteuid() != 0 or missing:
             raise AbsentError("apt-get install docker.io, and run this as root: the engine is started here")
         super().__init__(directory)
-        self.engine = Engine(directory)
-        self.image = self.engine.import_image(file)
+        try:
+            self.engine = Engine(directory)
+        except BenchError as error:
+            raise AbsentError(f"{error}; apt-get install docker.io where it starts") from None
+        try:
+            self.image = self.engine.import_image(file)
+            self.launch(0)
+            self.remove([0])
+        except (BenchError, subprocess.CalledProcessError) as error:
+            self.engine.close()
+            raise AbsentError(
+                f"{error}; apt-get install docker.io, and run this where containers start"
+            ) from None
 
     @property
     def command(self) -> str:
