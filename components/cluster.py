@@ -141,6 +141,9 @@ class KubernetesCluster(pulumi.ComponentResource):
                 # the name is one subnetwork's.
                 replace_on_changes=["secondaryIpRanges"],
                 delete_before_replace=True,
+                # A cluster in another zone begins here: where the cluster is the first to be replaced, pulumi
+                # lets go of its provider before it deletes by it what is there.
+                replacement_trigger=[args.zone],
             ),
         )
         cluster = gcp.container.Cluster(

@@ -155,7 +155,7 @@ CHANGES = (
         note="the agent takes the new key while it runs, and starts nothing by the old one any more",
     ),
     Change("signingKeyPassword", "unused", {}),
-    Change("gcp:zone", "europe-west1-c", CLUSTER, ALL),
+    Change("gcp:zone", "europe-west1-c", replace("cluster-subnetwork") | CLUSTER, ALL),
     Change(
         "gcp:region",
         "us-east1",
