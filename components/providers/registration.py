@@ -328,10 +328,9 @@ def not_ready(
     return ""
 
 
-def _asker(props: dict[str, Any]) -> str:
-    """Say as whom the VM of these inputs asks for its first certificate."""
-    account: str = props.get("account") or ""
-    return account or BOOTSTRAP_USER + props["token"].partition(".")[0]
+def _asker(account: str, token: str) -> str:
+    """Say as whom a VM asks for its first certificate: its service account, else the token's bearer."""
+    return account or BOOTSTRAP_USER + token.partition(".")[0]
 
 
 def join(
@@ -350,14 +349,13 @@ def join(
     `timeout`, with the last known condition. The token is gone afterwards, unless the API server is away at
     the end too: then it ends on its own.
     """
+    asker = _asker(account, token)
     if account:
-        return _ready_node(cluster, vm, account, since, timeout=timeout, log=log)
+        return _ready_node(cluster, vm, asker, since, timeout=timeout, log=log)
     with _api_errors("the bootstrap token cannot be made"):
         cluster.put_token(token, f"Lets the VM {vm.name} join")
     try:
-        node = _ready_node(
-            cluster, vm, BOOTSTRAP_USER + token.partition(".")[0], since, timeout=timeout, log=log
-        )
+        node = _ready_node(cluster, vm, asker, since, timeout=timeout, log=log)
     except BaseException:
         # Why the node did not join matters more than what becomes of the token.
         with suppress(RegistrationError):
@@ -576,7 +574,8 @@ class NodeRegistrationProvider(ResourceProvider):
             cluster = Cluster(props["kubeconfig"])
             node = cluster.node(props["node"])
             if node is not None and node.metadata.uid == props["uid"]:
-                waiting = _waiting(cluster, machine(props), _asker(props))
+                asker = _asker(props.get("account") or "", props["token"])
+                waiting = _waiting(cluster, machine(props), asker)
         if waiting is None:
             return gone()
         known = {key: value for key, value in props.items() if key != "waiting_requests"}
