@@ -155,6 +155,11 @@ CHANGES = (
         note="the agent takes the new key while it runs, and starts nothing by the old one any more",
     ),
     Change("signingKeyPassword", "unused", {}),
+    Change(
+        "gcp:defaultLabels",
+        '{"team": "infra"}',
+        update("registry-repository", "cluster-cluster", "node-address", "node-disk", "node-vm"),
+    ),
     Change("gcp:zone", "europe-west1-c", replace("cluster-subnetwork") | CLUSTER, ALL),
     Change(
         "gcp:region",

@@ -87,6 +87,9 @@ def configured(stack: Stack, change: Change) -> Iterator[tuple[str, ...]]:
             if value.startswith("["):
                 for number, item in enumerate(json.loads(value)):
                     stack.run("pulumi", "config", "set", "--path", f"{key}[{number}]", item, *options)
+            elif value.startswith("{"):
+                for name, item in json.loads(value).items():
+                    stack.run("pulumi", "config", "set", "--path", f"{key}.{name}", item, *options)
             else:
                 stack.run("pulumi", "config", "set", *how, key, *options, text=value)
         yield options

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from localcloud.plugins.gcp.fields import Json, Update, from_rest, to_rest
-from localcloud.plugins.gcp.resources import ATTRIBUTION, Change, Resource, at, shrinks
+from localcloud.plugins.gcp.resources import Change, Resource, at, shrinks
 from localcloud.plugins.protocol import Failure, ProviderError
 from localcloud.plugins.values import UNKNOWN, Path, Properties, Value
 
@@ -38,8 +38,8 @@ class ComputeResource(Resource):
             if "fingerprint" in change.live:
                 body["fingerprint"] = change.live["fingerprint"]
             self._operate("PATCH", change.item, change.deadline, body)
-        if self._labelled and "labels" in change.names:
-            labels = {**(change.new.get("labels") or {}), **ATTRIBUTION}
+        labels = self._relabelled(change)
+        if labels is not None:
             body = {"labels": labels, "labelFingerprint": change.live.get("labelFingerprint")}
             self._operate("POST", f"{change.item}/setLabels", change.deadline, body)
 

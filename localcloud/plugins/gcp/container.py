@@ -48,17 +48,12 @@ class Cluster(Resource):
 
     def outputs(self, live: Json, known: Properties) -> Properties:
         native = (live.get("ipAllocationPolicy") or {}).get("useIpAliases")
-        labels = live.get("resourceLabels") or {}
         outputs = super().outputs(live, known)
         if not (live.get("masterAuthorizedNetworksConfig") or {}).get("enabled"):
             outputs.pop("masterAuthorizedNetworksConfig", None)
         if not (live.get("maintenancePolicy") or {}).get("window"):
             outputs.pop("maintenancePolicy", None)
-        return outputs | {
-            "networkingMode": "VPC_NATIVE" if native else "ROUTES",
-            "effectiveLabels": labels,
-            "pulumiLabels": labels,
-        }
+        return outputs | {"networkingMode": "VPC_NATIVE" if native else "ROUTES"}
 
     def update(self, change: Change) -> None:
         for name in sorted(change.names & set(self._DESIRED)):
@@ -85,8 +80,8 @@ class Cluster(Resource):
             self._operate("PUT", change.item, change.deadline, {"update": {"desiredStackType": stack}})
         if "nodeConfig" in change.names:
             change_nodes(self, f"{change.item}/nodePools/default-pool", change, self.spec.field("nodeConfig"))
-        if "resourceLabels" in change.names:
-            labels = change.new.get("resourceLabels") or {}
+        labels = self._relabelled(change)
+        if labels is not None:
             body = {"resourceLabels": labels, "labelFingerprint": change.live.get("labelFingerprint")}
             self._operate("POST", f"{change.item}:setResourceLabels", change.deadline, body)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import time
@@ -40,12 +41,14 @@ from localcloud.plugins.values import (
     Path,
     Properties,
     Secret,
+    Value,
     compare,
     drift,
     has_unknown,
     plain,
     with_secrets_of,
 )
+from localcloud.plugins.values import Change as ValueChange
 
 CLIENT_CONFIG = "gcp:organizations/getClientConfig:getClientConfig"
 # The official plugin's own note of which inputs it made up, kept so that a state can move between the two.
@@ -65,7 +68,7 @@ _HARMLESS = {
     *("userProjectOverride", "billingProject", "pollInterval"),
 }
 _NOT_SERVED = {
-    *("credentials", "externalCredentials", "impersonateServiceAccount", "universeDomain", "defaultLabels"),
+    *("credentials", "externalCredentials", "impersonateServiceAccount", "universeDomain"),
     *("impersonateServiceAccountDelegates", "addPulumiAttributionLabel"),
     "pulumiAttributionLabelAdditionStrategy",
 }
@@ -108,6 +111,9 @@ class GcpProvider(Provider):
                 if value is not UNKNOWN and not ENDPOINT_RULE.match(str(value)):
                     rule = "must be a URL that ends with its version and a slash (…/compute/beta/)"
                     failures.append(Failure((name,), f"{value!r} {rule}"))
+            elif name == "defaultLabels":
+                if value is not UNKNOWN and _default_labels(value) is None:
+                    failures.append(Failure((name,), f"{value!r} is no map of strings"))
             elif name in _NOT_SERVED:
                 reason = "not served by the stand-in, which takes an access token; the official plugin has it"
                 failures.append(Failure((name,), reason))
@@ -126,6 +132,7 @@ class GcpProvider(Provider):
                 raise ProviderError(f"{SERVICES[service][1]}={url!r} must end with a version and a slash")
         self._google.endpoints = endpoints
         self._google.token = config.get("accessToken")
+        self._google.labels = _default_labels(config.get("defaultLabels")) or {}
         self._settings = {
             name: config.get(name) or next((os.environ[v] for v in variables if os.environ.get(v)), None)
             for name, variables in _ENVIRONMENT.items()
@@ -154,6 +161,10 @@ class GcpProvider(Provider):
             for path, change in compare(before, after, empty_is_absent=True).items()
             if path[0] != _DEFAULTS and not _as_it_is(served.spec, path, after, has)
         }
+        labels = served.labels(after)
+        if labels and labels != has.get("pulumiLabels", labels) and not has_unknown(labels):
+            # What the provider gives everything is in no resource's inputs.
+            changes.setdefault(("pulumiLabels",), ValueChange.UPDATE)
         replaced = frozenset(path for path in changes if served.replaces(path, before, after))
         autonamed = "name" in after.get(_DEFAULTS, [])
         same_name = not served.spec.name or (after.get("name") == before.get("name") and not autonamed)
@@ -272,7 +283,8 @@ class GcpProvider(Provider):
         given = {k: v for k, v in plain(new).items() if k != _DEFAULTS}
         known = {**given, **self._scope(served.spec, given)}
         names = frozenset(str(path[0]) for path in self.diff(resource, state, old, new).changes)
-        change = Change(resource.resource_id, plain(old), given, names, plain(state), 0)
+        managed = frozenset(plain(state).get("pulumiLabels") or {})
+        change = Change(resource.resource_id, plain(old), given, names, plain(state), 0, managed)
         if preview:
             if not has_unknown(given):
                 served.plan(change)
@@ -348,7 +360,7 @@ class GcpProvider(Provider):
         access = self._google.token or os.environ.get("GOOGLE_OAUTH_ACCESS_TOKEN") or ""
         where = {name: self._settings.get(name) or "" for name in _ENVIRONMENT}
         path = f"projects/{where['project']}/regions/{where['region']}/zones/{where['zone']}"
-        return {**where, "id": path, "accessToken": Secret(access), "defaultLabels": {}}
+        return {**where, "id": path, "accessToken": Secret(access), "defaultLabels": {**self._google.labels}}
 
     def _served(self, resource: Resource) -> resources.Resource:
         if resource.type not in TYPES:
@@ -380,6 +392,18 @@ class GcpProvider(Provider):
         scope = self._scope(spec, given)
         names = ("project", "region", "zone", "location")
         return [n for n in names if any(f.name == n for f in spec.fields) and not scope.get(n)]
+
+
+def _default_labels(value: Value) -> dict[str, str] | None:
+    """The labels in a setting, which may be JSON in a string; None where it is no map of strings."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if not isinstance(value, dict) or not all(isinstance(label, str) for label in value.values()):
+        return None
+    return {str(name): str(label) for name, label in value.items()}
 
 
 def _region(zone: str) -> str:

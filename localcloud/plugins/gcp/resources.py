@@ -38,6 +38,8 @@ class Change:
     names: frozenset[str]
     live: Json
     deadline: float
+    managed: frozenset[str] = frozenset()
+    """The labels that are the program's or the provider's; those that others gave stay."""
 
 
 class Resource:
@@ -115,9 +117,16 @@ class Resource:
     def body(self, inputs: Properties, known: Properties) -> Json:  # noqa: ARG002
         """What is sent to create it."""
         body = to_rest(self.spec.fields, inputs)
-        if self._labelled:
-            body["labels"] = {**(inputs.get("labels") or {}), **ATTRIBUTION}
+        if self._labels:
+            body[self._labels] = self.labels(inputs)
         return body
+
+    def labels(self, inputs: Properties) -> dict[str, Value]:
+        """The labels that it is to have: the provider's, its own, the plugin's mark; none for most types."""
+        own = inputs.get(self._labels) or {}
+        if not self._labels or not isinstance(own, dict):  # none, or not known yet
+            return {}
+        return {**self.google.labels, **own, **ATTRIBUTION}
 
     def read(self, item: str) -> Json | None:
         """The live resource."""
@@ -126,13 +135,18 @@ class Resource:
     def outputs(self, live: Json, known: Properties) -> Properties:
         """The state of a live resource. `known`: inputs or state, with project, region, zone, location."""
         outputs = from_rest(self.spec.fields, live, known)
-        if self._labelled:
-            labels = live.get("labels") or {}
-            own = {k: v for k, v in labels.items() if k not in ATTRIBUTION}
-            outputs |= {"effectiveLabels": labels, "pulumiLabels": labels}
-            outputs.pop("labels", None)
+        if self._labels:
+            labels = live.get(self._labels) or {}
+            given, wanted = known.get(self._labels) or {}, self.labels(known)
+            managed = {**wanted, **(known.get("pulumiLabels") or {})}
+            own = {k: v for k, v in labels.items() if k in given or k not in wanted}
+            outputs |= {
+                "effectiveLabels": labels,
+                "pulumiLabels": {k: v for k, v in labels.items() if k in managed},
+            }
+            outputs.pop(self._labels, None)
             if own:
-                outputs["labels"] = own
+                outputs[self._labels] = own
         return outputs
 
     def update(self, change: Change) -> None:
@@ -140,9 +154,6 @@ class Resource:
         patched = [f for f in self.spec.fields if f.name in change.names and f.update is Update.PATCH]
         mask = {f.path[0] for f in patched}
         body = self._patch(patched, change.new)
-        if self._labelled and "labels" in change.names:
-            body["labels"] = {**(change.new.get("labels") or {}), **ATTRIBUTION}
-            mask.add("labels")
         if mask:
             self._operate("PATCH", change.item, change.deadline, body, {"updateMask": ",".join(sorted(mask))})
 
@@ -155,8 +166,16 @@ class Resource:
                 raise
 
     @property
-    def _labelled(self) -> bool:
-        return any(f.name == "labels" for f in self.spec.fields)
+    def _labels(self) -> str:
+        """The property with its labels, "" for a type that has none."""
+        return next((f.name for f in self.spec.fields if f.name in ("labels", "resourceLabels")), "")
+
+    def _relabelled(self, change: Change) -> Json | None:
+        """All labels as they are to be after a change of them, None after another."""
+        if not change.names & {self._labels, "pulumiLabels"}:
+            return None
+        there = change.live.get(self._labels) or {}
+        return {**{k: v for k, v in there.items() if k not in change.managed}, **self.labels(change.new)}
 
     def _patch(self, fields: list[Field], new: Properties) -> Json:
         """The changed fields; one that was taken out is sent empty."""
@@ -181,8 +200,9 @@ class Repository(Resource):
     def update(self, change: Change) -> None:
         fields = [f for f in self.spec.fields if f.name in change.names and f.update is Update.PATCH]
         body, mask = self._patch(fields, change.new), {f.path[0] for f in fields}
-        if "labels" in change.names:
-            body["labels"] = {**(change.new.get("labels") or {}), **ATTRIBUTION}
+        labels = self._relabelled(change)
+        if labels is not None:
+            body["labels"] = labels
             mask.add("labels")
         if mask:
             query = {"updateMask": ",".join(sorted(mask))}

@@ -91,6 +91,8 @@ class Google:
     token: str | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
     tell: Callable[[str], None] = lambda _: None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What everything that takes labels gets, besides its own (`gcp:defaultLabels`)."""
 
     def __post_init__(self) -> None:
         self.patience = Patience(self.cancelled, self.tell)

@@ -47,7 +47,7 @@ _DELETION_POLICY = Field(
 _LABELS = (
     Field("labels", MAP, rest=None, update=OWN),
     _out("effectiveLabels", MAP, None),
-    _out("pulumiLabels", MAP, None),
+    replace(_out("pulumiLabels", MAP, None), update=OWN),
 )
 _LINKS = (_out("selfLink"), _out("creationTimestamp"))
 
@@ -492,6 +492,7 @@ CLUSTER = ResourceType(
         _out("endpoint"),
         _out("masterVersion", rest="currentMasterVersion"),
         _out("servicesIpv4Cidr"),
+        *_LABELS[1:],
         _out("labelFingerprint"),
         _out("selfLink"),
         _out(

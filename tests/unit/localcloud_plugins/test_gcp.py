@@ -3,6 +3,7 @@ makes.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Recorder:
         self.calls: list[tuple[str, str, Any]] = []
         self.queries: list[Any] = []
         self.cancelled = GcpProvider().cancelled
+        self.labels: Mapping[str, str] = {}
 
     def get(self, service: str, path: str, query: Any = None) -> Any:  # noqa: ARG002
         if self.creates and path.endswith(self.creates) and not self.calls:
