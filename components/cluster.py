@@ -168,19 +168,21 @@ class KubernetesCluster(pulumi.ComponentResource):
             # Once its pool is gone it says nothing any more, as in the state of an earlier version.
             opts=pulumi.ResourceOptions(parent=self, ignore_changes=["initialNodeCount", "nodeConfig"]),
         )
+        # An account's name is one account's, and the end of a former grant would be the end of the next one.
+        one_at_a_time = pulumi.ResourceOptions(delete_before_replace=True)
         account = gcp.serviceaccount.Account(
             f"{name}-account",
             project=args.project,
             account_id=f"{args.cluster.name[:24]}-nodes".ljust(6, "x"),
             display_name=f"The Linux nodes of {args.cluster.name}",
-            opts=child,
+            opts=pulumi.ResourceOptions.merge(child, one_at_a_time),
         )
         role = gcp.projects.IAMMember(
             f"{name}-node-role",
             project=args.project,
             role=NODE_ROLE,
             member=pulumi.Output.concat("serviceAccount:", account.email),
-            opts=pulumi.ResourceOptions(parent=self),
+            opts=pulumi.ResourceOptions.merge(pulumi.ResourceOptions(parent=self), one_at_a_time),
         )
         # Google's own pods (DNS, the way from the control plane to the nodes) need Linux; ours does not
         # run there.

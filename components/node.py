@@ -104,7 +104,6 @@ class KrustletNode(pulumi.ComponentResource):
         self._name = name
         self._args = args
         self.cluster = args.cluster
-        child = pulumi.ResourceOptions(parent=self, depends_on=args.services.enabled)
         # Where zone or region changes, what is made anew with its name begins with the cluster: two that
         # delete before they create at once would each end what the other one still needs.
         self._after_cluster = [*args.services.enabled, args.cluster.lifetime]
@@ -113,7 +112,9 @@ class KrustletNode(pulumi.ComponentResource):
             project=args.project,
             account_id=f"{args.node.name[:25]}-node".ljust(6, "x"),
             display_name=f"The VM {args.node.name}",
-            opts=child,
+            opts=pulumi.ResourceOptions(
+                parent=self, depends_on=args.services.enabled, delete_before_replace=True
+            ),
         )
         pull = args.registry.allow_pull(name, account.email)
         firewalls = self._firewalls(account)

@@ -67,5 +67,8 @@ class ContainerRegistry(pulumi.ComponentResource):
             repository=self._repository.repository_id,
             role="roles/artifactregistry.reader",
             member=pulumi.Output.concat("serviceAccount:", email),
-            opts=pulumi.ResourceOptions(parent=self, deleted_with=self._repository),
+            # The end of a former grant would be the end of one that says the same.
+            opts=pulumi.ResourceOptions(
+                parent=self, deleted_with=self._repository, delete_before_replace=True
+            ),
         )

@@ -166,9 +166,10 @@ class GcpProvider(Provider):
             # What the provider gives everything is in no resource's inputs.
             changes.setdefault(("pulumiLabels",), ValueChange.UPDATE)
         replaced = frozenset(path for path in changes if served.replaces(path, before, after))
-        autonamed = "name" in after.get(_DEFAULTS, [])
-        same_name = not served.spec.name or (after.get("name") == before.get("name") and not autonamed)
-        return Diff(changes, replaced, bool(replaced) and same_name)
+        # As in the official plugin: a name of the program's own counts as in the way of the next one, also
+        # where it is another, and where the plugin would make none up nothing is in the way.
+        named = bool(served.spec.name) and "name" not in after.get(_DEFAULTS, [])
+        return Diff(changes, replaced, bool(replaced) and named)
 
     def create(self, resource: Resource, inputs: Properties, *, preview: bool) -> tuple[str, Properties]:
         """Creates, waits for the operation, reads the result."""

@@ -222,6 +222,33 @@ def test_what_replaces_an_instance(change: Properties, replaces: bool) -> None:
     assert bool(diff.replace) == replaces == diff.delete_before_replace
 
 
+@pytest.mark.parametrize(
+    ("spec", "old", "new", "first"),
+    [
+        (tables.NETWORK, {"name": "n", "description": "a"}, {"name": "n", "description": "b"}, True),
+        (tables.NETWORK, {"name": "n"}, {"name": "m"}, True),
+        (tables.NETWORK, {"name": "n-1", "__defaults": ["name"]}, {"name": "m"}, True),
+        (
+            tables.NETWORK,
+            {"name": "n-1", "description": "a", "__defaults": ["name"]},
+            {"name": "n-1", "description": "b", "__defaults": ["name"]},
+            False,
+        ),
+        (tables.REPOSITORY, {"repositoryId": "r"}, {"repositoryId": "s"}, False),
+        (tables.ACCOUNT, {"accountId": "a"}, {"accountId": "b"}, False),
+        (tables.REPOSITORY_IAM_MEMBER, {"member": "user:a"}, {"member": "user:b"}, False),
+        (tables.PROJECT_IAM_MEMBER, {"role": "roles/a"}, {"role": "roles/b"}, False),
+    ],
+)
+def test_only_what_the_plugin_could_have_named_and_did_not_is_deleted_first(
+    spec: ResourceType, old: Properties, new: Properties, first: bool
+) -> None:
+    """`nameRequiresDeleteBeforeReplace` of pulumi-terraform-bridge."""
+    diff = provider().diff(resource(spec), {}, old, new)
+    assert diff.replace
+    assert diff.delete_before_replace == first
+
+
 def test_saying_what_is_there_anyway_is_no_change() -> None:
     old, state = {"name": "n"}, {"name": "n", "autoCreateSubnetworks": True, "mtu": 1460}
     spelled = {**old, "autoCreateSubnetworks": True, "mtu": 1460}
