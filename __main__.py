@@ -58,7 +58,7 @@ node = KrustletNode(
         google.zone,
         settings.node,
         app.port,
-        settings.network.sources,
+        settings.network,
         cluster,
         registry,
         agent,

@@ -105,6 +105,8 @@ class KubernetesCluster(pulumi.ComponentResource):
     """How to reach the cluster as the user (JSON); a secret."""
     network: pulumi.Output[str]
     subnetwork: pulumi.Output[str]
+    way_out: list[pulumi.Resource]
+    """What a machine without an external address needs to reach others."""
     control_plane_ranges: list[str]
     """Where the control plane's requests to a node come from."""
     provider: kubernetes.Provider
@@ -207,6 +209,7 @@ class KubernetesCluster(pulumi.ComponentResource):
         )
         if not args.cluster.authorized_networks:
             pulumi.log.info("open to the world: the API server (authorizedNetworks limits it)", cluster)
+        self.way_out = [] if args.network.external_ip else [self._nat(name, args, network)]
         self.lifetime = cluster
         self.name = cluster.name
         self.endpoint = cluster.endpoint
@@ -237,4 +240,27 @@ class KubernetesCluster(pulumi.ComponentResource):
                 "kubeconfig": self.kubeconfig,
                 "network": self.network,
             }
+        )
+
+    def _nat(
+        self, name: str, args: KubernetesClusterArgs, network: gcp.compute.Network
+    ) -> gcp.compute.RouterNat:
+        """Make a way out for what has no external address: to the API server, and to images elsewhere."""
+        router = gcp.compute.Router(
+            f"{name}-router",
+            project=args.project,
+            region=args.region,
+            name=f"{args.cluster.name}-router",
+            network=network.id,
+            opts=pulumi.ResourceOptions(parent=self),
+        )
+        return gcp.compute.RouterNat(
+            f"{name}-nat",
+            project=args.project,
+            region=args.region,
+            router=router.name,
+            name=f"{args.cluster.name}-nat",
+            nat_ip_allocate_option="AUTO_ONLY",
+            source_subnetwork_ip_ranges_to_nat="ALL_SUBNETWORKS_ALL_IP_RANGES",
+            opts=pulumi.ResourceOptions(parent=self, deleted_with=router),
         )

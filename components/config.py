@@ -75,12 +75,16 @@ class RegistryConfig:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """The stack's own network: CIDRs of machines, pods and services, and who may reach the app."""
+    """The stack's own network: CIDRs of machines, pods and services, and who may reach the app.
+
+    Without `external_ip` the VM is one of the network alone.
+    """
 
     machines: str
     pods: str
     services: str
     sources: tuple[str, ...]
+    external_ip: bool
 
 
 @dataclass(frozen=True)
@@ -330,7 +334,11 @@ def _network(keys: _Reader) -> NetworkConfig:
                 raise keys.error(key, value, f"a network apart from {other}, which is {taken}")
         seen.append((key, value))
     return NetworkConfig(
-        named["networkCidr"], named["podCidr"], named["serviceCidr"], keys.networks("sourceRanges")
+        named["networkCidr"],
+        named["podCidr"],
+        named["serviceCidr"],
+        keys.networks("sourceRanges"),
+        keys.boolean("externalIp"),
     )
 
 

@@ -7,6 +7,7 @@ import hashlib
 import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pulumi
 import pulumi_gcp as gcp
@@ -14,12 +15,13 @@ import pulumi_kubernetes as kubernetes
 
 from components.artifact import AgentArtifact, WasmArtifact
 from components.cluster import KubernetesCluster, kubeconfig
-from components.config import AGENT_PORT, BY_IDENTITY, BY_TOKEN, NodeConfig
+from components.config import AGENT_PORT, BY_IDENTITY, BY_TOKEN, NetworkConfig, NodeConfig
 from components.project import ProjectServices
 from components.providers.certificates import BOOTSTRAP_GROUP
 from components.providers.registration import CONFIGURATION_LABEL, BootstrapToken, NodeRegistration
 from components.registry import ContainerRegistry
 
+INTERNAL = "INTERNAL"
 STARTUP_SCRIPT = Path(__file__).with_name("startup.sh")
 IDENTITY_SCRIPT = Path(__file__).with_name("identity.sh")
 # What the registry asks for, and what tells the API server the account's address. What the account may do is
@@ -41,7 +43,7 @@ class KrustletNodeArgs:
     zone: str
     node: NodeConfig
     app_port: int
-    app_sources: tuple[str, ...]
+    network: NetworkConfig
     cluster: KubernetesCluster
     registry: ContainerRegistry
     agent: AgentArtifact
@@ -94,7 +96,9 @@ class KrustletNode(pulumi.ComponentResource):
     name: pulumi.Output[str]
     """The node's name, which is the VM's; known once it is Ready."""
     address: pulumi.Output[str]
-    """The reserved address, where the pods' ports are; it survives the VM."""
+    """The reserved address, where the pods' ports are, the world's or the network's; it survives the VM."""
+    is_reachable: bool
+    """Whether the address is the world's, so that Pulumi can ask there from wherever it runs."""
     registration: NodeRegistration
     cluster: KubernetesCluster
     """What it has joined."""
@@ -104,6 +108,7 @@ class KrustletNode(pulumi.ComponentResource):
         self._name = name
         self._args = args
         self.cluster = args.cluster
+        self.is_reachable = args.network.external_ip
         # Where zone or region changes, what is made anew with its name begins with the cluster: two that
         # delete before they create at once would each end what the other one still needs.
         self._after_cluster = [*args.services.enabled, args.cluster.lifetime]
@@ -118,13 +123,7 @@ class KrustletNode(pulumi.ComponentResource):
         )
         pull = args.registry.allow_pull(name, account.email)
         firewalls = self._firewalls(account)
-        address = gcp.compute.Address(
-            f"{name}-address",
-            project=args.project,
-            region=args.region,
-            name=f"{args.node.name[:55]}-address",
-            opts=pulumi.ResourceOptions(parent=self, depends_on=self._after_cluster),
-        )
+        address = self._address()
         token = BootstrapToken(
             f"{name}-token",
             args.node.name,
@@ -143,6 +142,7 @@ class KrustletNode(pulumi.ComponentResource):
         )
         # An agent that gets another key finds what is signed with it.
         needs = [args.agent.pushed, args.artifact.signed, pull, binding, token, *firewalls]
+        needs += args.cluster.way_out
         instance = self._instance(account, address, token, needs)
         self.registration = self._registration(instance, address, account, token)
         self.name = self.registration.node
@@ -151,12 +151,13 @@ class KrustletNode(pulumi.ComponentResource):
 
     def _firewalls(self, account: gcp.serviceaccount.Account) -> list[pulumi.Resource]:
         """Open the app's port to whom the configuration names, and the agent's to the control plane alone."""
-        world = [source for source in self._args.app_sources if ipaddress.ip_network(source).prefixlen == 0]
-        if world:
+        sources = self._args.network.sources
+        world = [source for source in sources if ipaddress.ip_network(source).prefixlen == 0]
+        if world and self._args.network.external_ip:
             port = self._args.app_port
             pulumi.log.info(f"open to the world: the app's port {port} (sourceRanges limits it)", self)
         opened = {
-            "app": (self._args.app_port, list(self._args.app_sources)),
+            "app": (self._args.app_port, list(sources)),
             "agent": (AGENT_PORT, self._args.cluster.control_plane_ranges),
         }
         return [
@@ -200,6 +201,24 @@ class KrustletNode(pulumi.ComponentResource):
             ),
         )
 
+    def _address(self) -> gcp.compute.Address:
+        """Reserve where the pods' ports are: for the world, or within the network."""
+        args = self._args
+        internal: dict[str, Any] = {
+            "address_type": INTERNAL,
+            "purpose": "GCE_ENDPOINT",
+            "subnetwork": args.cluster.subnetwork,
+        }
+        kind = "address" if args.network.external_ip else "internal-address"
+        return gcp.compute.Address(
+            f"{self._name}-{kind}",
+            project=args.project,
+            region=args.region,
+            name=f"{args.node.name[: 62 - len(kind)]}-{kind}",
+            opts=pulumi.ResourceOptions(parent=self, depends_on=self._after_cluster),
+            **({} if args.network.external_ip else internal),
+        )
+
     def _disk(self) -> gcp.compute.Disk:
         """The VM's disk, a resource of its own because only so it can grow in place."""
         return gcp.compute.Disk(
@@ -232,6 +251,11 @@ class KrustletNode(pulumi.ComponentResource):
         bootstrap: pulumi.Output[str] = pulumi.Output.all(*told).apply(
             lambda parts: bootstrap_kubeconfig(*parts)
         )
+        interface: gcp.compute.InstanceNetworkInterfaceArgsDict = {"subnetwork": args.cluster.subnetwork}
+        if args.network.external_ip:
+            interface["access_configs"] = [{"nat_ip": address.address}]
+        else:
+            interface["network_ip"] = address.address
         return gcp.compute.Instance(
             f"{self._name}-vm",
             project=args.project,
@@ -239,9 +263,7 @@ class KrustletNode(pulumi.ComponentResource):
             name=args.node.name,
             machine_type=args.node.machine_type,
             boot_disk={"source": self._disk().self_link, "auto_delete": False},
-            network_interfaces=[
-                {"subnetwork": args.cluster.subnetwork, "access_configs": [{"nat_ip": address.address}]}
-            ],
+            network_interfaces=[interface],
             service_account={"email": account.email, "scopes": SCOPES},
             shielded_instance_config={
                 "enable_secure_boot": True,
@@ -267,8 +289,11 @@ class KrustletNode(pulumi.ComponentResource):
                 # Name and address can be one VM's at a time.
                 delete_before_replace=True,
                 # What its metadata say of the agent a running VM takes over by itself (startup.sh); it does
-                # not join another cluster.
-                replacement_trigger=[args.cluster.certificate],
+                # not join another cluster. One of the network's addresses is a VM's for its life.
+                replacement_trigger=[
+                    args.cluster.certificate,
+                    *([] if args.network.external_ip else [INTERNAL]),
+                ],
             ),
         )
 

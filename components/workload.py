@@ -37,7 +37,7 @@ class WasmPod(pulumi.ComponentResource):
     namespace: pulumi.Output[str]
     pod: pulumi.Output[str]
     url: pulumi.Output[str]
-    """http://ADDRESS:PORT, known once it has answered."""
+    """http://ADDRESS:PORT, known once it has answered; within a network, once the pod is Ready."""
 
     def __init__(self, name: str, args: WasmPodArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("awesome-wasm:workload:WasmPod", name, None, opts)
@@ -93,6 +93,23 @@ class WasmPod(pulumi.ComponentResource):
         url = pulumi.Output.format("http://{0}:{1}", args.node.address, args.app.port)
         # A preview of another pod has metadata without a uid, which would pass for None; it has no status.
         uid = pulumi.Output.all(pod.metadata.uid, pod.status).apply(lambda made: made[0])
+        answered = uid
+        if args.node.is_reachable:
+            answered = self._smoke_test(name, args, url, uid, pod)
+        self.namespace = namespace.metadata.name
+        self.pod = pod.metadata.name
+        self.url = pulumi.Output.all(url, answered).apply(lambda parts: str(parts[0]))
+        self.register_outputs({"namespace": self.namespace, "pod": self.pod, "url": self.url})
+
+    def _smoke_test(
+        self,
+        name: str,
+        args: WasmPodArgs,
+        url: pulumi.Output[str],
+        uid: pulumi.Output[str],
+        pod: kubernetes.core.v1.Pod,
+    ) -> pulumi.Output[str]:
+        """Ask the app from where Pulumi runs; give what it said."""
         smoke_test = command.local.Command(
             f"{name}-smoke-test",
             create=SMOKE_TEST,
@@ -108,10 +125,7 @@ class WasmPod(pulumi.ComponentResource):
             ],
             opts=pulumi.ResourceOptions(parent=self, depends_on=[pod], delete_before_replace=True),
         )
-        self.namespace = namespace.metadata.name
-        self.pod = pod.metadata.name
-        self.url = pulumi.Output.all(url, smoke_test.stdout).apply(lambda parts: str(parts[0]))
-        self.register_outputs({"namespace": self.namespace, "pod": self.pod, "url": self.url})
+        return smoke_test.stdout
 
 
 # On a node for WebAssembly, with nothing that the strictest of Kubernetes' standards forbids.

@@ -36,7 +36,7 @@ from localcloud.api import (
     token_review,
 )
 from localcloud.api.auth import authenticate, authorize
-from localcloud.api.compute import catalog, instance_groups, instances, machines, networks
+from localcloud.api.compute import catalog, instance_groups, instances, machines, networks, routers
 from localcloud.api.compute import common as compute
 from localcloud.api.compute import operations as compute_operations
 from localcloud.api.container import clusters, control_planes
@@ -64,6 +64,7 @@ _SERVED_MODULES = (
     artifacts,
     compute_operations,
     instance_groups,
+    routers,
     instances,
     clusters,
     resourcemanager,

@@ -32,6 +32,7 @@ SHOWN = {
     "compute.firewalls": "firewall",
     "compute.instances": "instance",
     "compute.networks": "network",
+    "compute.routers": "router",
     "compute.subnetworks": "subnetwork",
     "container.clusters": "cluster",
     "iam.serviceAccounts": "service account",

@@ -49,6 +49,11 @@ def replace(*names: str) -> dict[str, str]:
     return dict.fromkeys(names, "replace")
 
 
+def create(*names: str) -> dict[str, str]:
+    """Plan creations."""
+    return dict.fromkeys(names, "create")
+
+
 def delete(*names: str) -> dict[str, str]:
     """Plan deletions."""
     return dict.fromkeys(names, "delete")
@@ -110,6 +115,15 @@ CHANGES = (
     Change("bootImage", "debian-cloud/debian-13", replace("node-disk") | JOINED, VM),
     Change("diskSizeGb", "20", update("node-disk"), note="the system takes the room at its next boot"),
     Change("maxPods", "50", RECONFIGURED, AGENT),
+    Change(
+        "externalIp",
+        "false",
+        create("cluster-router", "cluster-nat", "node-internal-address")
+        | JOINED
+        | delete("node-address", "workload-smoke-test"),
+        VM,
+        note="the URL is another, of the network alone",
+    ),
     Change(
         "clusterName",
         "another",

@@ -351,11 +351,13 @@ MACHINES = {
 }
 CLUSTER_HOUR = 0.10
 ADDRESS_HOUR = 0.005
+# For each VM behind it; it has an address as well.
+NAT_HOUR = 0.0014
 DISK_GB_MONTH = 0.04
 POOL_DISK_GB = 100
 
 
-def monthly(type_: str, inputs: Mapping[str, Any]) -> float:
+def monthly(type_: str, inputs: Mapping[str, Any]) -> float:  # noqa: PLR0911 - one a type
     """What a resource costs in a month by the list, US dollars; 0 for what has no price of its own."""
 
     def number(value: object, default: float) -> float:
@@ -373,7 +375,9 @@ def monthly(type_: str, inputs: Mapping[str, Any]) -> float:
         case "gcp:container/cluster:Cluster":
             return CLUSTER_HOUR * HOURS
         case "gcp:compute/address:Address":
-            return ADDRESS_HOUR * HOURS
+            return ADDRESS_HOUR * HOURS if inputs.get("addressType", "EXTERNAL") == "EXTERNAL" else 0
+        case "gcp:compute/routerNat:RouterNat":
+            return (NAT_HOUR + ADDRESS_HOUR) * HOURS
         case "gcp:compute/disk:Disk":
             return number(inputs.get("size"), 10) * DISK_GB_MONTH
     return 0

@@ -15,7 +15,7 @@ from localcloud.api.service import TABLE, Call, fingerprint
 from localcloud.store import Json, Record, Store
 
 NETWORK, SUBNETWORK = "compute.networks", ranges.SUBNETWORK
-FIREWALL, ADDRESS = "compute.firewalls", "compute.addresses"
+FIREWALL, ADDRESS, ROUTER = "compute.firewalls", "compute.addresses", "compute.routers"
 _AUTO_RANGES = ipaddress.ip_network("10.128.0.0/9").subnets(new_prefix=20)
 _AUTO = dict(zip(ZONES, (str(next(_AUTO_RANGES)) for _ in ZONES), strict=True))
 _PORTS = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
@@ -97,6 +97,9 @@ def _network_users(store: Store, record: Record) -> Iterator[str]:
     for firewall in store.list(FIREWALL, f"projects/{project}/"):
         if firewall.body["network"] == own:
             yield firewall.key
+    for router in store.list(ROUTER, f"projects/{project}/"):
+        if router.body["network"] == own:
+            yield router.key
     for subnetwork in store.list(SUBNETWORK, f"projects/{project}/"):
         if subnetwork.body["network"] == own and not subnetwork.private.get("auto"):
             yield subnetwork.key
@@ -158,6 +161,10 @@ def _subnetwork_users(store: Store, record: Record) -> Iterator[str]:
     for address in store.list(ADDRESS, f"projects/{project}/"):
         if address.body.get("subnetwork") == record.body["selfLink"]:
             yield address.key
+    for router in store.list(ROUTER, f"projects/{project}/"):
+        listed = [s["name"] for nat in router.body.get("nats", []) for s in nat.get("subnetworks", [])]
+        if record.body["selfLink"] in listed:
+            yield router.key
     yield from _clusters(store, project, "subnetwork", record)
 
 

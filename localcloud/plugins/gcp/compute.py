@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -106,6 +107,59 @@ class Firewall(ComputeResource):
                 Failure((), f"one of {', '.join(sources)} must be specified for direction INGRESS")
             )
         return failures
+
+
+class RouterNat(Resource):
+    """A gateway in its router, which is read, changed and written as a whole."""
+
+    def item(self, known: Mapping[str, Value]) -> str:
+        return super().item({**known, "router": str(known["router"]).rsplit("/", 1)[-1]})
+
+    def full(self, given: str, scope: Mapping[str, Value]) -> str:
+        """Google's words may stand between the names."""
+        found = re.fullmatch(r"projects/([^/]+)/regions/([^/]+)/routers/([^/]+)/([^/]+)", given)
+        return super().full("/".join(found.groups()) if found else given, scope)
+
+    def create(self, inputs: Properties, known: Properties, deadline: float) -> None:
+        self._write(self.item(known), self.body(inputs, known), deadline)
+
+    def read(self, item: str) -> Json | None:
+        name = item.rsplit("/", 1)[-1]
+        return next((nat for nat in self._router(item).get("nats") or [] if nat["name"] == name), None)
+
+    def outputs(self, live: Json, known: Properties) -> Properties:
+        return super().outputs(live, known) | {"router": known["router"]}
+
+    def settle(self, item: str, deadline: float) -> None:
+        for operation in self.google.running(self.spec.service, _router_path(item)):
+            self.google.follow(self.spec.service, operation, _router_path(item), deadline)
+
+    def discard(self, item: str, deadline: float) -> None:
+        self.delete(item, {}, deadline)
+
+    def update(self, change: Change) -> None:
+        fields = [f for f in self.spec.fields if f.name in change.names and f.update is Update.PATCH]
+        if fields:
+            self._write(change.item, {**change.live, **self._patch(fields, change.new)}, change.deadline)
+
+    def delete(self, item: str, state: Properties, deadline: float) -> None:  # noqa: ARG002
+        if self.read(item) is not None:
+            self._write(item, None, deadline)
+
+    def _router(self, item: str) -> Json:
+        return self.google.get(self.spec.service, _router_path(item)) or {}
+
+    def _write(self, item: str, nat: Json | None, deadline: float) -> None:
+        """Puts the gateway into its router, beside the others, or takes it out."""
+        name = item.rsplit("/", 1)[-1]
+        others = [there for there in self._router(item).get("nats") or [] if there["name"] != name]
+        body = {"nats": [*others, *([nat] if nat else [])]}
+        self._operate("PATCH", _router_path(item), deadline, body)
+
+
+def _router_path(item: str) -> str:
+    project, region, router, _ = item.split("/")
+    return f"projects/{project}/regions/{region}/routers/{router}"
 
 
 class Disk(ComputeResource):

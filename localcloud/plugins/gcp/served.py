@@ -18,6 +18,8 @@ CLASSES: dict[str, type[resources.Resource]] = {
     tables.SUBNETWORK.token: compute.Subnetwork,
     tables.FIREWALL.token: compute.Firewall,
     tables.ADDRESS.token: compute.ComputeResource,
+    tables.ROUTER.token: compute.ComputeResource,
+    tables.ROUTER_NAT.token: compute.RouterNat,
     tables.DISK.token: compute.Disk,
     tables.INSTANCE.token: compute.Instance,
     tables.CLUSTER.token: container.Cluster,

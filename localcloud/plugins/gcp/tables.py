@@ -251,6 +251,51 @@ ADDRESS = ResourceType(
     ),
 )
 
+ROUTER = ResourceType(
+    "gcp:compute/router:Router",
+    "compute",
+    "projects/{project}/regions/{region}/routers",
+    "projects/{project}/regions/{region}/routers/{name}",
+    (
+        _PROJECT,
+        Field("region", rest=None, decided=True),
+        Field("name"),
+        Field("network", required=True, form=Form.LINK),
+        Field("description", update=PATCH),
+        _DELETION_POLICY,
+        *_LINKS,
+    ),
+)
+
+# One of the gateways in its router: no resource of its own in REST.
+ROUTER_NAT = ResourceType(
+    "gcp:compute/routerNat:RouterNat",
+    "compute",
+    "projects/{project}/regions/{region}/routers/{router}",
+    "{project}/{region}/{router}/{name}",
+    (
+        _PROJECT,
+        Field("region", rest=None, decided=True),
+        Field("router", rest=None, required=True, form=Form.LINK),
+        Field("name"),
+        Field("natIpAllocateOption", update=PATCH, enum=("MANUAL_ONLY", "AUTO_ONLY"), decided=True),
+        Field("natIps", STRS, update=PATCH),
+        Field(
+            "sourceSubnetworkIpRangesToNat",
+            required=True,
+            update=PATCH,
+            enum=(
+                "ALL_SUBNETWORKS_ALL_IP_RANGES",
+                "ALL_SUBNETWORKS_ALL_PRIMARY_IP_RANGES",
+                "LIST_OF_SUBNETWORKS",
+            ),
+        ),
+        Field("minPortsPerVm", INT, update=PATCH, decided=True),
+        Field("enableEndpointIndependentMapping", B, update=PATCH, decided=True),
+        _DELETION_POLICY,
+    ),
+)
+
 DISK = ResourceType(
     "gcp:compute/disk:Disk",
     "compute",
@@ -573,6 +618,8 @@ TYPES = {
             SUBNETWORK,
             FIREWALL,
             ADDRESS,
+            ROUTER,
+            ROUTER_NAT,
         ),
         *(DISK, INSTANCE, CLUSTER, NODE_POOL),
     )

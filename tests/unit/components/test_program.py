@@ -262,6 +262,29 @@ def test_another_name_and_another_system_are_another_vm(
     assert lasting(program_with(**{key: value})) != lasting(program)
 
 
+def test_a_vm_without_an_external_address_has_one_of_the_network_and_a_way_out(
+    program: Monitor, program_with: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(pulumi.log, "info", lambda message, *_: said.append(message))
+    within = program_with(externalIp="false", nodeName="n" * 63)
+    assert [line for line in said if "app's port" in line] == []
+    (interface,) = within.registered["node-vm"].plain("networkInterfaces")
+    address = within.registered["node-internal-address"]
+    assert "accessConfigs" not in interface
+    assert interface["networkIp"] == "203.0.113.7"
+    assert (address.plain("addressType"), len(address.plain("name"))) == ("INTERNAL", 63)
+    assert address.plain("subnetwork") == interface["subnetwork"]
+    assert "cluster-nat" in within.registered["node-vm"].dependencies
+    # Nobody asks there from outside; the URL is said once the pod is Ready.
+    assert "workload-smoke-test" not in within.registered
+    assert within.outputs["workload"]["url"] == "http://203.0.113.7:8080"
+    assert not {"cluster-nat", "cluster-router", "node-internal-address"} & program.registered.keys()
+    assert (
+        within.registered["node-vm"].replacement_trigger != program.registered["node-vm"].replacement_trigger
+    )
+
+
 def test_a_vm_and_its_disk_are_made_anew_with_another_cluster(program: Monitor) -> None:
     for name in ("node-vm", "node-disk"):
         assert program.registered[name].replacement_trigger == ["Q0E="]

@@ -27,6 +27,8 @@ SCHEMAS = {
     tables.SUBNETWORK: ("compute.beta", "Subnetwork"),
     tables.FIREWALL: ("compute.beta", "Firewall"),
     tables.ADDRESS: ("compute.beta", "Address"),
+    tables.ROUTER: ("compute.beta", "Router"),
+    tables.ROUTER_NAT: ("compute.beta", "RouterNat"),
     tables.INSTANCE: ("compute.beta", "Instance"),
     tables.DISK: ("compute.beta", "Disk"),
     tables.CLUSTER: ("container.v1beta1", "Cluster"),
@@ -664,6 +666,16 @@ IMPORTED = [
         "projects/p/regions/europe-west1/addresses/n",
         ["p/europe-west1/n", "europe-west1/n", "n"],
     ),
+    (
+        tables.ROUTER,
+        "projects/p/regions/europe-west1/routers/n",
+        ["p/europe-west1/n", "europe-west1/n", "n"],
+    ),
+    (
+        tables.ROUTER_NAT,
+        "p/europe-west1/r/n",
+        ["projects/p/regions/europe-west1/routers/r/n", "europe-west1/r/n", "r/n"],
+    ),
     (tables.DISK, "projects/p/zones/europe-west1-b/disks/n", ["p/europe-west1-b/n", "europe-west1-b/n", "n"]),
     (tables.INSTANCE, "projects/p/zones/europe-west1-b/instances/n", ["p/europe-west1-b/n", "n"]),
     (tables.CLUSTER, "projects/p/locations/l/clusters/c", ["p/l/c", "l/c"]),
@@ -697,7 +709,7 @@ def test_an_import_takes_every_form_of_an_id_that_the_official_plugin_takes(
     served = made._served(resource(spec))
     scope = made._scope(spec, {})
     forms = [item, *shorter]
-    if spec.service == "compute":
+    if item.startswith("projects/") and spec.service == "compute":
         forms.append(f"https://www.googleapis.com/compute/v1/{item}")
     assert {served.full(form, scope) for form in forms} == {item}
     with pytest.raises(ProviderError, match="is no id of"):

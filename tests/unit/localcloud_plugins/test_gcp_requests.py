@@ -36,6 +36,7 @@ LIVE: dict[str, Any] = {
     "metadata": {"fingerprint": "f"},
     "tags": {"fingerprint": "f"},
     "fingerprint": "f",
+    "nats": [{"name": "aaaaaa"}],
     "labelFingerprint": "f",
     "disks": [{"boot": True, "autoDelete": True, "deviceName": "d", "source": DISK}],
     "networkInterfaces": [{"name": "nic0", "accessConfigs": [{"name": "external-nat"}]}],
