@@ -12,17 +12,44 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.lib import clean, environment, paths, prerequisites, pulumi, rust, timings, toolchain, venv
+from scripts.lib import (
+    clean,
+    environment,
+    paths,
+    prerequisites,
+    pulumi,
+    rust,
+    steps,
+    timings,
+    toolchain,
+    venv,
+)
 from scripts.lib.steps import Log, RefusalError, StepError, lock, log_path, plan_steps, step
 
-CRATES = ("krustlet", "wasm_app")
+AGENT = "krustlet"
+CRATES = (AGENT, "wasm_app")
+CARGO = "components.providers.cargo"
 BUNDLE, BUNDLE_KEY = "AWESOME_WASM_BUNDLE", "AWESOME_WASM_BUNDLE_KEY"
 
 
-def _set_up(*, tests: bool, own: bool = False, then: Sequence[str] = ()) -> None:
-    """Everything that ./scripts/up and ./scripts/test need before localcloud starts.
+def _build(*, tests: bool, own: bool = False, then: Sequence[str]) -> None:
+    """Everything that ./scripts/up and ./scripts/test need before localcloud starts, both crates too."""
+    with contextlib.ExitStack() as beside:
+        _set_up(tests=tests, own=own, then=then, beside=beside)
+        _compile()
 
-    With `own` all tools are built, also what the user has; `then` are the steps that follow.
+
+def _set_up(
+    *,
+    tests: bool,
+    own: bool = False,
+    then: Sequence[str] = (),
+    beside: contextlib.ExitStack | None = None,
+) -> None:
+    """The tools.
+
+    With `own` all are built, also what the user has; `then` are the steps that follow. The agent is compiled
+    `beside` them, where that is given and the machine has the room: the linkers of both use one core.
     """
     with timings.timed("look for what is needed"):
         prerequisites.check()
@@ -39,6 +66,10 @@ def _set_up(*, tests: bool, own: bool = False, then: Sequence[str] = ()) -> None
         step("take the bundle", functools.partial(_take, bundle))
         absent = toolchain.missing(tests=tests, own=own)
         plan_steps([*first, *(f"build {name}" for name in absent), *then])
+    if absent and beside is not None and prerequisites.has_room_for_two():
+        print("    the agent is compiled meanwhile")
+        command = [environment.python(), "-m", CARGO, AGENT]
+        beside.enter_context(steps.beside(f"begin to compile {AGENT}", command, environment.before_tools()))
     with timings.timed("look into the cache"):
         toolchain.ensure(tests=tests, own=own)
         rust.ensure_wasm_target()
@@ -72,7 +103,7 @@ def _python(log: Log, *, env: Mapping[str, str], arguments: list[str]) -> None:
 
 
 def _compiled(log: Log, *, env: Mapping[str, str], arguments: list[str]) -> Path:
-    _python(log, env=env, arguments=["-m", "components.providers.cargo", *arguments])
+    _python(log, env=env, arguments=["-m", CARGO, *arguments])
     return Path(log.last_line())
 
 
@@ -120,8 +151,7 @@ def up(*, plan: str | None = None, show_timings: bool = False) -> None:
 
 
 def _up(plan: str | None) -> None:
-    _set_up(tests=False, then=UP)
-    _compile()
+    _build(tests=False, then=UP)
     with _run_lock():
         if pulumi.is_known() and _is_cloud_lost():
             print(f"{paths.LOCALCLOUD_HOME} is gone, and with it all of the stack; it is made anew")
@@ -155,8 +185,7 @@ def bundle(arguments: list[str]) -> int:
         asked = subprocess.run([*command, "--check"], env=env, check=False).returncode
         if {"-h", "--help"} & set(arguments) or asked != 0:
             return asked
-        _set_up(tests="--tests" in arguments, own=True, then=UP[: len(CRATES)])
-        _compile()
+        _build(tests="--tests" in arguments, own=True, then=UP[: len(CRATES)])
         return subprocess.run(command, env={**environment.before_localcloud()}, check=False).returncode
 
 
@@ -304,8 +333,7 @@ def test(names: list[str]) -> None:
 
 
 def _test(names: list[str]) -> None:
-    _set_up(tests=True, then=UP[: len(CRATES)])
-    _compile()
+    _build(tests=True, then=UP[: len(CRATES)])
     env = environment.before_localcloud(tests=True)
     for name in names:
         for suite in (SUITES | ON_REQUEST)[name]:

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from localcloud import endpoints
@@ -65,10 +65,10 @@ def _pulumi_home() -> Path:
     return home
 
 
-def base(*, tests: bool) -> dict[str, str]:
+def base(tools: Sequence[Path]) -> dict[str, str]:
     """What holds before localcloud runs: tools and libraries on PATH, where the stacks and the caches are."""
     environment = venv.directory()
-    path = [environment / "bin", *toolchain.directories(tests=tests), os.environ.get("PATH", os.defpath)]
+    path = [environment / "bin", *tools, os.environ.get("PATH", os.defpath)]
     return {
         "PATH": os.pathsep.join(map(str, path)),
         "VIRTUAL_ENV": str(environment),
@@ -105,7 +105,12 @@ def _users(*, for_localcloud: bool) -> dict[str, str]:
 
 def before_localcloud(*, tests: bool = False) -> dict[str, str]:
     """A whole process environment for what needs no localcloud."""
-    return {**_users(for_localcloud=True), **base(tests=tests)}
+    return {**_users(for_localcloud=True), **base(toolchain.directories(tests=tests))}
+
+
+def before_tools() -> dict[str, str]:
+    """A whole process environment for what needs libraries and no tool of ours."""
+    return {**_users(for_localcloud=True), **base([])}
 
 
 def complete(*, tests: bool = False) -> dict[str, str]:
@@ -136,7 +141,7 @@ def for_google() -> dict[str, str]:
     What an earlier eval of localcloud's environment set is taken out, so that nothing of that stack ends up
     on this machine; what the user set for Google stays.
     """
-    found = {**_users(for_localcloud=False), **base(tests=False)}
+    found = {**_users(for_localcloud=False), **base(toolchain.directories(tests=False))}
     path = [
         entry
         for entry in found["PATH"].split(os.pathsep)

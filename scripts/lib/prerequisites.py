@@ -14,6 +14,7 @@ from scripts.lib.steps import StepError
 
 # The agent's own rule for evictions, and the kubelet's.
 LEAST_FREE = 0.10
+_TWO_COMPILERS = 7 * 2**30
 MACOS = sys.platform == "darwin"
 
 
@@ -51,6 +52,14 @@ def _compiler() -> tuple[int, ...] | None:
 def _venv() -> tuple[int, ...] | None:
     """Debian ships Python without the means to make a virtual environment, unless python3-venv is there."""
     return _version(sys.executable, "-c", "import ensurepip, venv; print('1.0')")()
+
+
+def has_room_for_two() -> bool:
+    """Whether the memory does for the compilers of Go and of Rust at once: 3 GB each, and the rest."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >= _TWO_COMPILERS
+    except (ValueError, OSError):
+        return False
 
 
 def check_places() -> None:

@@ -117,12 +117,30 @@ class Log:
 
         Raises StepError when it cannot be started or does not exit with 0.
         """
+        process = self.start(command, cwd=cwd, env=env)
+        try:
+            status = process.wait()
+        except BaseException:
+            self.end(process)
+            raise
+        if status != 0:
+            end_left(self.path)
+            raise StepError(f"{Path(command[0]).name} exited with {status}")
+
+    def start(
+        self,
+        command: Sequence[str | Path],
+        *,
+        cwd: Path = paths.REPOSITORY,
+        env: Mapping[str, str] | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """Starts a program with its output in the log. Raises StepError when it cannot be started."""
         words = [str(word) for word in command]
         print(f"$ {' '.join(words)}", file=self._file, flush=True)
         environment = {**(os.environ if env is None else env), MARK: mark(self.path)}
         try:
             # A group of its own: an interrupt is handed on once.
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 words,
                 cwd=cwd,
                 env=environment,
@@ -133,15 +151,11 @@ class Log:
             )
         except OSError as error:
             raise StepError(f"cannot start {words[0]}: {error.strerror}") from error
-        try:
-            status = process.wait()
-        except BaseException:
-            _end_group(process)
-            end_left(self.path)
-            raise
-        if status != 0:
-            end_left(self.path)
-            raise StepError(f"{Path(words[0]).name} exited with {status}")
+
+    def end(self, process: subprocess.Popen[bytes]) -> None:
+        """Ends a program of this log that still runs, and what it started."""
+        _end_group(process)
+        end_left(self.path)
 
     def lines(self) -> list[str]:
         """The lines of the log: each command, and what it printed."""
@@ -215,6 +229,21 @@ def step(name: str, work: Callable[[Log], T], result: Callable[[T], str] = lambd
     clock.finish("✓", result(value))
     timings.remember(name, clock.seconds())
     return value
+
+
+@contextlib.contextmanager
+def beside(name: str, command: Sequence[str | Path], env: Mapping[str, str]) -> Iterator[None]:
+    """Runs a program beside the steps of the block, and ends it where it has not come to its end by then.
+
+    Nobody asks whether it did its work: a step does it where it is needed, and finds it done or waits for it.
+    """
+    log = Log(log_path(name))
+    process = log.start(command, env=env)
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            log.end(process)
 
 
 @contextlib.contextmanager

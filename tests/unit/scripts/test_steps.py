@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from scripts.lib import paths, prerequisites, steps, timings, toolchain
-from scripts.lib.steps import Log, StepError, lock, step
+from scripts.lib.steps import Log, StepError, beside, lock, step
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +67,49 @@ def test_an_interrupted_step_ends_what_it_started(tmp_path: Path, monkeypatch: p
     assert started[0].returncode in (-signal.SIGINT, 1, -signal.SIGKILL)
     with pytest.raises(ProcessLookupError):
         os.killpg(started[0].pid, 0)
+
+
+@pytest.mark.parametrize("failure", [None, KeyboardInterrupt, StepError], ids=str)
+def test_what_runs_beside_the_steps_ends_with_them_and_takes_its_own_children_along(
+    tmp_path: Path, failure: type[BaseException] | None
+) -> None:
+    pids = tmp_path / "pids"
+    child = "import time; time.sleep(600)"
+    code = (
+        f"import os, subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', {child!r}]);"
+        f"open({str(tmp_path / 'new')!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}');"
+        f"os.rename({str(tmp_path / 'new')!r}, {str(pids)!r}); child.wait()"
+    )
+    with (
+        pytest.raises(failure) if failure else contextlib.nullcontext(),
+        beside("begin it", [sys.executable, "-c", code], os.environ),
+    ):
+        until(pids.exists)
+        assert step("add", lambda _log: 2) == 2
+        if failure:
+            raise failure
+    for pid in map(int, pids.read_text().split()):
+        until(functools.partial(is_gone, pid))
+
+
+def test_what_ran_beside_the_steps_and_came_to_its_end_has_its_own_log() -> None:
+    with beside("begin it", [sys.executable, "-c", "print('done')"], os.environ):
+        log = paths.LOGS / "begin-it.log"
+        until(lambda: "\ndone\n" in log.read_text())
+
+
+def until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def is_gone(pid: int) -> bool:
+    status = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False
+    )
+    return not status.stdout.strip() or status.stdout.startswith("Z")
 
 
 def test_a_second_run_waits_for_the_first(tmp_path: Path) -> None:
