@@ -219,7 +219,7 @@ class KrustletNode(pulumi.ComponentResource):
             **({} if args.network.external_ip else internal),
         )
 
-    def _disk(self) -> gcp.compute.Disk:
+    def _disk(self, address: gcp.compute.Address) -> gcp.compute.Disk:
         """The VM's disk, a resource of its own because only so it can grow in place."""
         return gcp.compute.Disk(
             f"{self._name}-disk",
@@ -230,7 +230,9 @@ class KrustletNode(pulumi.ComponentResource):
             size=self._args.node.disk_size_gb,
             opts=pulumi.ResourceOptions(
                 parent=self,
-                depends_on=self._after_cluster,
+                # With another name both are made anew, and each ends what needs it before it ends itself: one
+                # after the other, or the second one would find the VM still there.
+                depends_on=[*self._after_cluster, address],
                 delete_before_replace=True,
                 # It has the agent's certificates, which are good for one cluster.
                 replacement_trigger=[self._args.cluster.certificate],
@@ -262,7 +264,7 @@ class KrustletNode(pulumi.ComponentResource):
             zone=args.zone,
             name=args.node.name,
             machine_type=args.node.machine_type,
-            boot_disk={"source": self._disk().self_link, "auto_delete": False},
+            boot_disk={"source": self._disk(address).self_link, "auto_delete": False},
             network_interfaces=[interface],
             service_account={"email": account.email, "scopes": SCOPES},
             shielded_instance_config={
