@@ -195,6 +195,7 @@ class KubernetesCluster(pulumi.ComponentResource):
             cluster=cluster.name,
             name=SYSTEM_POOL,
             node_count=args.cluster.nodes,
+            network_config={"enable_private_nodes": not args.network.external_ip},
             node_config={
                 "machine_type": args.cluster.machine_type,
                 # What they may do is the account's roles' affair, and not the default account's, an editor.

@@ -77,7 +77,7 @@ class RegistryConfig:
 class NetworkConfig:
     """The stack's own network: CIDRs of machines, pods and services, and who may reach the app.
 
-    Without `external_ip` the VM is one of the network alone.
+    Without `external_ip` its machines have addresses of the network alone.
     """
 
     machines: str

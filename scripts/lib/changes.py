@@ -119,6 +119,7 @@ CHANGES = (
         "externalIp",
         "false",
         create("cluster-router", "cluster-nat", "node-internal-address")
+        | update("cluster-pool")
         | JOINED
         | delete("node-address", "workload-smoke-test"),
         VM,

@@ -25,6 +25,7 @@ from localcloud.api.container.common import (
 )
 from localcloud.api.container.operations import begin
 from localcloud.api.errors import ApiError
+from localcloud.api.masks import merged
 from localcloud.api.service import TABLE, Call, Services
 from localcloud.store import Json, Record, Store
 
@@ -41,7 +42,6 @@ _CONFIG_DEFAULTS: Json = {
 }
 _IN_POOL = {
     "nodeDrainConfig": "nodeDrainConfig",
-    "nodeNetworkConfig": "networkConfig",
     "queuedProvisioning": "queuedProvisioning",
     "upgradeSettings": "upgradeSettings",
     "maintenancePolicy": "maintenancePolicy",
@@ -269,6 +269,8 @@ def _apply(call: Call, pool: Json) -> None:
             continue
         if field == "nodeVersion":
             pool["version"] = gke_version(call.services.backends.cluster_version())
+        elif field == "nodeNetworkConfig":
+            pool["networkConfig"] = merged(pool["networkConfig"], value)
         elif field in _IN_POOL:
             pool[_IN_POOL[field]] = value
         elif field in _WRAPPED:

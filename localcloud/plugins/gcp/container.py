@@ -162,6 +162,9 @@ class NodePool(Resource):
         if "upgradeSettings" in names:
             settings = to_rest(self.spec.field("upgradeSettings").fields, new.get("upgradeSettings") or {})
             self._operate("PUT", item, change.deadline, {"upgradeSettings": settings})
+        if "networkConfig" in names:
+            network = to_rest(self.spec.field("networkConfig").fields, new.get("networkConfig") or {})
+            self._operate("PUT", item, change.deadline, {"nodeNetworkConfig": network})
         if "version" in names and new.get("version"):
             self._operate("PUT", item, change.deadline, {"nodeVersion": new["version"]})
         if "nodeConfig" in names:

@@ -585,6 +585,12 @@ NODE_POOL = ResourceType(
             fields=(Field("autoRepair", B, update=OWN), Field("autoUpgrade", B, update=OWN)),
         ),
         Field("maxPodsPerNode", INT, rest=None),
+        Field(
+            "networkConfig",
+            OBJ,
+            update=OWN,
+            fields=(Field("enablePrivateNodes", B, update=OWN, decided=True),),
+        ),
         _NODE_CONFIG,
         Field("nodeLocations", STRS, rest="locations", update=OWN),
         Field("version", update=OWN),

@@ -276,6 +276,9 @@ def test_a_vm_without_an_external_address_has_one_of_the_network_and_a_way_out(
     assert (address.plain("addressType"), len(address.plain("name"))) == ("INTERNAL", 63)
     assert address.plain("subnetwork") == interface["subnetwork"]
     assert "cluster-nat" in within.registered["node-vm"].dependencies
+    for given, private in ((program, False), (within, True)):
+        network = given.registered["cluster-pool"].plain("networkConfig")
+        assert network == {"enablePrivateNodes": private}
     # Nobody asks there from outside; the URL is said once the pod is Ready.
     assert "workload-smoke-test" not in within.registered
     assert within.outputs["workload"]["url"] == "http://203.0.113.7:8080"

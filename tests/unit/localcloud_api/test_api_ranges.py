@@ -97,6 +97,9 @@ def test_clusters_ranges_are_those_of_its_subnetwork(client: Client) -> None:
     assert (policy["clusterIpv4CidrBlock"], policy["servicesIpv4CidrBlock"]) == ("10.4.0.0/14", "10.8.0.0/20")
     pool = body["nodePools"][0]["networkConfig"]
     assert (pool["podRange"], pool["podIpv4CidrBlock"]) == ("pods", "10.4.0.0/14")
+    made = f"{CLUSTERS}/c1/nodePools/default-pool"
+    client.done(client.ok("PUT", made, {"nodeNetworkConfig": {"enablePrivateNodes": True}}))
+    assert client.ok("GET", made)["networkConfig"] == {**pool, "enablePrivateNodes": True}
 
 
 def test_ranges_that_google_chooses_are_of_the_cluster_alone(client: Client) -> None:

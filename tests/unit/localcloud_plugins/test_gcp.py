@@ -449,6 +449,12 @@ def test_a_node_pool_is_made_in_its_cluster_and_counts_what_its_groups_are_to_ha
     [
         ({"nodeCount": 3}, "POST", f"{POOL}:setSize", {"nodeCount": 3}),
         (
+            {"networkConfig": {"enablePrivateNodes": True}},
+            "PUT",
+            POOL,
+            {"nodeNetworkConfig": {"enablePrivateNodes": True}},
+        ),
+        (
             {"management": {"autoRepair": True, "autoUpgrade": False}},
             "POST",
             f"{POOL}:setManagement",
