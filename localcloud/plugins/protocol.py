@@ -31,6 +31,7 @@ from localcloud.plugins.values import (
     Change,
     Path,
     Properties,
+    compare,
     from_struct,
     path_text,
     plain,
@@ -193,9 +194,11 @@ class Provider(ABC):
         """Validates the provider's own configuration (values may be JSON in strings)."""
         return Checked(inputs)
 
-    def diff_config(self, old: Properties, new: Properties) -> Diff:  # noqa: ARG002
-        """What a changed configuration means for the resources; by default they stay."""
-        return Diff()
+    def diff_config(self, old: Properties, new: Properties) -> Diff:
+        """What a changed configuration means for the resources; by default they stay, and the next calls go
+        by it: without a change the engine configures the plugin with what it knew before.
+        """
+        return Diff(compare(old, new))
 
     @abstractmethod
     def configure(self, config: Properties) -> None:

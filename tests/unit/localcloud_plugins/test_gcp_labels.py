@@ -88,3 +88,15 @@ def test_what_is_no_map_of_strings_is_refused_by_name(labels: Any) -> None:
     failures = GcpProvider().check_config({"defaultLabels": labels}).failures
     assert [f.path for f in failures] == [("defaultLabels",)]
     assert "no map of strings" in failures[0].reason
+
+
+@pytest.mark.parametrize("settings", [{"defaultLabels": json.dumps(TEAM)}, {"zone": "r-c"}, {"project": "q"}])
+def test_another_setting_is_told_to_the_engine_which_configures_the_plugin_by_it(
+    settings: Properties,
+) -> None:
+    """Where a diff of the configuration is empty, pulumi configures a plugin with what it knew before."""
+    old: Properties = {"project": "p", "zone": "r-b"}
+    diff = GcpProvider().diff_config(old, {**old, **settings})
+    assert diff.changes
+    assert not diff.replace
+    assert not GcpProvider().diff_config(old, dict(old)).changes
