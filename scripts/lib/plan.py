@@ -25,6 +25,8 @@ _ENDED = ("delete", "delete-replaced", "discard", "discard-replaced")
 _OPS = {"create": "created", "import": "created", "update": "updated", "replace": "replaced"}
 _OPS |= dict.fromkeys(_ENDED, "deleted")
 KINDS = ("created", "updated", "replaced", "deleted")
+# Without one of these there is no app.
+_NEEDED = ("workload-namespace", "workload-pod", "node-vm", "node-registration", "cluster-cluster")
 _DOWNTIMES = (NONE, POD, AGENT, BOOT, VM, ALL)
 
 
@@ -189,7 +191,7 @@ def _name(urn: str) -> str:
 def _steps(events: Iterable[Event]) -> tuple[list[Step], int]:
     """Every resource once: a replacement has up to three steps in the engine."""
     steps: dict[str, Step] = {}
-    unchanged = set()
+    unchanged, there = set(), set()
     for event in events:
         metadata = (event.get("resourcePreEvent") or {}).get("metadata")
         if not metadata:
@@ -202,10 +204,14 @@ def _steps(events: Iterable[Event]) -> tuple[list[Step], int]:
         step = steps.setdefault(urn, Step(_name(urn), metadata["type"], kind))
         if kind == "replaced":
             step.kind = kind
+        if op not in _ENDED:
+            there.add(urn)
         step.because = sorted({*step.because, *(metadata.get("keys") or [])})
         old, new = ((metadata.get(which) or {}).get("inputs") for which in ("old", "new"))
         if op not in _ENDED or kind == "deleted":
             step.diff = difference(old, new)
+    for urn in steps.keys() - there:
+        steps[urn].kind = "deleted"  # with what it stood on, as one that is to be made anew, and is not
     return [step for step in steps.values() if step.type != "pulumi:pulumi:Stack"], len(
         unchanged - set(steps)
     )
@@ -235,9 +241,7 @@ def downtime(steps: list[Step], changed: set[str]) -> str:
     verbs = {"updated": "update", "replaced": "replace", "created": "create", "deleted": "delete"}
     plan = {step.name: verbs[step.kind] for step in steps if step.kind in verbs}
     found = [change.downtime for change in CHANGES if _applies(change, plan, changed, steps)]
-    if any(
-        step.kind == "deleted" and step.name.startswith(("workload-", "node-", "cluster-")) for step in steps
-    ):
+    if any(step.kind == "deleted" and step.name in _NEEDED for step in steps):
         return "for good: what it runs on is deleted"
     longest = max(map(_DOWNTIMES.index, found), default=0)
     if plan.get("workload-pod") == "replace":

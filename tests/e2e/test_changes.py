@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def _name(urn: str) -> str:
 def planned(steps: list[dict[str, Any]]) -> Plan:
     """What becomes of each resource: create, update, replace or delete."""
     plan: Plan = {}
+    there = set()
     for step in steps:
         name, op = _name(step["urn"]), step["op"]
         if op in ("same", "read", "refresh") or name in ("awesome-wasm-local", "awesome-wasm-dev"):
@@ -44,20 +45,29 @@ def planned(steps: list[dict[str, Any]]) -> Plan:
         kind = "replace" if "replac" in op else op
         if plan.get(name) != "replace":
             plan[name] = kind
-    return plan
+        if not op.startswith("delete"):
+            there.add(name)
+    # What ends with what it stood on, and is not made anew, is deleted.
+    return plan | dict.fromkeys(plan.keys() - there, "delete")
 
 
 def preview(stack: Stack, *options: str) -> Plan:
     """What `pulumi preview` says."""
-    printed = json.loads(stack.run("pulumi", "preview", "--json", *options).stdout)
-    return planned(printed["steps"])
+    streaming = replace(stack, env={**stack.env, "PULUMI_ENABLE_STREAMING_JSON_PREVIEW": "true"})
+    return planned(_told(streaming.run("pulumi", "preview", "--json", *options).stdout.splitlines()))
 
 
 def up(stack: Stack, *options: str) -> Plan:
     """What `pulumi up` does."""
-    lines = stack.run("pulumi", "up", "--yes", "--skip-preview", "--json", *options).stdout.splitlines()
+    return planned(
+        _told(stack.run("pulumi", "up", "--yes", "--skip-preview", "--json", *options).stdout.splitlines())
+    )
+
+
+def _told(lines: list[str]) -> list[dict[str, Any]]:
+    """What the engine's events say of resources."""
     events = [json.loads(line) for line in lines if line.startswith("{")]
-    return planned([e["resourcePreEvent"]["metadata"] for e in events if "resourcePreEvent" in e])
+    return [event["resourcePreEvent"]["metadata"] for event in events if "resourcePreEvent" in event]
 
 
 def settings(change: Change) -> dict[str, str]:

@@ -80,6 +80,22 @@ def test_what_breaks_a_policy_is_said_and_what_looks_like_a_credential_is_not() 
     assert "+   metadata.note: [looks like a credential]" in text
 
 
+@pytest.mark.parametrize(
+    ("ops", "kind"),
+    [
+        (["create-replacement", "replace", "delete-replaced"], "replaced"),
+        (["delete-replaced", "replace", "create-replacement"], "replaced"),
+        (["delete-replaced"], "deleted"),
+        (["delete"], "deleted"),
+    ],
+)
+def test_what_ends_with_what_it_stood_on_and_is_not_made_anew_is_deleted(ops: list[str], kind: str) -> None:
+    told = [{"urn": "urn:pulumi:local::p::t::it", "type": "t", "op": op} for op in ops]
+    seen = [{"resourcePreEvent": {"metadata": metadata}} for metadata in told]
+    (step,) = plan.read("local", seen).steps
+    assert (step.name, step.kind) == ("it", kind)
+
+
 def _step(name: str, kind: str, *diff: str) -> Step:
     return Step(name, "t", kind, diff=list(diff))
 
@@ -104,6 +120,7 @@ def _step(name: str, kind: str, *diff: str) -> Step:
             "the VM's boot",
         ),
         ([_step("workload-pod", "deleted")], "for good"),
+        ([_step("cluster-nat", "deleted"), _step("node-address", "deleted")], "none"),
     ],
 )
 def test_the_downtime_is_that_of_the_table_of_changes(steps: list[Step], expected: str) -> None:
