@@ -52,9 +52,9 @@ def find_repository(call: Call) -> Record:
 def repository_of(store: Store, image: str) -> Record | None:
     """The repository that an image's name (`PROJECT/REPOSITORY/…`) belongs to."""
     project, _, rest = image.partition("/")
-    name = rest.partition("/")[0]
+    prefix = f"{project}/{rest.partition('/')[0]}"
     for record in store.list(REPOSITORY, f"projects/{project}/"):
-        if record.name == name and not record.private.get("deleting"):
+        if prefix_of(record) == prefix and not record.private.get("deleting"):
             return record
     return None
 
@@ -77,9 +77,6 @@ def _create(call: Call) -> Json:
     key = f"{_parent(call)}/repositories/{name}"
     if call.store.get(key) is not None:
         raise ApiError(409, "the repository already exists")
-    for other in call.store.list(REPOSITORY, f"projects/{call.project}/"):
-        if other.name == name:
-            raise ApiError(409, f"the repository already exists in another location: {other.key}")
     body = call.body | {
         "name": key,
         "mode": "STANDARD_REPOSITORY",
@@ -91,7 +88,12 @@ def _create(call: Call) -> Json:
             "enablementStateReason": "API containerscanning.googleapis.com is not enabled.",
         },
     }
-    record = call.store.put(Record(key, REPOSITORY, body))
+    # Google's registry has a host for each location, and this one has one for all.
+    prefix = f"{call.project}/{name}"
+    taken = {prefix_of(other) for other in call.store.list(REPOSITORY, f"projects/{call.project}/")}
+    if prefix in taken:
+        prefix += f"__{call.path['location']}"
+    record = call.store.put(Record(key, REPOSITORY, body, {"prefix": prefix}))
     return _begin(call, record, "artifactregistry.repositories.create")
 
 
@@ -112,7 +114,9 @@ def _do_create(services: Services, arguments: Json) -> Json | None:
 
 
 def prefix_of(record: Record) -> str:
-    return f"{record.key.split('/')[1]}/{record.name}"
+    """What the names of a repository's images begin with, after the registry's host."""
+    prefix: str = record.private.get("prefix") or f"{record.key.split('/')[1]}/{record.name}"
+    return prefix
 
 
 @TABLE.serves("artifactregistry.projects.locations.repositories.get")

@@ -22,8 +22,7 @@ ALL = "until the new one is up"
 class Change:
     """Another value of a key: what is planned for which resource (by its name), and how long the app is away.
 
-    `note` says what a plan cannot. `also` are keys that have to change with it. `turns_out_same` names what a
-    preview plans for a value that it cannot know, and that is the same again on localcloud.
+    `note` says what a plan cannot. `also` are keys that have to change with it.
     """
 
     key: str
@@ -32,7 +31,6 @@ class Change:
     downtime: str = NONE
     note: str = ""
     also: tuple[tuple[str, str], ...] = ()
-    turns_out_same: frozenset[str] = frozenset()
 
 
 # What the table says beside a name.
@@ -154,15 +152,7 @@ CHANGES = (
     ),
     Change("serviceCidr", "10.60.0.0/20", replace("cluster-subnetwork") | CLUSTER, ALL, note="as podCidr"),
     Change("registryName", "another", REGISTRY, POD, note="the VM stays, and the agent as well"),
-    Change(
-        "registryLocation",
-        "us-east1",
-        REGISTRY,
-        POD,
-        note="as registryName",
-        # Google's registry has a host for each location.
-        turns_out_same=frozenset({"node-vm"}),
-    ),
+    Change("registryLocation", "us-east1", REGISTRY, POD, note="as registryName"),
     Change(
         "signingKey",
         "KEY",

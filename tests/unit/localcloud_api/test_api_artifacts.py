@@ -37,6 +37,20 @@ def images(client: Client) -> None:
     ]
 
 
+def test_a_repository_may_have_the_name_of_one_in_another_location(client: Client) -> None:
+    """On Google each location has a host of its own; here the images' names tell them apart."""
+    there = REPOSITORIES.replace("europe-west1", "us-east1")
+    client.done_registry(client.ok("POST", there, {"format": "DOCKER"}, query="repositoryId=app"))
+    uris = [client.ok("GET", path)["registryUri"] for path in (APP, f"{there}/app")]
+    assert uris[0].endswith("/localcloud-dev/app")
+    assert uris[1].endswith("/localcloud-dev/app__us-east1")
+    client.done_registry(client.ok("DELETE", APP))
+    assert ("delete_repository", "localcloud-dev/app") in client.backends.calls
+    assert client.ok("GET", f"{there}/app")["registryUri"] == uris[1]
+    client.done_registry(client.ok("POST", REPOSITORIES, {"format": "DOCKER"}, query="repositoryId=app"))
+    assert client.ok("GET", APP)["registryUri"] == uris[0]
+
+
 def test_packages_versions_and_tags_are_those_of_the_registry(client: Client) -> None:
     packages = client.ok("GET", f"{APP}/packages")["packages"]
     assert [item["name"] for item in packages] == [f"{NAME}/packages/a%2Fb", f"{NAME}/packages/c"]
