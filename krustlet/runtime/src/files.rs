@@ -19,15 +19,13 @@ const ENTRY: u64 = 128;
 pub struct OpenFiles {
     tenant: Arc<Tenant>,
     open: Vec<(Weak<File>, Taken)>,
-    /// Those of a core module, whose own table nobody else can look into.
-    unnamed: Vec<Taken>,
     /// What lists take, by their numbers in the instance's table.
     pub lists: Vec<(u32, Reservation)>,
 }
 
 impl OpenFiles {
     pub fn new(tenant: Arc<Tenant>) -> Self {
-        Self { tenant, open: Vec::new(), unnamed: Vec::new(), lists: Vec::new() }
+        Self { tenant, open: Vec::new(), lists: Vec::new() }
     }
 
     /// One more file, None where its pod has no descriptor left.
@@ -41,37 +39,25 @@ impl OpenFiles {
         self.open.push((file, taken));
     }
 
-    pub fn hold_unnamed(&mut self, taken: Taken) {
-        self.unnamed.push(taken);
-    }
-
-    pub fn close_unnamed(&mut self) {
-        self.unnamed.pop();
-    }
-
-    /// Waits for the turn to list some directories; gives what the longest list will take, None if that is too much.
-    pub fn size_of_lists(
+    /// Waits for the turn to list a directory, if it is one; gives what the list will take, None if that is too much.
+    pub fn size_of_list(
         &self,
-        directories: Vec<Arc<File>>,
+        directory: Option<Arc<File>>,
     ) -> impl Future<Output = io::Result<(Option<u64>, OwnedSemaphorePermit)>> + use<> {
         let turns = self.tenant.listings.clone();
         async move {
             let turn = turns.acquire_owned().await.map_err(io::Error::other)?;
             let measured = tokio::task::spawn_blocking(move || {
-                let mut most = 0;
-                for directory in directories {
-                    // What cannot be read is not listed either, which WASI's implementation says in its own words.
-                    let Some(size) = size_of_list(&directory).unwrap_or(Some(0)) else { return Ok((None, turn)) };
-                    most = size.max(most);
-                }
-                Ok((Some(most), turn))
+                // What cannot be read is not listed either, which WASI's implementation says in its own words.
+                let size = directory.map_or(Some(0), |directory| measure(&directory).unwrap_or(Some(0)));
+                (size, turn)
             });
-            measured.await.map_err(io::Error::other)?
+            measured.await.map_err(io::Error::other)
         }
     }
 }
 
-fn size_of_list(directory: &File) -> io::Result<Option<u64>> {
+fn measure(directory: &File) -> io::Result<Option<u64>> {
     // A mount's own descriptor is for its path only, which cannot be read itself.
     let readable = openat(directory, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     let mut size = 0;

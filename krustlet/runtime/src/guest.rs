@@ -10,6 +10,7 @@ use crate::logs::{LogFile, LogStream};
 use crate::memory::{Budget, Scope};
 use crate::metrics::LiveInstance;
 use crate::mounts::{self, Mount};
+use crate::preview_1::Descriptors;
 use crate::stack;
 use crate::tenants::Tenant;
 use std::fmt;
@@ -223,7 +224,8 @@ impl Container {
         wasi.ctx().ctx.filesystem().clone_from(&self.filesystem);
         wasi.ctx().table.set_max_capacity(MAX_RESOURCES);
         let limiter = Limiter::new(self.memory.clone())?;
-        let state = CoreState { wasi, limiter, open_files: self.open_files(), _live: live };
+        let descriptors = Descriptors::of(&mut wasi);
+        let state = CoreState { wasi, limiter, open_files: self.open_files(), descriptors, _live: live };
         let mut store = Store::new(engine, state);
         store.limiter(|state| &mut state.limiter);
         store.set_hostcall_fuel(MAX_HOSTCALL);
@@ -264,6 +266,7 @@ pub struct CoreState {
     pub wasi: WasiP1Ctx,
     pub limiter: Limiter,
     pub open_files: OpenFiles,
+    pub descriptors: Descriptors,
     _live: LiveInstance,
 }
 

@@ -39,6 +39,7 @@ mod mounts;
 mod name_service;
 mod open;
 mod precompiled;
+mod preview_1;
 mod public_key;
 mod pull;
 mod pull_places;

@@ -2,20 +2,14 @@
 
 use crate::guest::{ComponentState, CoreState, Environment};
 use crate::limits::change_fields;
-use crate::open::{is_ordinary, open_at};
-use crate::stack;
-use std::any::Any;
-use std::fs::File;
-use std::os::unix::fs::MetadataExt as _;
+use crate::open::{open_at, set_times_at};
+use crate::{preview_1, stack};
 use std::sync::Arc;
 use wasmtime::component::{Linker, Resource};
 use wasmtime::error::Context as _;
-use wasmtime::{AsContextMut as _, Caller, Engine, Extern, StoreContextMut};
+use wasmtime::{Engine, StoreContextMut};
 use wasmtime_wasi::WasiView as _;
 use wasmtime_wasi::filesystem::{Descriptor, WasiFilesystemView as _};
-use wasmtime_wasi::p1::WasiP1Ctx;
-use wasmtime_wasi::p1::types::{Errno, Lookupflags};
-use wasmtime_wasi::p1::wasi_snapshot_preview1 as p1;
 use wasmtime_wasi::p2::bindings::filesystem::types::{
     DescriptorFlags, ErrorCode, Host as _, HostDescriptor as _, NewTimestamp, OpenFlags, PathFlags,
 };
@@ -24,7 +18,6 @@ use wasmtime_wasi::p2::bindings::{LinkOptions, cli};
 use wasmtime_wasi::p2::{DynOutputStream, ReaddirIterator};
 use wasmtime_wasi_http::p2::HeaderError;
 use wasmtime_wasi_http::{FieldMap, FieldMapError, WasiHttpView as _};
-use wiggle::{GuestMemory, GuestPtr};
 
 /// Of the WASI that wasmtime-wasi offers; guests that were built against an older 0.2 are given this one.
 const TYPES: &str = "wasi:filesystem/types@0.2.12";
@@ -32,7 +25,6 @@ const HTTP_TYPES: &str = "wasi:http/types@0.2.12";
 const STREAMS: &str = "wasi:io/streams@0.2.12";
 /// Bytes that a guest may write to a stream at once.
 pub const MAX_WRITE: usize = 64 * 1024;
-const PREVIEW_1: &str = "wasi_snapshot_preview1";
 
 pub struct Linkers {
     pub component: Linker<ComponentState>,
@@ -70,7 +62,7 @@ fn core(engine: &Engine) -> wasmtime::Result<wasmtime::Linker<CoreState>> {
         stack::mark();
         &mut state.wasi
     })?;
-    limit_core(&mut linker)?;
+    preview_1::limit(&mut linker)?;
     Ok(linker)
 }
 
@@ -158,10 +150,10 @@ fn limit_lists(linker: &mut Linker<ComponentState>) -> wasmtime::Result<()> {
             Box::new(async move {
                 let state = store.data_mut();
                 let opened = match state.filesystem().table.get(&directory)? {
-                    Descriptor::Dir(opened) => vec![opened.dir.clone()],
-                    Descriptor::File(_) => Vec::new(),
+                    Descriptor::Dir(opened) => Some(opened.dir.clone()),
+                    Descriptor::File(_) => None,
                 };
-                let (size, turn) = state.open_files.size_of_lists(opened).await?;
+                let (size, turn) = state.open_files.size_of_list(opened).await?;
                 let Some(size) = size else { return Ok((Err(ErrorCode::InsufficientMemory),)) };
                 let memory = state.limiter.reserve(size)?;
                 let mut files = state.filesystem();
@@ -216,7 +208,6 @@ fn limit_open_files(linker: &mut Linker<ComponentState>) -> wasmtime::Result<()>
     )
 }
 
-/// WASI's implementation opens what the path leads to for this, so that the same is opened here, and given to it.
 fn limit_times(linker: &mut Linker<ComponentState>) -> wasmtime::Result<()> {
     type Arguments = (Resource<Descriptor>, PathFlags, String, NewTimestamp, NewTimestamp);
     linker.instance(TYPES)?.func_wrap_async(
@@ -225,169 +216,11 @@ fn limit_times(linker: &mut Linker<ComponentState>) -> wasmtime::Result<()> {
          (directory, path_flags, path, accessed, modified): Arguments| {
             Box::new(async move {
                 let mut files = store.data_mut().filesystem();
-                // A link that is not followed is not opened.
-                if !path_flags.contains(PathFlags::SYMLINK_FOLLOW) {
-                    return Ok((match files.set_times_at(directory, path_flags, path, accessed, modified).await {
-                        Ok(()) => Ok(()),
-                        Err(error) => Err(files.convert_error_code(error)?),
-                    },));
-                }
-                let Descriptor::Dir(directory) = files.table.get(&directory)?.clone() else {
-                    return Ok((Err(ErrorCode::NotDirectory),));
-                };
-                let mut opened = Err(ErrorCode::Access);
-                for flags in [DescriptorFlags::READ, DescriptorFlags::WRITE] {
-                    if matches!(opened, Err(ErrorCode::Access)) {
-                        opened = open_at(&directory, path_flags, path.clone(), OpenFlags::empty(), flags).await;
-                    }
-                }
-                let opened = match opened {
-                    Ok(opened) => files.table.push(opened)?,
-                    Err(error) => return Ok((Err(error),)),
-                };
-                let borrowed = Resource::new_borrow(opened.rep());
-                let result = files.set_times(borrowed, accessed, modified).await;
-                files.table.delete(opened)?;
-                match result {
+                match set_times_at(&mut files, directory, path_flags, path, accessed, modified).await {
                     Ok(()) => Ok((Ok(()),)),
                     Err(error) => Ok((Err(files.convert_error_code(error)?),)),
                 }
             })
         },
     )
-}
-
-/// The same for a core module.
-fn limit_core(linker: &mut wasmtime::Linker<CoreState>) -> wasmtime::Result<()> {
-    type Open = (i32, i32, i32, i32, i32, i64, i64, i32, i32);
-    linker.allow_shadowing(true);
-    linker.func_wrap_async(
-        PREVIEW_1,
-        "path_open",
-        |mut caller: Caller<'_, CoreState>, (fd, lookup, path, length, open, base, inheriting, flags, opened): Open| {
-            Box::new(async move {
-                let Some(taken) = caller.data_mut().open_files.take() else { return Ok(Errno::Mfile as i32) };
-                let (mut memory, state) = memory(&mut caller)?;
-                let wasi = &mut state.wasi;
-                if !leads_to_ordinary(wasi, &mut memory, fd, lookup, path, length).await {
-                    return Ok(Errno::Perm as i32);
-                }
-                let result =
-                    p1::path_open(wasi, &mut memory, fd, lookup, path, length, open, base, inheriting, flags, opened)
-                        .await?;
-                if result == 0 {
-                    state.open_files.hold_unnamed(taken);
-                }
-                Ok(result)
-            })
-        },
-    )?;
-    linker.func_wrap_async(PREVIEW_1, "fd_close", |mut caller: Caller<'_, CoreState>, (fd,): (i32,)| {
-        Box::new(async move {
-            let (mut memory, state) = memory(&mut caller)?;
-            let result = p1::fd_close(&mut state.wasi, &mut memory, fd).await?;
-            if result == 0 {
-                state.open_files.close_unnamed();
-            }
-            Ok(result)
-        })
-    })?;
-    linker.func_wrap_async(PREVIEW_1, "fd_renumber", |mut caller: Caller<'_, CoreState>, (from, to): (i32, i32)| {
-        Box::new(async move {
-            let (mut memory, state) = memory(&mut caller)?;
-            let result = p1::fd_renumber(&mut state.wasi, &mut memory, from, to).await?;
-            if result == 0 && from != to {
-                // What `to` was is closed.
-                state.open_files.close_unnamed();
-            }
-            Ok(result)
-        })
-    })?;
-    type Times = (i32, i32, i32, i32, i64, i64, i32);
-    linker.func_wrap_async(
-        PREVIEW_1,
-        "path_filestat_set_times",
-        |mut caller: Caller<'_, CoreState>, (fd, lookup, path, length, accessed, modified, flags): Times| {
-            Box::new(async move {
-                let (mut memory, state) = memory(&mut caller)?;
-                let wasi = &mut state.wasi;
-                if !leads_to_ordinary(wasi, &mut memory, fd, lookup, path, length).await {
-                    return Ok(Errno::Perm as i32);
-                }
-                p1::path_filestat_set_times(wasi, &mut memory, fd, lookup, path, length, accessed, modified, flags)
-                    .await
-            })
-        },
-    )?;
-    type Read = (i32, i32, i32, i64, i32);
-    linker.func_wrap_async(
-        PREVIEW_1,
-        "fd_readdir",
-        |mut caller: Caller<'_, CoreState>, (fd, buffer, length, cookie, used): Read| {
-            Box::new(async move {
-                let (mut memory, state) = memory(&mut caller)?;
-                let directories = directories(state, &mut memory, fd).await;
-                let (size, _turn) = state.open_files.size_of_lists(directories).await?;
-                let Some(size) = size else { return Ok(Errno::Nomem as i32) };
-                // It is made twice, and is gone with the call.
-                let _memory = state.limiter.reserve(2 * size)?;
-                p1::fd_readdir(&mut state.wasi, &mut memory, fd, buffer, length, cookie, used).await
-            })
-        },
-    )?;
-    linker.allow_shadowing(false);
-    Ok(())
-}
-
-/// Whether a core module may open what its path leads to. Its descriptors are known to WASI's implementation only, which
-/// opens it by the path again: what is put there in between is not seen, and holds one thread for each such module.
-async fn leads_to_ordinary(
-    wasi: &mut WasiP1Ctx,
-    memory: &mut GuestMemory<'_>,
-    fd: i32,
-    lookup: i32,
-    path: i32,
-    length: i32,
-) -> bool {
-    use p1::WasiSnapshotPreview1 as _;
-    let Ok(lookup) = Lookupflags::try_from(lookup.cast_unsigned()) else { return true };
-    let path = GuestPtr::new((path.cast_unsigned(), length.cast_unsigned()));
-    // What is not there is not waited for.
-    match wasi.path_filestat_get(memory, fd.cast_unsigned().into(), lookup, path).await {
-        Ok(found) => is_ordinary(found.filetype),
-        Err(_) => true,
-    }
-}
-
-/// The directories that a core module's descriptor may be. Its number is known to WASI's implementation only, which tells how
-/// many links it has: some of those that are open fit, or all may be meant.
-async fn directories(state: &mut CoreState, memory: &mut GuestMemory<'_>, fd: i32) -> Vec<Arc<File>> {
-    use p1::WasiSnapshotPreview1 as _;
-    let Ok(wanted) = state.wasi.fd_filestat_get(memory, (fd as u32).into()).await else { return Vec::new() };
-    let table = &mut state.wasi.ctx().table;
-    let directory = |entry: &mut (dyn Any + Send)| match entry.downcast_ref() {
-        Some(Descriptor::Dir(directory)) => Some(directory.dir.clone()),
-        _ => None,
-    };
-    let all: Vec<Arc<File>> = table.iter_mut().filter_map(directory).collect();
-    let fits = |directory: &&Arc<File>| directory.metadata().is_ok_and(|found| found.nlink() == wanted.nlink);
-    let fitting: Vec<_> = all.iter().filter(fits).cloned().collect();
-    if fitting.is_empty() { all } else { fitting }
-}
-
-/// The guest's memory, with its budget for copies, and the host's side of it.
-fn memory<'a>(caller: &'a mut Caller<'_, CoreState>) -> wasmtime::Result<(GuestMemory<'a>, &'a mut CoreState)> {
-    use p1::WasiSnapshotPreview1 as _;
-    let export = caller.get_export("memory");
-    let fuel = caller.as_context_mut().hostcall_fuel();
-    let (memory, state) = match export {
-        Some(Extern::Memory(memory)) => {
-            let (memory, state) = memory.data_and_store_mut(caller);
-            (GuestMemory::Unshared(memory), state)
-        }
-        // Shared ones need threads, which no guest here has.
-        _ => wasmtime::bail!("missing required memory export"),
-    };
-    state.wasi.set_hostcall_fuel(fuel);
-    Ok((memory, state))
 }

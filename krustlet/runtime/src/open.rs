@@ -10,9 +10,12 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use wasmtime_wasi::filesystem::{self, Descriptor, Dir, OpenMode};
-use wasmtime_wasi::p1::types::Filetype;
-use wasmtime_wasi::p2::bindings::filesystem::types::{DescriptorFlags, ErrorCode, OpenFlags, PathFlags};
+use wasmtime::component::Resource;
+use wasmtime_wasi::filesystem::{self, Descriptor, Dir, OpenMode, WasiFilesystemCtxView};
+use wasmtime_wasi::p2::FsError;
+use wasmtime_wasi::p2::bindings::filesystem::types::{
+    DescriptorFlags, ErrorCode, HostDescriptor as _, NewTimestamp, OpenFlags, PathFlags,
+};
 
 pub async fn open_at(
     directory: &Dir,
@@ -73,10 +76,33 @@ fn open(root: &File, path: &Path, options: &mut OpenOptions) -> io::Result<(File
     }
 }
 
-/// Whether an open of what is there, as far as its path tells, ends soon.
-pub fn is_ordinary(kind: Filetype) -> bool {
+/// Sets the times of what a path leads to. Where links are followed, WASI's implementation opens it for this, so that the same is
+/// opened here, and given to it.
+pub async fn set_times_at(
+    files: &mut WasiFilesystemCtxView<'_>,
+    directory: Resource<Descriptor>,
+    path_flags: PathFlags,
+    path: String,
+    accessed: NewTimestamp,
+    modified: NewTimestamp,
+) -> Result<(), FsError> {
     // A link that is not followed is not opened.
-    matches!(kind, Filetype::RegularFile | Filetype::Directory | Filetype::SymbolicLink)
+    if !path_flags.contains(PathFlags::SYMLINK_FOLLOW) {
+        return files.set_times_at(directory, path_flags, path, accessed, modified).await;
+    }
+    let Descriptor::Dir(directory) = files.table.get(&directory)?.clone() else {
+        return Err(ErrorCode::NotDirectory.into());
+    };
+    let mut opened = Err(ErrorCode::Access);
+    for flags in [DescriptorFlags::READ, DescriptorFlags::WRITE] {
+        if matches!(opened, Err(ErrorCode::Access)) {
+            opened = open_at(&directory, path_flags, path.clone(), OpenFlags::empty(), flags).await;
+        }
+    }
+    let opened = files.table.push(opened?)?;
+    let result = files.set_times(Resource::new_borrow(opened.rep()), accessed, modified).await;
+    files.table.delete(opened)?;
+    result
 }
 
 #[cfg(test)]
