@@ -3,7 +3,7 @@
 use std::io::{Read as _, Write as _};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use guests::{allocate, args, env, exists, list, print, print_error, read, remove, sleep, spin, trap, write};
+use guests::{allocate, args, env, exists, list, print, print_error, read, remove, sleep, spin, touch, trap, write};
 use wasip2::exports::http::incoming_handler::Guest;
 use wasip2::filesystem::types::ErrorCode as FileError;
 use wasip2::http::outgoing_handler;
@@ -56,6 +56,7 @@ fn answer(path: &str, query: &Query) -> (u16, Vec<u8>) {
         "/read" => file(read(&query.text("path"))),
         "/ls" => file(list(&query.text("path")).map(String::into_bytes)),
         "/write" => file(write(&query.text("path"), &query.text("text")).map(|()| Vec::new())),
+        "/touch" => file(touch(&query.text("path"), &query.text("way")).map(|()| Vec::new())),
         "/remove" => file(remove(&query.text("path")).map(|()| Vec::new())),
         "/log" => {
             let log = if query.text("stream") == "stderr" { print_error } else { print };

@@ -8,7 +8,7 @@ use std::io::Write as _;
 use wasip2::cli::{environment, stderr, stdout};
 use wasip2::clocks::monotonic_clock;
 use wasip2::filesystem::preopens::get_directories;
-use wasip2::filesystem::types::{Descriptor, DescriptorFlags, ErrorCode, OpenFlags, PathFlags};
+use wasip2::filesystem::types::{Descriptor, DescriptorFlags, ErrorCode, NewTimestamp, OpenFlags, PathFlags};
 
 /// Set at compile time, so that two builds have two digests and can be told apart from outside.
 pub const VERSION: &str = match option_env!("GUEST_VERSION") {
@@ -79,6 +79,18 @@ pub fn symlink(target: &str, path: &str) -> Result<(), ErrorCode> {
 pub fn hard_link(from: &str, to: &str) -> Result<(), ErrorCode> {
     let ((directory, name), (other, new)) = (resolve(from)?, resolve(to)?);
     directory.link_at(PathFlags::empty(), &name, &other, &new)
+}
+
+/// Sets both times of what is there to the present: `way` is `open` (and then by its descriptor), `link` (not followed), or else by
+/// its path with links followed.
+pub fn touch(path: &str, way: &str) -> Result<(), ErrorCode> {
+    let now = NewTimestamp::Now;
+    if way == "open" {
+        return open(path, OpenFlags::empty(), DescriptorFlags::READ)?.set_times(now, now);
+    }
+    let flags = if way == "link" { PathFlags::empty() } else { PathFlags::SYMLINK_FOLLOW };
+    let (directory, name) = resolve(path)?;
+    directory.set_times_at(flags, &name, now, now)
 }
 
 /// A directory in a directory in a directory, deeper than a path may be long.

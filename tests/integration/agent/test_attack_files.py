@@ -219,6 +219,66 @@ def test_what_is_neither_file_nor_directory_is_refused_at_once_and_holds_nothing
     assert [run.wait_terminated().exit_code for run, _ in runs] == [code for _, code in runs]
 
 
+def test_times_are_set_of_nothing_outside_of_a_mount_and_of_nothing_that_may_only_be_read(
+    space: Workspace, agent: Agent
+) -> None:
+    root = agent.host_directory / space.unique("times")
+    inside, outside = root / "inside", root / "outside"
+    for directory in (inside, outside):
+        directory.mkdir(parents=True)
+        (directory / "file").write_text("x")
+    links = {"in": "file", "out": "../outside/file", "up": "..", "absolute": str(outside / "file")}
+    for name, target in links.items():
+        (inside / name).symlink_to(target)
+    old = 1_000_000_000
+    seen = [root, inside, outside, inside / "file", outside / "file", *(inside / name for name in links)]
+
+    def set_back() -> None:
+        for path in seen:
+            os.utime(path, (old, old), follow_symlinks=False)
+
+    def touched() -> list[str]:
+        return [str(path.relative_to(root)) for path in seen if path.lstat().st_mtime != old]
+
+    mounts = [{"name": "v", "mountPath": "/v"}, {"name": "v", "mountPath": "/ro", "readOnly": True}]
+    volume = {"volumes": [{"name": "v", "hostPath": {"path": str(inside)}}]}
+    pod = space.serve(volumeMounts=mounts, pod=volume).wait_ready()
+    ways = ("follow", "link", "open")
+    leading_out = ["out", "up", "absolute", "../outside/file", "up/outside/file", "..", str(outside / "file")]
+    for way in ways:
+        for mount in ("/v", "/ro"):
+            for path in leading_out:
+                if way == "link" and path in links and mount == "/v":
+                    continue
+                set_back()
+                answer = pod.get("/touch", path=f"{mount}/{path}", way=way)
+                assert answer.status_code in (403, 404), f"{way} {mount}/{path}: {answer.status_code}"
+                assert touched() == [], f"{way} {mount}/{path}"
+        for path in ("/ro/file", "/ro/in", "/ro", "/ro/.", "/ro/none"):
+            set_back()
+            assert pod.get("/touch", path=path, way=way).status_code in (403, 404), f"{way} {path}"
+            assert touched() == [], f"{way} {path}"
+    # What may be: a file and the mount itself, and each link as the link that it is.
+    for way, path, which in [
+        ("follow", "file", "file"),
+        ("follow", "in", "file"),
+        ("link", "file", "file"),
+        *(("link", name, name) for name in links),
+    ]:
+        set_back()
+        assert pod.get("/touch", path=f"/v/{path}", way=way).ok, f"{way} {path}"
+        assert touched() == [f"inside/{which}"], f"{way} {path}"
+    runs = []
+    set_back()
+    for path in leading_out:
+        # By a core module, which follows links.
+        text = OPENS.replace("{call}", SET_TIMES).format(path=path, length=len(path))
+        image = space.registry.push("opens", layout(bytes(wasmtime.wat2wasm(text))), space.unique("opens"))
+        runs.append(space.run(image=image, pod=volume, volumeMounts=mounts))
+    assert 0 not in [run.wait_terminated().exit_code for run in runs]
+    assert touched() == []
+
+
 def test_links_made_between_two_requests_lead_nowhere(space: Workspace) -> None:
     making = " then ".join(f"symlink {target} /v/d/{number}" for number, target in enumerate(LINKS.values()))
     words = f"mkdir /v/d then {making} then write /v/done x then sleep 600000".split()
