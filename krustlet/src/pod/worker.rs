@@ -260,7 +260,8 @@ impl Worker {
 
     /// Where the pod is reached. Before it has an address, nothing of it is served.
     fn reach(&self) -> Reach {
-        Reach::of_pod(self.address().ip, self.node.runtime.egress_policy())
+        let (uid, address) = (uid(self.lifecycle.pod()), self.address().ip);
+        Reach::of_pod(uid, address, self.node.roster.clone(), self.node.runtime.egress_policy())
     }
 
     fn address(&self) -> PodAddress {

@@ -361,10 +361,15 @@ class Agent:
             f"--hostpath-allow={self.host_directory}",
             f"--trusted-registries={self.registry}",
             f"--provider-id=gce://{PROJECT}/{ZONE}/{self.name}",
-            # Nodes of the tests are on loopback, and so are the pods that a pod calls.
-            f"--guest-egress-networks={self.address}",
+            *self._opened(),
             *self.flags,
         ]
+
+    def _opened(self) -> list[str]:
+        """Nodes of the tests are on loopback, as are the pods that a pod calls; `flags` may say otherwise."""
+        flag = "--guest-egress-networks="
+        is_given = any(given.startswith(flag) for given in self.flags)
+        return [] if is_given else [f"{flag}{self.address}"]
 
     def launch(self) -> None:
         """Start the process, and no more."""

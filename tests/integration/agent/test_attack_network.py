@@ -6,7 +6,7 @@ import datetime
 import ipaddress
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from tests.integration.agent.harness import Agent, Pod, Workspace, condition, free_port
+from tests.integration.agent.conftest import AgentFactory
+from tests.integration.agent.harness import Agent, Manifest, Pod, Workspace, condition, free_port
 
 ALLOWED = "krustlet.dev/allowed-hosts"
 CA_BUNDLE = "krustlet.dev/ca-bundle"
@@ -120,6 +121,36 @@ def test_a_hook_goes_no_further_than_a_probe(space: Workspace, loopback: Threadi
     pod.delete(grace=5)
     pod.wait_gone()
     assert loopback.asked == []  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["httpGet", "tcpSocket"])
+def test_of_the_nodes_address_a_probe_or_hook_reaches_its_own_pods_ports_and_no_others(
+    make_agent: AgentFactory, make_workspace: Callable[[Agent], Workspace], kind: str
+) -> None:
+    agent = make_agent(f"closed-{kind.lower()}", "--guest-egress-networks=192.0.2.0/24")
+    agent.start()
+    space = make_workspace(agent)
+    neighbour = space.serve().wait_ready()
+
+    def action(port: int | str, host: str = "") -> Manifest:
+        path = {"path": "/log?text=poked"} if kind == "httpGet" else {}
+        return {kind: {"host": host, "port": port, **path}}
+
+    others = [(port, host) for port in (neighbour.port, agent.port) for host in ("", agent.address)]
+    for port, host in others:
+        pod = space.serve(readinessProbe={**action(port, host), "periodSeconds": 1})
+        why = f"port {port} of {agent.address} is not this pod's, which serves on {pod.port}"
+        pod.wait_event("Unhealthy", why)
+        assert condition(pod.read(), "Ready") == "False"
+    if kind == "httpGet":
+        hooked = space.serve(lifecycle={"postStart": action(neighbour.port)}, pod={"restart": "Never"})
+        hooked.wait_event("FailedPostStartHook", "is not this pod's")
+    assert "poked" not in neighbour.logs()
+    on_host = space.port()
+    mapped: Manifest = {"ports": [{"containerPort": 80, "hostPort": on_host}]}
+    space.serve(readinessProbe=action("http")).wait_ready()
+    space.serve(readinessProbe=action("http", agent.address)).wait_ready()
+    space.serve(readinessProbe=action(80), **mapped).wait_ready()
 
 
 def test_a_request_to_a_host_that_is_not_listed_leaves_a_line_in_the_log(space: Workspace) -> None:
