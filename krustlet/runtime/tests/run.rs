@@ -114,17 +114,25 @@ async fn every_request_gets_an_instance_of_its_own() {
     let node = Node::trusting_anyone().await;
     let (server, _) = served(&node, |_| {}).await;
     let mut client = Client::connect(server.local_addr()).await;
-    for _ in 0..3 {
+    let (began, mut asked, mut whole) = (Instant::now(), 0, 0);
+    // One whose guest is interrupted between its head and its end has no length; each may be, where others compute.
+    while asked < 3 || whole == 0 {
         let reply = client.get("/count").await.unwrap();
         assert_eq!((reply.status, reply.body.as_str()), (200, "1"));
         assert!(reply.headers.contains_key("date"));
-        assert_eq!(reply.headers["content-length"], "1");
+        match reply.headers.get("content-length") {
+            Some(length) => assert_eq!(length, "1"),
+            None => assert_eq!(reply.headers["transfer-encoding"], "chunked"),
+        }
+        whole += u64::from(reply.headers.contains_key("content-length"));
+        asked += 1;
+        assert!(began.elapsed() < Duration::from_secs(60), "no answer of {asked} was whole");
     }
-    assert_eq!(server.stats().requests, 3);
+    assert_eq!(server.stats().requests, asked);
     assert!(server.stats().cpu_time > Duration::ZERO);
     until("no instance is left", || node.metric("krustlet_wasm_instances") == 0).await;
     assert_eq!(server.stats().memory_bytes, 0);
-    assert_eq!(node.metric(r#"krustlet_http_requests_total{code="200"}"#), 3);
+    assert_eq!(node.metric(r#"krustlet_http_requests_total{code="200"}"#), asked);
 }
 
 #[tokio::test]
