@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,15 @@ def _steps(path: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Each step with its job."""
     jobs = yaml.safe_load(path.read_text())["jobs"].values()
     return [(job, step) for job in jobs for step in job["steps"]]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_an_action_is_one_commit_and_says_its_version(path: Path) -> None:
+    """A tag is moved by whoever can write to the action's repository."""
+    lines = [line for line in path.read_text().splitlines() if "uses:" in line]
+    assert [
+        line for line in lines if not re.search(r"uses: [\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line)
+    ] == []
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
