@@ -206,8 +206,14 @@ write_configuration() {
     name=$(metadata instance/name)
     hostname=$(metadata instance/hostname)
     zone=$(metadata instance/zone)
+    machine_type=$(metadata instance/machine-type)
     project=$(metadata project/project-id)
     address=$(metadata instance/network-interfaces/0/ip)
+    # What a cloud controller tells of a node that waits for it; this one waits for none, and says it again by itself
+    # wherever its Node was deleted.
+    zone=${zone##*/}
+    place=topology.kubernetes.io/zone=$zone,topology.kubernetes.io/region=${zone%-*}
+    place=$place,node.kubernetes.io/instance-type=${machine_type##*/}
     # A VM without one leaves by Cloud NAT.
     external=$(optional_metadata instance/network-interfaces/0/access-configs/0/external-ip)
     # Readable by the service's own user, as is the metadata server that it comes from. The token in it ends within
@@ -226,12 +232,12 @@ KRUSTLET_NODE_IP=$address
 ${external:+KRUSTLET_EXTERNAL_IP=$external}
 KRUSTLET_NODE_NAME=$name
 KRUSTLET_HOSTNAME=$hostname
-KRUSTLET_PROVIDER_ID=gce://$project/${zone##*/}/$name
+KRUSTLET_PROVIDER_ID=gce://$project/$zone/$name
 KRUSTLET_BOOTSTRAP_FILE="$CONFIG/bootstrap.kubeconfig"
 KRUSTLET_VERIFICATION_KEYS="$CONFIG/verification.pem"
 KRUSTLET_REGISTRY_CREDENTIALS=gce
 KRUSTLET_TRUSTED_REGISTRIES=${image%%/*}
-NODE_LABELS=$labels
+NODE_LABELS=$labels,$place
 MAX_PODS=$max_pods
 RUST_LOG=info
 EOF

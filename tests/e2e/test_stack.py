@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -92,6 +93,27 @@ def test_kubectl_sees_the_node_and_the_pod_on_it(stack: Stack) -> None:
     pod = stack.kubectl_json("get", "pod", outputs["pod"], "--namespace", outputs["namespace"])
     assert pod["spec"]["nodeName"] == outputs["node"]
     assert pod["status"]["containerStatuses"][0]["imageID"].endswith(outputs["image"].partition("@")[2])
+
+
+def test_a_node_says_where_it_is_and_of_what_type_also_after_somebody_deleted_it(stack: Stack) -> None:
+    node = stack.outputs()["node"]
+    told = {
+        "topology.kubernetes.io/zone": "europe-west1-b",
+        "topology.kubernetes.io/region": "europe-west1",
+        "node.kubernetes.io/instance-type": "e2-small",
+    }
+
+    def shown() -> dict[str, Any]:
+        return stack.kubectl_json("get", "node", node)["metadata"]
+
+    before = shown()
+    assert told.items() <= before["labels"].items()
+    try:
+        stack.kubectl("delete", "node", node)
+        until(lambda: shown()["uid"] != before["uid"], "the node to be back")
+        assert told.items() <= shown()["labels"].items()
+    finally:
+        stack.run("pulumi", "up", "--yes", "--refresh", "--skip-preview")
 
 
 def test_kubectl_logs_goes_through_the_nodes_own_api(stack: Stack) -> None:

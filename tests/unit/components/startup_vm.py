@@ -205,6 +205,7 @@ def new_vm(root: Path) -> Iterator[Vm]:
         "instance/name": "vm-1",
         "instance/hostname": "vm-1.c.p.internal",
         "instance/zone": "projects/1/zones/europe-west1-b",
+        "instance/machine-type": "projects/1/machineTypes/e2-small",
         "instance/network-interfaces/0/ip": "10.0.0.2",
         "instance/network-interfaces/0/access-configs/0/external-ip": "203.0.113.7",
         "project/project-id": "p",

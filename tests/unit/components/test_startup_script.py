@@ -25,7 +25,13 @@ def test_a_boot_installs_the_agent_configures_it_and_starts_it(vm: Vm) -> None:
     assert configuration["KRUSTLET_PROVIDER_ID"] == "gce://p/europe-west1-b/vm-1"
     assert configuration["KRUSTLET_HOSTNAME"] == "vm-1.c.p.internal"
     assert configuration["KRUSTLET_EXTERNAL_IP"] == "203.0.113.7"
-    assert (configuration["MAX_PODS"], configuration["NODE_LABELS"]) == ("7", "a=b")
+    assert configuration["MAX_PODS"] == "7"
+    assert configuration["NODE_LABELS"].split(",") == [
+        "a=b",
+        "topology.kubernetes.io/zone=europe-west1-b",
+        "topology.kubernetes.io/region=europe-west1",
+        "node.kubernetes.io/instance-type=e2-small",
+    ]
     assert configuration["KRUSTLET_TRUSTED_REGISTRIES"] == vm.host
     assert (vm.root / "etc/krustlet/verification.pem").read_text() == "PUBLIC\n"
     assert vm.systemctl() == [
