@@ -18,7 +18,7 @@ from pathlib import Path
 
 from localcloud import faults, snapshots, sources
 from localcloud.api import status_page
-from localcloud.backends import confinement
+from localcloud.backends import confinement, routes
 from localcloud.backends.ports import choose_port, owner
 from localcloud.backends.processes import end, marked
 from localcloud.backends.supervisor import Supervisor, python_program
@@ -139,6 +139,7 @@ def stop(home: Home) -> int:
 def _end_everything(home: Home, config: Config | None) -> None:
     with home.lock("start"):
         Supervisor(home).stop()
+        routes.release_all(home)
         if config is not None and _health(home, config) is not None:
             raise BackendError(f"something still answers for {home.root} at {config.url}")
 
@@ -149,6 +150,7 @@ def reset(home: Home) -> int:
         # It may have been deleted from under a localcloud that runs.
         if left := end(lambda: marked(f"{home.root}#")):
             raise BackendError(f"processes of {home.root} cannot be ended: {', '.join(map(str, left))}")
+        routes.release_all(home)
         sys.stdout.write(f"there is nothing in {home.root}\n")
         return 0
     try:

@@ -22,7 +22,8 @@ class InstanceSpec:
 
     `id` is Google's numeric id as a decimal string, `ip` the loopback address that belongs to the instance,
     `hostname` its full name (`NAME.c.PROJECT.internal`), `service_account_email` is empty if it has none,
-    `metadata` the attributes at the time of the call (the metadata server reads live ones from the store).
+    `metadata` the attributes at the time of the call (the metadata server reads live ones from the store),
+    `alias_ranges` what its interface has beside its address (CIDR).
     """
 
     name: str
@@ -35,6 +36,7 @@ class InstanceSpec:
     scopes: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
     machine_type: str = "e2-small"
+    alias_ranges: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,12 @@ class Backends(Protocol):
 
     def delete_instance(self, spec: InstanceSpec) -> None: ...
 
+    def change_alias_ranges(self, spec: InstanceSpec, ranges: tuple[str, ...]) -> None:
+        """Give a running instance other alias ranges than those of `spec`: all of them, or none where one
+        cannot be had.
+        """
+        ...
+
     def serial_output(self, spec: InstanceSpec) -> str: ...
 
     def parts(self) -> list[Part]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from localcloud.backends import cluster, instance, registry
+from localcloud.backends import cluster, instance, registry, routes
 from localcloud.backends.supervisor import Supervisor
 from localcloud.home import Home
 from localcloud.specs import Cluster, ClusterSpec, InstanceSpec, Part
@@ -38,13 +38,20 @@ class LocalBackends:
         return cluster.cluster_version()
 
     def start_instance(self, spec: InstanceSpec) -> None:
+        routes.hold(self._home, spec.name, spec.alias_ranges)
         instance.start_instance(self._home, self._supervisor, spec)
 
     def stop_instance(self, spec: InstanceSpec) -> None:
         instance.stop_instance(self._home, self._supervisor, spec.name)
+        routes.release(self._home, spec.alias_ranges)
 
     def delete_instance(self, spec: InstanceSpec) -> None:
         instance.delete_instance(self._home, self._supervisor, spec.name)
+        routes.release(self._home, spec.alias_ranges)
+
+    def change_alias_ranges(self, spec: InstanceSpec, ranges: tuple[str, ...]) -> None:
+        routes.hold(self._home, spec.name, ranges)
+        routes.release(self._home, [old for old in spec.alias_ranges if old not in ranges])
 
     def serial_output(self, spec: InstanceSpec) -> str:
         return instance.serial_output(self._home, spec.name)

@@ -53,6 +53,13 @@ class Lines:
 
 
 @dataclass(frozen=True)
+class Numbered:
+    """A directory of values that are numbered from 0; a list in JSON."""
+
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Hidden:
     """A value that is made when it is asked for, of the question's parameters, and left out of recursive
     answers.
@@ -68,7 +75,7 @@ class Keyed:
     entries: dict[str, Any]
 
 
-Node = Any  # str | int | list | dict | Lines | Hidden | Keyed
+Node = Any  # str | int | list | dict | Lines | Numbered | Hidden | Keyed
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,7 @@ class Metadata:
                 "machine-type": f"{project}/machineTypes/{spec.machine_type}",
                 "maintenance-event": "NONE",
                 "name": spec.name,
-                "network-interfaces": [self._interface()],
+                "network-interfaces": [self._interface(body)],
                 "preempted": "FALSE",
                 "scheduling": {
                     "automatic-restart": "TRUE",
@@ -146,21 +153,24 @@ class Metadata:
             "universe": {"universe-domain": _UNIVERSE},
         }
 
-    def _interface(self) -> dict[str, Node]:
+    def _interface(self, body: dict[str, Any]) -> dict[str, Node]:
         ip = self._spec.ip
+        ranges = self._spec.alias_ranges
+        for interface in body.get("networkInterfaces", []):
+            ranges = tuple(alias["ipCidrRange"] for alias in interface.get("aliasIpRanges", []))
         octets = ":".join(f"{int(part):02x}" for part in ip.split("."))
         return {
             "access-configs": [{"external-ip": ip, "type": "ONE_TO_ONE_NAT"}],
             "dns-servers": Lines(()),
-            "forwarded-ips": [],
+            "forwarded-ips": Numbered(()),
             "gateway": ip,
             "ip": ip,
-            "ip-aliases": [],
+            "ip-aliases": Numbered(ranges),
             "mac": f"42:01:{octets}",
             "mtu": 1460,
             "network": f"projects/{PROJECT_NUMBER}/networks/default",
             "subnetmask": "255.255.255.255",
-            "target-instance-ips": [],
+            "target-instance-ips": Numbered(()),
         }
 
     def _accounts(self, body: dict[str, Any]) -> dict[str, Node]:
@@ -248,7 +258,7 @@ def _directory_answer(node: Node, path: str, alternative: str, *, recursive: boo
 
 def _is_directory(node: Node) -> bool:
     # A list of plain words (tags) is a value; a list of directories is one itself.
-    return isinstance(node, dict | Keyed) or (
+    return isinstance(node, dict | Keyed | Numbered) or (
         isinstance(node, list) and bool(node) and isinstance(node[0], dict)
     )
 
@@ -256,6 +266,8 @@ def _is_directory(node: Node) -> bool:
 def _entries(node: Node) -> dict[str, Node]:
     if isinstance(node, Keyed):
         return node.entries
+    if isinstance(node, Numbered):
+        node = list(node.items)
     if isinstance(node, list):
         return {str(index): item for index, item in enumerate(node)}
     return dict(node)
@@ -272,7 +284,7 @@ def _listing(node: Node) -> Iterator[str]:
 
 def _plain(node: Node) -> Any:
     """As JSON: names in camel case, values that are made on demand left out."""
-    if isinstance(node, Lines):
+    if isinstance(node, Lines | Numbered):
         return list(node.items)
     if isinstance(node, list):
         return [_plain(item) for item in node]

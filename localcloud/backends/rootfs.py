@@ -62,7 +62,8 @@ class Rootfs:
             BackendError: the instance was never started.
         """
         fields = self._record()["spec"]
-        return InstanceSpec(**{**fields, "scopes": tuple(fields["scopes"])})
+        lists = {name: tuple(fields.get(name, ())) for name in ("scopes", "alias_ranges")}
+        return InstanceSpec(**{**fields, **lists})
 
     def save(self, spec: InstanceSpec) -> None:
         """Also keeps the caller's PATH: units must not see that of whoever calls `systemctl`."""

@@ -104,7 +104,8 @@ def test_a_node_says_where_it_is_and_of_what_type_also_after_somebody_deleted_it
     }
 
     def shown() -> dict[str, Any]:
-        return stack.kubectl_json("get", "node", node)["metadata"]
+        found: dict[str, Any] = stack.kubectl_json("get", "node", node)["metadata"]
+        return found
 
     before = shown()
     assert told.items() <= before["labels"].items()

@@ -15,10 +15,11 @@ from google.cloud import artifactregistry_v1, artifactregistry_v1beta2, containe
 from google.oauth2.credentials import Credentials
 from google.protobuf.field_mask_pb2 import FieldMask
 from googleapiclient import discovery as old_client
+from googleapiclient.errors import HttpError
 
 from localcloud.api import enums
 from localcloud.api.discovery import document
-from tests.unit.localcloud_api.client import COMPUTE, LOCATION, REGION, TOKEN, Client
+from tests.unit.localcloud_api.client import COMPUTE, LOCATION, REGION, TOKEN, Client, instance
 from tests.waiting import until
 
 ZONAL = "projects/localcloud-dev/locations/europe-west1-b"
@@ -134,6 +135,38 @@ def test_answers_have_numbers_where_the_client_asks_for_them(client: Client) -> 
     client.error(400, "POST", f"{COMPUTE}/global/networks", network)
     listed = client.ok("GET", f"{COMPUTE}/zones", query="alt=json;enum-encoding=int")
     assert listed["items"][0]["status"] == "UP"
+
+
+def test_compute_engines_client_gives_an_instance_other_alias_ranges(server: str) -> None:
+    compute = old_client.build(
+        "compute",
+        "v1",
+        credentials=Credentials(token=TOKEN),  # type: ignore[no-untyped-call]
+        client_options={"api_endpoint": f"{server}/compute/v1/"},
+        static_discovery=True,
+    )
+    zone = {"project": "localcloud-dev", "zone": "europe-west1-b"}
+
+    def done(operation: Any) -> None:
+        ended = compute.zoneOperations().wait(operation=operation["name"], **zone).execute()
+        assert "error" not in ended, ended
+
+    def interface() -> Any:
+        return compute.instances().get(instance="vm", **zone).execute()["networkInterfaces"][0]
+
+    network = {"network": "global/networks/default", "aliasIpRanges": [{"ipCidrRange": "/28"}]}
+    done(compute.instances().insert(body=instance(networkInterfaces=[network]), **zone).execute())
+    given = interface()
+    (one,) = given["aliasIpRanges"]
+    assert one["ipCidrRange"].endswith("/28")
+    body = {"aliasIpRanges": [one, {"ipCidrRange": "/32"}], "fingerprint": given["fingerprint"]}
+    change = compute.instances().updateNetworkInterface(
+        instance="vm", networkInterface=given["name"], body=body, **zone
+    )
+    done(change.execute())
+    assert [alias["ipCidrRange"].partition("/")[2] for alias in interface()["aliasIpRanges"]] == ["28", "32"]
+    with pytest.raises(HttpError, match="fingerprint"):
+        change.execute()
 
 
 # What older clients do to a request.

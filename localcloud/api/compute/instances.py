@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from localcloud.api.compute import ranges
 from localcloud.api.compute.catalog import check_zone, machine_type, region_of, zones
 from localcloud.api.compute.common import (
     aggregated,
@@ -27,7 +28,6 @@ from localcloud.api.compute.networks import (
     subnetwork_of,
     taken_addresses,
 )
-from localcloud.api.compute.ranges import allocate_aliases
 from localcloud.api.errors import ApiError, invalid_value, not_found, not_ready
 from localcloud.api.iam import default_service_account, find_account
 from localcloud.api.service import TABLE, Call, fingerprint
@@ -220,7 +220,7 @@ def _fill_network(call: Call, record: Record) -> None:
     for item in access:
         defaults = {"type": "ONE_TO_ONE_NAT", "name": "External NAT", "networkTier": "PREMIUM"}
         item.update(defaults | item | {"kind": "compute#accessConfig", "natIP": own})
-    interface["fingerprint"] = fingerprint([own, interface["network"], len(access)])
+    ranges.give(interface, ranges.aliases(interface))
 
 
 def _fill_subnetwork(call: Call, interface: Json, region: str) -> None:
@@ -245,7 +245,9 @@ def _fill_subnetwork(call: Call, interface: Json, region: str) -> None:
         subnetwork = found
     interface["network"] = network.body["selfLink"]
     interface["subnetwork"] = subnetwork.body["selfLink"]
-    allocate_aliases(call.store, subnetwork, interface)
+    wanted = ranges.aliases(interface)
+    field = "resource.networkInterfaces[0].aliasIpRanges"
+    interface["aliasIpRanges"] = ranges.allocate_aliases(call.store, subnetwork, wanted, field)
 
 
 def _reserved(call: Call, address: str, region: str) -> Record:
@@ -425,6 +427,41 @@ def _set_tags(call: Call) -> Json:
 def _check_fingerprint(call: Call, current: Json, what: str) -> None:
     if call.body.get("fingerprint") != current["fingerprint"]:
         raise ApiError(412, f"Supplied fingerprint does not match current {what} fingerprint.")
+
+
+@TABLE.serves("compute.instances.updateNetworkInterface")
+def _update_network_interface(call: Call) -> Json:
+    """Alias ranges can be changed; what else the body says must be so already."""
+    record = _find(call)
+    name, interface = call.query.get("networkInterface", ""), record.body["networkInterfaces"][0]
+    if name != interface["name"]:
+        raise invalid_value("networkInterface", name, "The instance has no network interface of this name.")
+    if ranges.CHANGING in record.private:
+        raise not_ready(record.key)
+    _check_fingerprint(call, interface, "network interface")
+    for field, value in call.body.items():
+        if field not in ("aliasIpRanges", "fingerprint") and not _is_same(call, interface, field, value):
+            raise ApiError(501, f"localcloud changes alias ranges of a network interface, and no {field}")
+    wanted = ranges.allocate_aliases(
+        call.store,
+        require(call.store, key_of(interface["subnetwork"])),
+        call.body.get("aliasIpRanges", ranges.aliases(interface)),
+        "resource.aliasIpRanges",
+        but=record.key,
+    )
+    record.private[ranges.CHANGING] = wanted
+    call.store.put(record)
+    return begin(call, "updateNetworkInterface", record, "compute.instances.changeAliasRanges")
+
+
+def _is_same(call: Call, interface: Json, field: str, value: object) -> bool:
+    """Whether a field of an interface is what a body says; networks may be named in several ways."""
+    if field == "network":
+        return bool(find_network(call, str(value)).body["selfLink"] == interface[field])
+    if field == "subnetwork":
+        region = region_of(check_zone(call))
+        return bool(find_subnetwork(call, str(value), region).body["selfLink"] == interface[field])
+    return bool(interface.get(field) == value)
 
 
 @TABLE.serves("compute.instances.setLabels")

@@ -6,6 +6,7 @@ import logging
 from contextlib import suppress
 from functools import partial
 
+from localcloud.api.compute import ranges
 from localcloud.api.compute.common import key_of
 from localcloud.api.errors import ApiError, reason
 from localcloud.api.service import TABLE, Services, now
@@ -21,6 +22,7 @@ def instance_spec(record: Record) -> InstanceSpec:
     """What the backend is told about an instance."""
     _, project, _, zone, _, name = record.key.split("/")
     account: Json = next(iter(record.body.get("serviceAccounts", [])), {})
+    aliases = ranges.aliases(record.body["networkInterfaces"][0])
     return InstanceSpec(
         name=name,
         project=project,
@@ -32,6 +34,7 @@ def instance_spec(record: Record) -> InstanceSpec:
         scopes=tuple(account.get("scopes", [])),
         metadata={item["key"]: item.get("value", "") for item in record.body["metadata"].get("items", [])},
         machine_type=record.body["machineType"].rpartition("/")[2],
+        alias_ranges=tuple(alias["ipCidrRange"] for alias in aliases),
     )
 
 
@@ -121,6 +124,29 @@ def _delete(services: Services, arguments: Json) -> None:
                 address.body["status"] = "RESERVED"
                 services.store.put(address)
         services.store.delete(record.key)
+
+
+@TABLE.task("compute.instances.changeAliasRanges")
+def _change_alias_ranges(services: Services, arguments: Json) -> None:
+    """The machine has the new ranges before its record does, and so before its metadata server shows them."""
+    record = services.store.get(arguments["key"])
+    if record is None or ranges.CHANGING not in record.private:
+        return
+    wanted: list[Json] = record.private[ranges.CHANGING]
+    changed = False
+    try:
+        if record.body["status"] == "RUNNING":
+            services.backends.change_alias_ranges(
+                instance_spec(record), tuple(alias["ipCidrRange"] for alias in wanted)
+            )
+        changed = True
+    finally:
+        with services.store.transaction():
+            record = services.store.get(record.key) or record
+            del record.private[ranges.CHANGING]
+            if changed:
+                ranges.give(record.body["networkInterfaces"][0], wanted)
+            services.store.put(record)
 
 
 def _release_disk(services: Services, attached: Json) -> None:

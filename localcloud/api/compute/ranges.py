@@ -13,9 +13,18 @@ from ipaddress import IPv4Network
 
 from localcloud.api.compute.common import NAME
 from localcloud.api.errors import ApiError, in_use, invalid_value
+from localcloud.api.service import fingerprint
 from localcloud.store import Json, Record, Store
 
 SUBNETWORK = "compute.subnetworks"
+_PROHIBITED = tuple(
+    map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255/32"))
+)
+"""https://cloud.google.com/vpc/docs/subnets#prohibited-ipv4-subnet-ranges"""
+
+CHANGING = "aliasIpRanges"
+"""Of an instance's record: the alias ranges that it is about to get."""
+
 _LONGEST_PREFIX = 29
 _PRIVATE = IPv4Network("10.0.0.0/8")
 _FIRST_CHOICE = IPv4Network("10.8.0.0/14")
@@ -57,6 +66,7 @@ def check(store: Store, record: Record) -> None:
             "resource.ipCidrRange", own[0], "Invalid IP CIDR range. The mask must be /29 or less."
         )
     names: set[str] = set()
+    _check_permitted(own[0], "resource.ipCidrRange")
     for index, item in enumerate(record.body.get("secondaryIpRanges", [])):
         field = f"resource.secondaryIpRanges[{index}]"
         if not item.get("rangeName"):
@@ -67,6 +77,7 @@ def check(store: Store, record: Record) -> None:
             raise invalid_value(f"{field}.rangeName", item["rangeName"], "The name must be unique.")
         names.add(item["rangeName"])
         cidr = parse(item.get("ipCidrRange", ""), f"{field}.ipCidrRange")
+        _check_permitted(cidr, f"{field}.ipCidrRange")
         if any(cidr.overlaps(other) for other in own):
             raise _conflict(cidr, record)
         own.append(cidr)
@@ -74,6 +85,12 @@ def check(store: Store, record: Record) -> None:
         for cidr in own:
             if cidr.overlaps(other):
                 raise _conflict(cidr, owner)
+
+
+def _check_permitted(cidr: IPv4Network, field: str) -> None:
+    for prohibited in _PROHIBITED:
+        if cidr.overlaps(prohibited):
+            raise invalid_value(field, cidr, f"It overlaps with the prohibited range {prohibited}.")
 
 
 def check_change(store: Store, record: Record, before: Json) -> None:
@@ -118,8 +135,27 @@ def choose(store: Store, network: str, wanted: str, prefix: int, others: list[IP
     raise ApiError(400, f"The network has no free range of the size /{prefix}.")
 
 
-def allocate_aliases(store: Store, subnetwork: Record, interface: Json) -> None:
-    """Give an instance's interface its alias ranges: the ones that it names, or for a mask (`/24`) free ones.
+def aliases(interface: Json) -> list[Json]:
+    """An interface's alias ranges."""
+    found: list[Json] = interface.get("aliasIpRanges", [])
+    return found
+
+
+def give(interface: Json, wanted: list[Json]) -> None:
+    """Put alias ranges that were allocated on an interface, which gets another fingerprint."""
+    interface.pop("aliasIpRanges", None)
+    if wanted:
+        interface["aliasIpRanges"] = wanted
+    interface.pop("fingerprint", None)
+    interface["fingerprint"] = fingerprint(interface)
+
+
+def allocate_aliases(
+    store: Store, subnetwork: Record, wanted: list[Json], field: str, but: str = ""
+) -> list[Json]:
+    """Alias ranges of a subnetwork as an instance asks for them in `field`, each with its range: the one that
+    it names, or for a mask (`/24`) a free one. What the instance `but` has is free; what one of another
+    network has is not, because all networks are on one machine here.
 
     Raises:
         ApiError: 400, a range is malformed, outside of the subnetwork's range, or another instance's.
@@ -127,19 +163,35 @@ def allocate_aliases(store: Store, subnetwork: Record, interface: Json) -> None:
     taken = [
         IPv4Network(alias["ipCidrRange"])
         for instance in store.list("compute.instances")
-        for other in instance.body["networkInterfaces"]
-        if other["subnetwork"] == subnetwork.body["selfLink"]
-        for alias in other.get("aliasIpRanges", [])
+        if instance.key != but
+        for alias in _held(instance)
     ]
-    for index, alias in enumerate(interface.get("aliasIpRanges", [])):
-        field = f"resource.networkInterfaces[0].aliasIpRanges[{index}]"
-        name, wanted = alias.get("subnetworkRangeName", ""), alias.get("ipCidrRange", "")
+    allocated: list[Json] = []
+    for index, alias in enumerate(wanted):
+        where = f"{field}[{index}]"
+        name, text = alias.get("subnetworkRangeName", ""), alias.get("ipCidrRange", "")
         within = secondary(subnetwork.body).get(name) if name else subnetwork.body["ipCidrRange"]
         if within is None:
-            raise invalid_value(f"{field}.subnetworkRangeName", name, "The subnetwork has no such range.")
-        chosen = _alias(IPv4Network(within), wanted, taken, f"{field}.ipCidrRange")
-        alias["ipCidrRange"] = str(chosen)
+            raise invalid_value(f"{where}.subnetworkRangeName", name, "The subnetwork has no such range.")
+        reserved = [] if name else _reserved(IPv4Network(within))
+        chosen = _alias(IPv4Network(within), text, [*taken, *reserved], f"{where}.ipCidrRange")
+        allocated.append({**alias, "ipCidrRange": str(chosen)})
         taken.append(chosen)
+    return allocated
+
+
+def _held(instance: Record) -> list[Json]:
+    """An instance's alias ranges, with those that it is about to get."""
+    changing: list[Json] = instance.private.get(CHANGING, [])
+    return [*aliases(instance.body["networkInterfaces"][0]), *changing]
+
+
+def _reserved(primary: IPv4Network) -> list[IPv4Network]:
+    """The four addresses of a primary range that are nobody's.
+
+    https://cloud.google.com/vpc/docs/subnets#unusable-ip-addresses-in-every-subnet
+    """
+    return [IPv4Network(primary[index]) for index in (0, 1, -2, -1)]
 
 
 def _alias(within: IPv4Network, wanted: str, taken: list[IPv4Network], field: str) -> IPv4Network:
@@ -192,10 +244,9 @@ def _users(store: Store, subnetwork: Record, name: str) -> Iterator[str]:
         if cluster.body["networkConfig"]["subnetwork"] == subnetwork.key and name in _ranges_of(cluster.body):
             yield cluster.key
     for instance in store.list("compute.instances"):
-        for interface in instance.body["networkInterfaces"]:
-            aliases = [alias.get("subnetworkRangeName") for alias in interface.get("aliasIpRanges", [])]
-            if interface["subnetwork"] == subnetwork.body["selfLink"] and name in aliases:
-                yield instance.key
+        own = instance.body["networkInterfaces"][0]["subnetwork"] == subnetwork.body["selfLink"]
+        if own and name in {alias.get("subnetworkRangeName") for alias in _held(instance)}:
+            yield instance.key
 
 
 def _ranges_of(cluster: Json) -> set[str]:

@@ -308,6 +308,7 @@ class Instance(ComputeResource):
             ("deletionProtection", self._set_deletion_protection),
             ("scheduling", self._set_scheduling),
             ("bootDisk", self._change_boot_disk),
+            ("networkInterfaces", self._change_aliases),
             ("networkInterfaces", self._change_addresses),
         ):
             if name in change.names:
@@ -359,6 +360,21 @@ class Instance(ComputeResource):
         if labels != ((change.old["bootDisk"].get("initializeParams") or {}).get("labels") or {}):
             body = {"labels": labels, "labelFingerprint": details.get("labelFingerprint")}
             self._operate("POST", f"{path}/setLabels", change.deadline, body)
+
+    def _change_aliases(self, change: Change) -> None:
+        """Gives the interfaces their alias ranges, where those changed."""
+        for old, new, live in zip(
+            change.old["networkInterfaces"],
+            change.new["networkInterfaces"],
+            change.live["networkInterfaces"],
+            strict=False,
+        ):
+            wanted = new.get("aliasIpRanges") or []
+            if (old.get("aliasIpRanges") or []) != wanted:
+                body = {"aliasIpRanges": wanted, "fingerprint": live.get("fingerprint")}
+                query = {"networkInterface": str(live.get("name", "nic0"))}
+                path = f"{change.item}/updateNetworkInterface"
+                self._operate("PATCH", path, change.deadline, body, query)
 
     def _change_addresses(self, change: Change) -> None:
         """Takes the external addresses that changed from their interfaces, and gives the new ones."""

@@ -381,6 +381,15 @@ INSTANCE = ResourceType(
                         Field("networkTier", update=OWN, decided=True),
                     ),
                 ),
+                Field(
+                    "aliasIpRanges",
+                    OBJS,
+                    update=OWN,
+                    fields=(
+                        Field("ipCidrRange", update=OWN),
+                        Field("subnetworkRangeName", update=OWN),
+                    ),
+                ),
                 _out("name"),
             ),
         ),

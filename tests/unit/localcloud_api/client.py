@@ -78,6 +78,9 @@ class FakeBackends:
     def delete_instance(self, spec: InstanceSpec) -> None:
         self._note("delete_instance", spec.name)
 
+    def change_alias_ranges(self, spec: InstanceSpec, ranges: tuple[str, ...]) -> None:
+        self._note("change_alias_ranges", f"{spec.name} {','.join(spec.alias_ranges)} > {','.join(ranges)}")
+
     def serial_output(self, spec: InstanceSpec) -> str:
         return self.console or f"{spec.name} says héllo\n"
 

@@ -62,7 +62,7 @@ def test_an_alias_range_that_is_a_mask_is_allocated(client: Client) -> None:
     assert _with_aliases(client, "vm-2", given, mask) == (200, ["10.4.1.0/25", "10.4.2.0/24"])
     single = pods | {"ipCidrRange": "/32"}
     assert _with_aliases(client, "vm-3", single) == (200, ["10.4.1.128/32"])
-    assert _with_aliases(client, "vm-4", {"ipCidrRange": "/30"}) == (200, ["10.1.0.0/30"])
+    assert _with_aliases(client, "vm-4", {"ipCidrRange": "/30"}) == (200, ["10.1.0.4/30"])
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,96 @@ def test_an_alias_range_that_cannot_be_is_refused(client: Client, alias: Json, s
     status, message = _with_aliases(client, "vm-2", alias)
     assert status == 400
     assert said in message
+
+
+MASK = {"ipCidrRange": "/24", "subnetworkRangeName": "pods"}
+
+
+def _interface(client: Client, name: str) -> Json:
+    interface: Json = client.ok("GET", f"{ZONE}/instances/{name}")["networkInterfaces"][0]
+    return interface
+
+
+def _update(client: Client, name: str, body: Json, nic: str = "nic0") -> tuple[int, Json]:
+    path = f"{ZONE}/instances/{name}/updateNetworkInterface"
+    return client.send("PATCH", path, body, query=f"networkInterface={nic}")
+
+
+def test_alias_ranges_are_changed_in_place(client: Client) -> None:
+    _with_aliases(client, "vm-1", MASK)
+    _with_aliases(client, "vm-2", MASK)
+    before = _interface(client, "vm-1")
+    more = [{**MASK, "ipCidrRange": "10.4.0.0/24"}, MASK]
+    body = {"fingerprint": before["fingerprint"], "aliasIpRanges": more, "network": "global/networks/net"}
+    client.done(_update(client, "vm-1", body)[1])
+    after = _interface(client, "vm-1")
+    assert [alias["ipCidrRange"] for alias in after["aliasIpRanges"]] == ["10.4.0.0/24", "10.4.2.0/24"]
+    assert after["fingerprint"] != before["fingerprint"]
+    none = {"fingerprint": after["fingerprint"], "aliasIpRanges": []}
+    client.done(_update(client, "vm-1", none)[1])
+    assert "aliasIpRanges" not in _interface(client, "vm-1")
+    assert [on for call, on in client.backends.calls if call == "change_alias_ranges"] == [
+        "vm-1 10.4.0.0/24 > 10.4.0.0/24,10.4.2.0/24",
+        "vm-1 10.4.0.0/24,10.4.2.0/24 > ",
+    ]
+    assert _with_aliases(client, "vm-3", MASK) == (200, ["10.4.0.0/24"]), "what was given back is free"
+
+
+@pytest.mark.parametrize(
+    ("body", "nic", "code", "said"),
+    [
+        ({"fingerprint": "b2xk"}, "nic0", 412, "fingerprint"),
+        ({"aliasIpRanges": []}, "nic0", 412, "fingerprint"),
+        ({}, "nic1", 400, "nic1"),
+        ({"networkIP": "127.9.0.9"}, "nic0", 501, "networkIP"),
+        ({"aliasIpRanges": [{**MASK, "ipCidrRange": "10.4.1.0/24"}]}, "nic0", 400, "already being used"),
+    ],
+)
+def test_a_change_of_an_interface_that_cannot_be_is_refused(
+    client: Client, body: Json, nic: str, code: int, said: str
+) -> None:
+    _with_aliases(client, "vm-1", MASK)
+    _with_aliases(client, "vm-2", MASK)
+    before = _interface(client, "vm-1")
+    known = {} if code == 412 else {"fingerprint": before["fingerprint"]}
+    status, answer = _update(client, "vm-1", known | body, nic)
+    assert (status, said in answer["error"]["message"]) == (code, True), answer
+    assert _interface(client, "vm-1") == before
+
+
+def test_where_a_machine_cannot_have_a_range_its_instance_keeps_what_it_has(client: Client) -> None:
+    _with_aliases(client, "vm-1", MASK)
+    before = _interface(client, "vm-1")
+    client.backends.fail = {"change_alias_ranges"}
+    body = {"fingerprint": before["fingerprint"], "aliasIpRanges": [MASK, MASK]}
+    operation = client.done(_update(client, "vm-1", body)[1])
+    assert "on purpose" in operation["error"]["errors"][0]["message"]
+    assert _interface(client, "vm-1") == before
+    assert _with_aliases(client, "vm-2", MASK) == (200, ["10.4.1.0/24"]), "nothing stays reserved"
+
+
+def test_a_range_that_an_instance_is_about_to_get_is_no_others(client: Client) -> None:
+    _with_aliases(client, "vm-1", MASK)
+    client.backends.gate.clear()
+    known = {"fingerprint": _interface(client, "vm-1")["fingerprint"]}
+    status, operation = _update(client, "vm-1", known | {"aliasIpRanges": [MASK, MASK]})
+    assert status == 200
+    other = {**MASK, "ipCidrRange": "10.4.1.0/24"}
+    assert "already being used" in str(_with_aliases(client, "vm-2", other)[1])
+    assert _update(client, "vm-1", known | {"aliasIpRanges": []})[0] == 400, "one change at a time"
+    client.backends.gate.set()
+    assert "error" not in client.done(operation)
+
+
+def test_instances_of_two_networks_are_on_one_machine_and_have_ranges_apart(client: Client) -> None:
+    client.create(f"{COMPUTE}/global/networks", {"name": "two", "autoCreateSubnetworks": False})
+    client.create(
+        SUBNETWORKS, _subnetwork("other", "10.1.0.0/24", RANGES) | {"network": "global/networks/two"}
+    )
+    assert _with_aliases(client, "vm-1", MASK) == (200, ["10.4.0.0/24"])
+    interface = {"subnetwork": "regions/europe-west1/subnetworks/other", "aliasIpRanges": [MASK]}
+    client.create(f"{ZONE}/instances", instance("vm-2") | {"networkInterfaces": [interface]})
+    assert _interface(client, "vm-2")["aliasIpRanges"][0]["ipCidrRange"] == "10.4.1.0/24"
 
 
 def _patch(client: Client, ranges: list[Json]) -> tuple[int, Json]:
@@ -196,6 +286,7 @@ def test_range_that_an_instance_has_addresses_of_is_not_changed(client: Client) 
         ([(None, "10.9.0.0/24")], "rangeName' not specified"),
         ([("a", "10.2.0.0/24")], "conflicts"),
         ([("a", "10.3.0.0/25")], "conflicts"),
+        ([("a", "127.64.0.0/24")], "prohibited"),
     ],
 )
 def test_ranges_of_a_network_do_not_overlap(

@@ -100,6 +100,28 @@ def test_a_directory_lists_its_entries_and_marks_directories(metadata: Metadata)
     assert "token\n" in get(metadata, "instance/service-accounts/default/").body
 
 
+def test_alias_ranges_are_numbered_and_those_that_the_instance_has_now(
+    store: Store, metadata: Metadata
+) -> None:
+    place = "instance/network-interfaces/0/"
+    assert get(metadata, f"{place}ip-aliases/").body == ""
+    assert get(metadata, f"{place}ip-aliases/0").status == 404
+    assert json.loads(get(metadata, place, recursive="true").body)["ipAliases"] == []
+    record = store.get(instance_key(SPEC.project, SPEC.zone, SPEC.name))
+    assert record is not None
+    ranges = [{"ipCidrRange": "10.4.0.0/24", "subnetworkRangeName": "pods"}, {"ipCidrRange": "10.1.0.8/32"}]
+    record.body["networkInterfaces"] = [{"aliasIpRanges": ranges}]
+    store.put(record)
+    assert "ip-aliases/" in get(metadata, place).body.splitlines()
+    assert get(metadata, f"{place}ip-aliases/").body == "0\n1\n"
+    assert get(metadata, f"{place}ip-aliases").status == 301
+    assert get(metadata, f"{place}ip-aliases/1") == Answer(200, "10.1.0.8/32")
+    found = json.loads(get(metadata, place, recursive="true").body)
+    assert found["ipAliases"] == ["10.4.0.0/24", "10.1.0.8/32"]
+    assert found["forwardedIps"] == []
+    assert "ip-aliases/0 10.4.0.0/24\n" in get(metadata, place, recursive="true", alt="text").body
+
+
 def test_a_directory_without_its_slash_is_redirected(metadata: Metadata) -> None:
     reply = get(metadata, "instance/attributes")
     assert (reply.status, reply.location) == (301, f"{V1}/instance/attributes/")
