@@ -29,6 +29,7 @@ EXEC_CREDENTIALS = {
 }
 PODS_RANGE = "pods"
 SERVICES_RANGE = "services"
+WASM_PODS_RANGE = "wasm-pods"
 SYSTEM_POOL = "system"
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 # What a node does for Google: its logs, its figures. https://cloud.google.com/kubernetes-engine/docs/how-to/hardening-your-cluster
@@ -93,6 +94,23 @@ def _maintenance(start: str) -> gcp.container.ClusterMaintenancePolicyArgsDict |
     return {"daily_maintenance_window": {"start_time": start}} if start else None
 
 
+def _secondary_ranges(
+    network: NetworkConfig,
+) -> list[gcp.compute.SubnetworkSecondaryIpRangeArgsDict]:
+    """Give the subnetwork's ranges beside its machines'."""
+    ranges = {PODS_RANGE: network.pods, SERVICES_RANGE: network.services}
+    if network.wasm_pods:
+        ranges[WASM_PODS_RANGE] = network.wasm_pods
+    return [{"range_name": name, "ip_cidr_range": cidr} for name, cidr in ranges.items()]
+
+
+def _lasting_ranges(network: NetworkConfig) -> list[str]:
+    """Give what of the ranges cannot change while cluster and VMs use it: all but that one is added."""
+    if not network.wasm_pods:
+        return ["secondaryIpRanges"]
+    return ["secondaryIpRanges[0]", "secondaryIpRanges[1]", "secondaryIpRanges[2].ipCidrRange"]
+
+
 class KubernetesCluster(pulumi.ComponentResource):
     """A GKE cluster in a network of its own."""
 
@@ -132,16 +150,13 @@ class KubernetesCluster(pulumi.ComponentResource):
             name=f"{args.cluster.name}-subnetwork",
             network=network.id,
             ip_cidr_range=args.network.machines,
-            secondary_ip_ranges=[
-                {"range_name": PODS_RANGE, "ip_cidr_range": args.network.pods},
-                {"range_name": SERVICES_RANGE, "ip_cidr_range": args.network.services},
-            ],
+            secondary_ip_ranges=_secondary_ranges(args.network),
             private_ip_google_access=True,
             opts=pulumi.ResourceOptions(
                 parent=self,
-                # Google changes no secondary range that a cluster uses, and moves no cluster to another; and
-                # the name is one subnetwork's.
-                replace_on_changes=["secondaryIpRanges"],
+                # Google changes no secondary range that is in use, and moves no cluster to another; and the
+                # name is one subnetwork's.
+                replace_on_changes=_lasting_ranges(args.network),
                 delete_before_replace=True,
                 # A cluster in another zone begins here: where the cluster is the first to be replaced, pulumi
                 # lets go of its provider before it deletes by it what is there.

@@ -78,11 +78,13 @@ class NetworkConfig:
     """The stack's own network: CIDRs of machines, pods and services, and who may reach the app.
 
     Without `external_ip` its machines have addresses of the network alone.
+    `wasm_pods` are the addresses of the WebAssembly pods; it is empty where those have none of their own.
     """
 
     machines: str
     pods: str
     services: str
+    wasm_pods: str
     sources: tuple[str, ...]
     external_ip: bool
 
@@ -102,13 +104,17 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class NodeConfig:
-    """The VM that runs Krustlet."""
+    """The VM that runs Krustlet.
+
+    `pod_range` is how much of the WebAssembly pods' addresses it gets, a mask as in /22; empty for none.
+    """
 
     name: str
     machine_type: str
     boot_image: str
     disk_size_gb: int
     max_pods: int
+    pod_range: str
     agent_crate: str
     agent_target: str
     bootstrap: str
@@ -191,6 +197,9 @@ class _Reader:
             raise self.error(key, value, allowed) from None
         if not network.is_private or network.prefixlen > longest:
             raise self.error(key, value, allowed)
+        # Google takes neither for a network, and Kubernetes neither for an endpoint of a Service.
+        if network.is_loopback or network.is_link_local:
+            raise self.error(key, value, f"{allowed}, and neither loopback nor link-local")
         return value
 
     def networks(self, key: str) -> tuple[str, ...]:
@@ -251,11 +260,13 @@ class _Reader:
 def load() -> StackConfig:
     """Read and check the configuration. Raises ConfigError for the first value that cannot be used."""
     keys = _Reader(pulumi.Config())
+    max_pods = keys.integer("maxPods", 1, 10000)
+    network = _network(keys, max_pods)
     keys.check_signing_key("signingKey", "signingKeyPassword")
     return StackConfig(
         google=_google(_Reader(pulumi.Config("gcp"), "gcp:"), keys.boolean("enableServices")),
         registry=_registry(keys),
-        network=_network(keys),
+        network=network,
         cluster=ClusterConfig(
             name=keys.text("clusterName", _CLUSTER_NAME, NAME_RULE.replace("62", "39")),
             release_channel=keys.one_of("releaseChannel", RELEASE_CHANNELS),
@@ -272,7 +283,8 @@ def load() -> StackConfig:
             machine_type=keys.text("machineType", _WORD, "a machine type, as in e2-small"),
             boot_image=keys.text("bootImage", _WORD, "an image or family, as in debian-cloud/debian-12"),
             disk_size_gb=keys.integer("diskSizeGb", 10, 65536),
-            max_pods=keys.integer("maxPods", 1, 10000),
+            max_pods=max_pods,
+            pod_range=f"/{_pod_prefix(max_pods)}" if network.wasm_pods else "",
             agent_crate=keys.crate("agentCrate"),
             agent_target=keys.text(
                 "agentTarget", _RUST_TARGET, "a Rust target, or nothing for this machine's"
@@ -321,12 +333,23 @@ def _registry_name(keys: _Reader) -> str:
     return keys.text("registryName", _DNS_LABEL, f"{NAME_RULE}; or {', '.join(GCR_LOCATIONS)}")
 
 
-def _network(keys: _Reader) -> NetworkConfig:
+def _pod_prefix(max_pods: int) -> int:
+    """Give the prefix of a node's range: twice as many addresses as pods, so that one that has just become
+    free can rest, and no less than a /24. Source: GKE's documentation, "Flexible Pod CIDR".
+    """
+    return min(24, 32 - (2 * max_pods - 1).bit_length())
+
+
+def _network(keys: _Reader, max_pods: int) -> NetworkConfig:
     named = {
         "networkCidr": keys.network("networkCidr", 29),
         "podCidr": keys.network("podCidr", 24),
         "serviceCidr": keys.network("serviceCidr", 27),
     }
+    wasm_pods = keys.text("wasmPodCidr", re.compile(".*"), "a private IPv4 network, or nothing")
+    if wasm_pods:
+        # What the VM gets of it has to fit.
+        named["wasmPodCidr"] = keys.network("wasmPodCidr", _pod_prefix(max_pods))
     seen: list[tuple[str, str]] = []
     for key, value in named.items():
         for other, taken in seen:
@@ -337,6 +360,7 @@ def _network(keys: _Reader) -> NetworkConfig:
         named["networkCidr"],
         named["podCidr"],
         named["serviceCidr"],
+        wasm_pods,
         keys.networks("sourceRanges"),
         keys.boolean("externalIp"),
     )

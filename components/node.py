@@ -14,7 +14,7 @@ import pulumi_gcp as gcp
 import pulumi_kubernetes as kubernetes
 
 from components.artifact import AgentArtifact, WasmArtifact
-from components.cluster import KubernetesCluster, kubeconfig
+from components.cluster import WASM_PODS_RANGE, KubernetesCluster, kubeconfig
 from components.config import AGENT_PORT, BY_IDENTITY, BY_TOKEN, NetworkConfig, NodeConfig
 from components.project import ProjectServices
 from components.providers.certificates import BOOTSTRAP_GROUP
@@ -69,12 +69,14 @@ def configuration(
     port: int,
     *,
     bootstrap: str = BY_IDENTITY,
+    pod_range: str = "",
 ) -> str:
     """Give a short name for all that a VM may be told anew and its agent is restarted for.
 
     The VM gives it to its Node as a label, so that everybody sees which configuration the agent runs with.
     """
     told = [agent, machine_type, str(max_pods), str(port < FIRST_UNPRIVILEGED_PORT), bootstrap]
+    told += [pod_range] if pod_range else []
     return hashlib.sha256("\0".join(told).encode()).hexdigest()[:12]
 
 
@@ -102,6 +104,8 @@ class KrustletNode(pulumi.ComponentResource):
     registration: NodeRegistration
     cluster: KubernetesCluster
     """What it has joined."""
+    pods_have_addresses: bool
+    """Whether each pod has an address of its own; a containerPort is a port of the node's otherwise."""
 
     def __init__(self, name: str, args: KrustletNodeArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("awesome-wasm:node:KrustletNode", name, None, opts)
@@ -109,6 +113,7 @@ class KrustletNode(pulumi.ComponentResource):
         self._args = args
         self.cluster = args.cluster
         self.is_reachable = args.network.external_ip
+        self.pods_have_addresses = bool(args.node.pod_range)
         # Where zone or region changes, what is made anew with its name begins with the cluster: two that
         # delete before they create at once would each end what the other one still needs.
         self._after_cluster = [*args.services.enabled, args.cluster.lifetime]
@@ -138,11 +143,14 @@ class KrustletNode(pulumi.ComponentResource):
                 args.node.max_pods,
                 args.app_port,
                 bootstrap=args.node.bootstrap,
+                pod_range=args.node.pod_range,
             )
         )
         # An agent that gets another key finds what is signed with it.
         needs = [args.agent.pushed, args.artifact.signed, pull, binding, token, *firewalls]
         needs += args.cluster.way_out
+        if args.node.pod_range:
+            needs.append(self._allow_services())
         instance = self._instance(account, address, token, needs)
         self.registration = self._registration(instance, address, account, token)
         self.name = self.registration.node
@@ -150,49 +158,69 @@ class KrustletNode(pulumi.ComponentResource):
         self.register_outputs({"name": self.name, "address": self.address})
 
     def _firewalls(self, account: gcp.serviceaccount.Account) -> list[pulumi.Resource]:
-        """Open the app's port to whom the configuration names, and the agent's to the control plane alone."""
-        sources = self._args.network.sources
+        """Open the app's port to whom the configuration names, and the agent's to the control plane alone.
+
+        Pods that have addresses of their own are open to the cluster's, as one another's are on any node.
+        """
+        sources = [*self._args.network.sources]
         world = [source for source in sources if ipaddress.ip_network(source).prefixlen == 0]
         if world and self._args.network.external_ip:
             port = self._args.app_port
             pulumi.log.info(f"open to the world: the app's port {port} (sourceRanges limits it)", self)
-        opened = {
-            "app": (self._args.app_port, list(sources)),
-            "agent": (AGENT_PORT, self._args.cluster.control_plane_ranges),
-        }
-        return [
-            gcp.compute.Firewall(
-                f"{self._name}-{what}-firewall",
-                project=self._args.project,
-                name=f"{self._args.node.name[:50]}-{what}",
-                network=self._args.cluster.network,
-                direction="INGRESS",
-                allows=[{"protocol": "tcp", "ports": [str(port)]}],
-                source_ranges=sources,
-                target_service_accounts=[account.email],
-                opts=pulumi.ResourceOptions(
-                    parent=self,
-                    # The plugin would change it in place, which Google refuses; and its name is one rule's.
-                    replace_on_changes=["network"],
-                    delete_before_replace=True,
-                ),
-            )
-            for what, (port, sources) in opened.items()
+        cluster = self._args.cluster.control_plane_ranges
+        found = [
+            self._firewall("app", account, [str(self._args.app_port)], sources),
+            self._firewall("agent", account, [str(AGENT_PORT)], cluster),
         ]
+        if self._args.node.pod_range:
+            pods = [self._args.network.wasm_pods]
+            found.append(self._firewall("pods", account, [], cluster, pods))
+        return found
+
+    def _firewall(
+        self,
+        what: str,
+        account: gcp.serviceaccount.Account,
+        ports: list[str],
+        sources: list[str],
+        destinations: list[str] | None = None,
+    ) -> pulumi.Resource:
+        """Open TCP ports of the VM, all if none is named, at all its addresses or at `destinations` alone."""
+        return gcp.compute.Firewall(
+            f"{self._name}-{what}-firewall",
+            project=self._args.project,
+            name=f"{self._args.node.name[:50]}-{what}",
+            network=self._args.cluster.network,
+            direction="INGRESS",
+            allows=[{"protocol": "tcp", "ports": ports} if ports else {"protocol": "tcp"}],
+            source_ranges=sources,
+            destination_ranges=destinations,
+            target_service_accounts=[account.email],
+            opts=pulumi.ResourceOptions(
+                parent=self,
+                # The plugin would change it in place, which Google refuses; and its name is one rule's.
+                replace_on_changes=["network"],
+                delete_before_replace=True,
+            ),
+        )
 
     def _allow_certificate_requests(self, account: gcp.serviceaccount.Account) -> pulumi.Resource:
         """Let the VM's account, or the bearer of a bootstrap token, ask for a client certificate: no more."""
         subject: dict[str, pulumi.Input[str]] = {"kind": "User", "name": account.email}
         if self._args.node.bootstrap == BY_TOKEN:
             subject = {"kind": "Group", "name": BOOTSTRAP_GROUP}
+        return self._bind("bootstrap", "system:node-bootstrapper", subject)
+
+    def _allow_services(self) -> pulumi.Resource:
+        """Let nodes read where Services lead, as their guests call them by name."""
+        return self._bind("proxier", "system:node-proxier", {"kind": "Group", "name": "system:nodes"})
+
+    def _bind(self, what: str, role: str, subject: dict[str, pulumi.Input[str]]) -> pulumi.Resource:
+        """Give a role of the cluster's own to somebody."""
         return kubernetes.rbac.v1.ClusterRoleBinding(
-            f"{self._name}-bootstrap",
-            metadata={"name": "krustlet-bootstrap"},
-            role_ref={
-                "api_group": "rbac.authorization.k8s.io",
-                "kind": "ClusterRole",
-                "name": "system:node-bootstrapper",
-            },
+            f"{self._name}-{what}",
+            metadata={"name": f"krustlet-{what}"},
+            role_ref={"api_group": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role},
             subjects=[kubernetes.rbac.v1.SubjectArgs(api_group="rbac.authorization.k8s.io", **subject)],
             opts=pulumi.ResourceOptions(
                 parent=self,
@@ -218,6 +246,21 @@ class KrustletNode(pulumi.ComponentResource):
             opts=pulumi.ResourceOptions(parent=self, depends_on=self._after_cluster),
             **({} if args.network.external_ip else internal),
         )
+
+    def _interface(self, address: gcp.compute.Address) -> gcp.compute.InstanceNetworkInterfaceArgsDict:
+        """The VM's one interface, with a range for its pods where they have addresses of their own."""
+        interface: gcp.compute.InstanceNetworkInterfaceArgsDict = {
+            "subnetwork": self._args.cluster.subnetwork
+        }
+        if self._args.network.external_ip:
+            interface["access_configs"] = [{"nat_ip": address.address}]
+        else:
+            interface["network_ip"] = address.address
+        if self._args.node.pod_range:
+            interface["alias_ip_ranges"] = [
+                {"ip_cidr_range": self._args.node.pod_range, "subnetwork_range_name": WASM_PODS_RANGE}
+            ]
+        return interface
 
     def _disk(self, address: gcp.compute.Address) -> gcp.compute.Disk:
         """The VM's disk, a resource of its own because only so it can grow in place."""
@@ -253,11 +296,8 @@ class KrustletNode(pulumi.ComponentResource):
         bootstrap: pulumi.Output[str] = pulumi.Output.all(*told).apply(
             lambda parts: bootstrap_kubeconfig(*parts)
         )
-        interface: gcp.compute.InstanceNetworkInterfaceArgsDict = {"subnetwork": args.cluster.subnetwork}
-        if args.network.external_ip:
-            interface["access_configs"] = [{"nat_ip": address.address}]
-        else:
-            interface["network_ip"] = address.address
+        # Its alias range comes after its metadata: the startup script waits for one of this size.
+        pods = {"krustlet-pod-range": args.node.pod_range} if args.node.pod_range else {}
         return gcp.compute.Instance(
             f"{self._name}-vm",
             project=args.project,
@@ -265,7 +305,7 @@ class KrustletNode(pulumi.ComponentResource):
             name=args.node.name,
             machine_type=args.node.machine_type,
             boot_disk={"source": self._disk(address).self_link, "auto_delete": False},
-            network_interfaces=[interface],
+            network_interfaces=[self._interface(address)],
             service_account={"email": account.email, "scopes": SCOPES},
             shielded_instance_config={
                 "enable_secure_boot": True,
@@ -282,6 +322,7 @@ class KrustletNode(pulumi.ComponentResource):
                 ),
                 "krustlet-max-pods": str(args.node.max_pods),
                 "krustlet-app-port": str(args.app_port),
+                **pods,
                 "startup-script": STARTUP_SCRIPT.read_text(),
             },
             allow_stopping_for_update=True,

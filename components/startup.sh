@@ -3,7 +3,8 @@
 # service. Runs at every boot, and again whenever the metadata change, and ends the same each time. What it needs to know
 # is in the VM's metadata attributes:
 #   krustlet-image REPOSITORY@DIGEST, krustlet-sha256, krustlet-bootstrap-kubeconfig, krustlet-verification-key,
-#   krustlet-node-labels, krustlet-max-pods, krustlet-app-port
+#   krustlet-node-labels, krustlet-max-pods, krustlet-app-port, and krustlet-pod-range where each pod has an address of
+#   its own: how much of the network's the VM has for them, a mask
 set -eu
 umask 022
 
@@ -80,6 +81,23 @@ optional_metadata() {
 metadata() {
     optional_metadata "$1"
     [ "$code" != 404 ] || die "the metadata server does not give $1"
+}
+
+# An interface gets its alias range after the metadata that announce it, or another one.
+get_alias_range() {
+    get_metadata instance/network-interfaces/0/ip-aliases/0 || return 1
+    case $(cat "$scratch/value") in
+    *"$1") ;;
+    *)
+        echo "the VM has no alias range of the size $1" >&2
+        return 1
+        ;;
+    esac
+}
+
+alias_range() {
+    patiently "the VM's alias range" get_alias_range "$1"
+    cat "$scratch/value"
 }
 
 # The first string value of a key of a JSON document on stdin.
@@ -203,6 +221,9 @@ write_configuration() {
     bootstrap=$(metadata instance/attributes/krustlet-bootstrap-kubeconfig)
     key=$(metadata instance/attributes/krustlet-verification-key)
     max_pods=$(metadata instance/attributes/krustlet-max-pods)
+    pod_range=$(optional_metadata instance/attributes/krustlet-pod-range)
+    pod_cidr=
+    [ -z "$pod_range" ] || pod_cidr=$(alias_range "$pod_range")
     name=$(metadata instance/name)
     hostname=$(metadata instance/hostname)
     zone=$(metadata instance/zone)
@@ -237,6 +258,7 @@ KRUSTLET_BOOTSTRAP_FILE="$CONFIG/bootstrap.kubeconfig"
 KRUSTLET_VERIFICATION_KEYS="$CONFIG/verification.pem"
 KRUSTLET_REGISTRY_CREDENTIALS=gce
 KRUSTLET_TRUSTED_REGISTRIES=${image%%/*}
+${pod_cidr:+KRUSTLET_POD_CIDR=$pod_cidr}
 NODE_LABELS=$labels,$place
 MAX_PODS=$max_pods
 RUST_LOG=info

@@ -46,8 +46,7 @@ class WasmPod(pulumi.ComponentResource):
             f"{name}-namespace",
             metadata={
                 "name": args.app.namespace,
-                # A component needs none of what the strictest of Kubernetes' standards forbids.
-                "labels": {"pod-security.kubernetes.io/enforce": "restricted"},
+                "labels": _pod_security(args.node.pods_have_addresses),
             },
             opts=pulumi.ResourceOptions(parent=self, deleted_with=lifetime),
         )
@@ -80,7 +79,7 @@ class WasmPod(pulumi.ComponentResource):
                 "namespace": namespace.metadata.name,
                 "labels": {"app.kubernetes.io/name": args.app.name},
             },
-            spec=_spec(args.app, args.artifact.image),
+            spec=_spec(args.app, args.artifact.image, host_port=args.node.pods_have_addresses),
             opts=pulumi.ResourceOptions(
                 parent=self,
                 depends_on=[args.node.registration, args.artifact.signed, prepared],
@@ -146,7 +145,25 @@ CONFINED: kubernetes.core.v1.SecurityContextArgsDict = {
 }
 
 
-def _spec(app: AppConfig, image: pulumi.Input[str]) -> kubernetes.core.v1.PodSpecArgsDict:
+def _pod_security(host_port: bool) -> dict[str, str]:
+    """Give the labels of the namespace: a component needs none of what the strictest of Kubernetes' standards
+    forbids. A port of the node's, though, all but the loosest forbid, and then the strictest is noted only.
+    """
+    standard = "pod-security.kubernetes.io"
+    if host_port:
+        return {f"{standard}/enforce": "privileged", f"{standard}/audit": "restricted"}
+    return {f"{standard}/enforce": "restricted"}
+
+
+def _spec(app: AppConfig, image: pulumi.Input[str], *, host_port: bool) -> kubernetes.core.v1.PodSpecArgsDict:
+    """Give the app's pod. With `host_port` it is served on the node's address beside its own."""
+    port: kubernetes.core.v1.ContainerPortArgsDict = {
+        "name": "http",
+        "container_port": app.port,
+        "protocol": "TCP",
+    }
+    if host_port:
+        port["host_port"] = app.port
     health: kubernetes.core.v1.ProbeArgsDict = {"http_get": {"path": "/healthz", "port": app.port}}
     return {
         **PLACEMENT,
@@ -154,7 +171,7 @@ def _spec(app: AppConfig, image: pulumi.Input[str]) -> kubernetes.core.v1.PodSpe
             {
                 "name": app.name,
                 "image": image,
-                "ports": [{"name": "http", "container_port": app.port, "protocol": "TCP"}],
+                "ports": [port],
                 "resources": {
                     "requests": {"memory": app.memory_limit, "cpu": "10m"},
                     "limits": {"memory": app.memory_limit, "cpu": app.cpu_limit},

@@ -2,10 +2,12 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import requests
+
+from tests.waiting import until
 
 
 class Load:
@@ -44,3 +46,53 @@ def load(url: str, clients: int = 4) -> Iterator[Load]:
         made.stop.set()
         for thread in threads:
             thread.join()
+
+
+class Follower:
+    """A client that calls a Service's ready endpoints (HOST:PORT) in turn, as a kube-proxy has it done.
+
+    `list_ready` asks for them; `name` says who gave an answer, of which it keeps the count.
+    """
+
+    def __init__(
+        self, list_ready: Callable[[], list[str]], path: str, name: Callable[[requests.Response], str]
+    ) -> None:
+        self.answers: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self.ready: list[str] = []
+        self._list_ready, self._path, self._name = list_ready, path, name
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=work) for work in (self._follow, self._call, self._call)]
+
+    def __enter__(self) -> "Follower":
+        self._threads[0].start()
+        until(lambda: self.ready, "a ready endpoint")
+        for thread in self._threads[1:]:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+    def _follow(self) -> None:
+        while not self._stop.is_set():
+            self.ready = self._list_ready()
+            self._stop.wait(0.05)
+
+    def _call(self) -> None:
+        turn = 0
+        while not self._stop.is_set():
+            ready = self.ready
+            turn += 1
+            target = ready[turn % len(ready)] if ready else ""
+            try:
+                # A connection of its own for each: so that none is refused unseen.
+                url, headers = f"http://{target}{self._path}", {"connection": "close"}
+                answer = requests.get(url, timeout=10, headers=headers)
+                answer.raise_for_status()
+                self.answers[self._name(answer)] += 1
+            except requests.RequestException as error:
+                self.failures.append(f"{target}: {error}")

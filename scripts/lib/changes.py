@@ -151,6 +151,16 @@ CHANGES = (
         note="Google changes no range that a cluster uses",
     ),
     Change("serviceCidr", "10.60.0.0/20", replace("cluster-subnetwork") | CLUSTER, ALL, note="as podCidr"),
+    Change(
+        "wasmPodCidr",
+        "10.70.0.0/16",
+        update("cluster-subnetwork", "workload-namespace")
+        | create("node-pods-firewall", "node-proxier")
+        | RECONFIGURED
+        | RESTARTED,
+        AGENT,
+        note="another one after that, or none, is as podCidr",
+    ),
     Change("registryName", "another", REGISTRY, POD, note="the VM stays, and the agent as well"),
     Change("registryLocation", "us-east1", REGISTRY, POD, note="as registryName"),
     Change(

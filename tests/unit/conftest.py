@@ -28,6 +28,7 @@ class Registered:
     secret_outputs: list[str] = field(default_factory=list)
     delete_before_replace: bool = False
     replace_with: list[str] = field(default_factory=list)
+    replace_on_changes: list[str] = field(default_factory=list)
     replacement_trigger: list[Any] = field(default_factory=list)
     aliases: list[str] = field(default_factory=list)
     deleted_with: str = ""
@@ -119,6 +120,7 @@ class Monitor(mocks.MockMonitor):
             list(request.additionalSecretOutputs),
             request.deleteBeforeReplace,
             [urn.rsplit("::", 1)[-1] for urn in request.replace_with],
+            list(request.replaceOnChanges),
             rpc.deserialize_property(request.replacement_trigger.list_value),
             [alias.spec.name for alias in request.aliases],
             request.deletedWith.rsplit("::", 1)[-1],

@@ -15,7 +15,6 @@ import random
 import shutil
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,6 +33,7 @@ from tests.integration.agent.harness import (
     condition,
     served,
 )
+from tests.load import Follower
 from tests.waiting import until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other kernels hold 127.0.0.1 alone as local")
@@ -287,55 +287,20 @@ def test_a_range_that_is_not_this_machines_is_refused_at_the_start_with_what_to_
     agent.process = None
 
 
-class Follower:
-    """A client that calls the ready endpoints in a Service's EndpointSlices, and counts who answered."""
+def follower(space: Workspace, service: str) -> Follower:
+    """A client of a Service, which counts the pods that answered by their names."""
+    api: Any = kubernetes.client.DiscoveryV1Api(space.core.api_client)
+    selector = f"kubernetes.io/service-name={service}"
 
-    def __init__(self, space: Workspace, service: str) -> None:
-        self.answers: Counter[str] = Counter()
-        self.failures: list[str] = []
-        self.ready: list[str] = []
-        self._stop = threading.Event()
-        self._api: Any = kubernetes.client.DiscoveryV1Api(space.core.api_client)
-        self._scope = space.namespace, f"kubernetes.io/service-name={service}"
-        self._threads = [threading.Thread(target=work) for work in (self._follow, self._call, self._call)]
+    def ready() -> list[str]:
+        return [
+            f"{endpoint.addresses[0]}:{item.ports[0].port}"
+            for item in api.list_namespaced_endpoint_slice(space.namespace, label_selector=selector).items
+            for endpoint in item.endpoints or []
+            if endpoint.conditions.ready
+        ]
 
-    def __enter__(self) -> Follower:
-        self._threads[0].start()
-        until(lambda: self.ready, "a ready endpoint")
-        for thread in self._threads[1:]:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _follow(self) -> None:
-        namespace, selector = self._scope
-        while not self._stop.is_set():
-            slices = self._api.list_namespaced_endpoint_slice(namespace, label_selector=selector).items
-            self.ready = [
-                f"{endpoint.addresses[0]}:{item.ports[0].port}"
-                for item in slices
-                for endpoint in item.endpoints or []
-                if endpoint.conditions.ready
-            ]
-            self._stop.wait(0.05)
-
-    def _call(self) -> None:
-        turn = 0
-        while not self._stop.is_set():
-            ready = self.ready
-            turn += 1
-            target = ready[turn % len(ready)] if ready else ""
-            try:
-                # A connection of its own for each: so that none is refused unseen.
-                answer = requests.get(f"http://{target}/env", timeout=10, headers={"connection": "close"})
-                answer.raise_for_status()
-                self.answers[answer.json()["NAME"]] += 1
-            except requests.RequestException as error:
-                self.failures.append(f"{target}: {error}")
+    return Follower(ready, "/env", lambda answer: str(answer.json()["NAME"]))
 
 
 def deploy(space: Workspace, name: str, replicas: int) -> Any:
@@ -386,7 +351,7 @@ def routed(make_agent: AgentFactory, make_workspace: Workspaces, routed_range: s
 
 def test_twenty_replicas_on_one_node_are_twenty_endpoints_of_a_service_on_one_port(routed: Workspace) -> None:
     deploy(routed, "twenty", 20)
-    with Follower(routed, "twenty") as client:
+    with follower(routed, "twenty") as client:
         until(lambda: len(client.ready) == 20, "twenty ready endpoints")
         client.answers.clear()
         until(lambda: sum(client.answers.values()) >= 400, "answers")
@@ -398,7 +363,7 @@ def test_twenty_replicas_on_one_node_are_twenty_endpoints_of_a_service_on_one_po
 
 def test_no_request_fails_in_a_rollout_under_load(routed: Workspace) -> None:
     deploy(routed, "rolled", 2)
-    with Follower(routed, "rolled") as client:
+    with follower(routed, "rolled") as client:
         before = set(names(routed, "rolled"))
         for _ in range(2):
             routed.cluster.kubectl(
@@ -416,7 +381,7 @@ def test_a_guest_calls_an_app_by_the_name_of_its_service_and_its_requests_are_sp
     routed: Workspace,
 ) -> None:
     deploy(routed, "called", 4)
-    with Follower(routed, "called") as client:
+    with follower(routed, "called") as client:
         until(lambda: len(client.ready) == 4, "four ready endpoints")
     service = f"called.{routed.namespace}.svc"
     caller = routed.serve(port=PORT, pod={"annotations": {"krustlet.dev/allowed-hosts": service}})

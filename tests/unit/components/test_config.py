@@ -55,6 +55,13 @@ def test_the_defaults_of_the_local_stack_are_valid(run: Run, defaults: dict[str,
         ("awesome-wasm:sourceRanges", '["0.0.0.0/0", "::/0"]', "all of IPv4 or all of IPv6"),
         ("awesome-wasm:networkCidr", "8.8.8.0/24", "private"),
         ("awesome-wasm:podCidr", "10.10.0.0/16", "apart from networkCidr"),
+        ("awesome-wasm:podCidr", "127.0.0.0/16", "neither loopback"),
+        ("awesome-wasm:wasmPodCidr", "10.20.0.0/16", "apart from podCidr"),
+        ("awesome-wasm:wasmPodCidr", "10.10.0.0/20", "apart from networkCidr"),
+        ("awesome-wasm:wasmPodCidr", "10.70.0.0/21", "at most 20 bits"),
+        ("awesome-wasm:wasmPodCidr", "127.64.0.0/16", "neither loopback nor link-local"),
+        ("awesome-wasm:wasmPodCidr", "8.8.0.0/16", "private"),
+        ("awesome-wasm:wasmPodCidr", "10.70.0.0", "at most 20 bits"),
         ("awesome-wasm:registryName", "eu.gcr.io", "europe"),
         ("awesome-wasm:registryName", "asia-1.gcr.io", "gcr.io, us.gcr.io"),
         ("awesome-wasm:memoryLimit", "64MB", "64Mi"),
@@ -78,6 +85,17 @@ def test_a_wrong_value_is_one_line_that_names_key_value_and_what_is_allowed(
     assert f"configuration {named}:" in message or "registryLocation" in message
     if named == "signingKey":
         assert value not in message
+
+
+@pytest.mark.parametrize(
+    ("max_pods", "mask"), [("1", "/24"), ("110", "/24"), ("128", "/24"), ("129", "/23"), ("500", "/22")]
+)
+def test_a_vm_gets_twice_as_many_addresses_as_it_has_pods(
+    run: Run, defaults: dict[str, str], max_pods: str, mask: str
+) -> None:
+    given = {"awesome-wasm:maxPods": max_pods, "awesome-wasm:wasmPodCidr": "10.70.0.0/16"}
+    assert load(run, defaults | given).node.pod_range == mask
+    assert load(run, defaults).node.pod_range == ""
 
 
 @pytest.mark.parametrize("key", ["credentials", "accessToken", "impersonateServiceAccount"])

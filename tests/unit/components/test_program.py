@@ -302,8 +302,9 @@ def test_the_agent_s_configuration_is_told_by_its_sum_and_not_by_where_it_lies()
         node.configuration("sum", "e2-small", 6, 8080),
         node.configuration("sum", "e2-small", 5, 80),
         node.configuration("sum", "e2-small", 5, 8080, bootstrap="token"),
+        node.configuration("sum", "e2-small", 5, 8080, pod_range="/24"),
     ]
-    assert len({one, *others}) == 6
+    assert len({one, *others}) == 7
 
 
 def test_another_key_is_waited_for_by_the_name_that_openssl_has_for_it(
@@ -426,6 +427,59 @@ def test_only_the_control_plane_reaches_the_agent_s_port(program: Monitor) -> No
     assert firewall.plain("sourceRanges") == ["10.10.0.0/20", "10.20.0.0/16"]
     assert firewall.plain("allows") == [{"protocol": "tcp", "ports": ["10250"]}]
     assert firewall.plain("targetServiceAccounts") == ["node@p.iam.gserviceaccount.com"]
+
+
+def test_pods_get_addresses_of_their_own_by_one_key(program: Monitor, program_with: Program) -> None:
+    ranged = program_with(wasmPodCidr="10.70.0.0/16", maxPods="500")
+    assert ranged.registered.keys() - program.registered.keys() == {"node-pods-firewall", "node-proxier"}
+    ranges = ranged.registered["cluster-subnetwork"].plain("secondaryIpRanges")
+    assert ranges[2:] == [{"rangeName": "wasm-pods", "ipCidrRange": "10.70.0.0/16"}]
+    assert ranges[:2] == program.registered["cluster-subnetwork"].plain("secondaryIpRanges")
+    vm = ranged.registered["node-vm"]
+    [interface] = vm.plain("networkInterfaces")
+    assert interface["aliasIpRanges"] == [{"ipCidrRange": "/22", "subnetworkRangeName": "wasm-pods"}]
+    assert vm.plain("metadata")["krustlet-pod-range"] == "/22"
+    assert told(ranged) != told(program), "the agent is started anew"
+    assert "node-proxier" in vm.dependencies
+    binding = ranged.registered["node-proxier"]
+    assert binding.plain("roleRef")["name"] == "system:node-proxier"
+    assert [subject["name"] for subject in binding.plain("subjects")] == ["system:nodes"]
+    firewall = ranged.registered["node-pods-firewall"]
+    assert firewall.plain("destinationRanges") == ["10.70.0.0/16"]
+    assert firewall.plain("sourceRanges") == ["10.10.0.0/20", "10.20.0.0/16"]
+    assert firewall.plain("allows") == [{"protocol": "tcp"}]
+    assert "destinationRanges" not in ranged.registered["node-app-firewall"].inputs
+
+
+def test_the_app_stays_at_the_node_s_address_where_pods_have_their_own(
+    program: Monitor, program_with: Program
+) -> None:
+    ranged = program_with(wasmPodCidr="10.70.0.0/16")
+    ports = [
+        run.registered["workload-pod"].plain("spec")["containers"][0]["ports"] for run in (program, ranged)
+    ]
+    port = {"name": "http", "containerPort": 8080, "protocol": "TCP"}
+    assert ports == [[port], [port | {"hostPort": 8080}]]
+    assert ranged.outputs["workload"]["url"] == program.outputs["workload"]["url"]
+    # All of Kubernetes' standards but the loosest forbid a port of the node's.
+    standard = "pod-security.kubernetes.io"
+    labels = [run.registered["workload-namespace"].plain("metadata")["labels"] for run in (program, ranged)]
+    assert labels == [
+        {f"{standard}/enforce": "restricted"},
+        {f"{standard}/enforce": "privileged", f"{standard}/audit": "restricted"},
+    ]
+
+
+def test_a_range_for_pods_is_added_in_place_and_one_that_is_used_is_another_network(
+    program: Monitor, program_with: Program
+) -> None:
+    ranged = program_with(wasmPodCidr="10.70.0.0/16")
+    assert program.registered["cluster-subnetwork"].replace_on_changes == ["secondaryIpRanges"]
+    assert ranged.registered["cluster-subnetwork"].replace_on_changes == [
+        "secondaryIpRanges[0]",
+        "secondaryIpRanges[1]",
+        "secondaryIpRanges[2].ipCidrRange",
+    ]
 
 
 def test_the_smoke_test_is_last_and_runs_again_for_another_digest_or_url(program: Monitor) -> None:

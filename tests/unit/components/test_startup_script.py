@@ -92,6 +92,26 @@ def test_a_vm_without_an_address_outside_has_none(vm: Vm) -> None:
     assert "KRUSTLET_EXTERNAL_IP" not in vm.configuration()
 
 
+def test_a_vm_without_a_range_for_pods_has_none_whatever_ranges_it_has(vm: Vm) -> None:
+    vm.metadata["instance/network-interfaces/0/ip-aliases/0"] = "10.70.0.0/22"
+    assert vm.boot().returncode == 0
+    assert "KRUSTLET_POD_CIDR" not in vm.configuration()
+
+
+def test_the_range_that_the_vm_has_for_pods_is_waited_for_and_is_the_agent_s(vm: Vm) -> None:
+    vm.metadata["instance/attributes/krustlet-pod-range"] = "/22"
+    boot = vm.boot(WAIT_SECONDS="0")
+    assert boot.returncode != 0
+    assert "gave up on the VM's alias range" in boot.stderr
+    assert not vm.was_started()
+    vm.metadata["instance/network-interfaces/0/ip-aliases/0"] = "10.70.0.0/24"
+    boot = vm.boot(WAIT_SECONDS="0")
+    assert "the VM has no alias range of the size /22" in boot.stderr
+    vm.metadata["instance/network-interfaces/0/ip-aliases/0"] = "10.70.0.0/22"
+    assert vm.boot().returncode == 0
+    assert vm.configuration()["KRUSTLET_POD_CIDR"] == "10.70.0.0/22"
+
+
 def test_an_agent_that_is_not_the_one_meant_is_not_installed(vm: Vm) -> None:
     vm.registry[BLOB_PATH] = b"another"
     boot = vm.boot(WAIT_SECONDS="0")
