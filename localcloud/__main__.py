@@ -121,6 +121,9 @@ def start(home: Home) -> int:
             supervisor.start_program(PROGRAM)
         config = home.require_config()
         _wait_until_restored(home, config)
+    for record in _records(home, "compute.instances"):
+        if record.body.get("statusMessage"):
+            sys.stdout.write(f"{record.name} does not run: {record.body['statusMessage']}\n")
     sys.stdout.write(f"localcloud runs at {config.url} (state: {home.root})\n")
     return 0
 

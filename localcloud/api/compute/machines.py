@@ -14,6 +14,9 @@ from localcloud.specs import BackendError, InstanceSpec
 from localcloud.store import Json, Record
 
 INSTANCE = "compute.instances"
+# Of a record: what it stands for ran when localcloud was stopped, could not be started with it, and is to be
+# tried at its next start.
+_NOT_RESTORED = "notRestored"
 
 logger = logging.getLogger("localcloud.machines")
 
@@ -55,6 +58,7 @@ def _change(services: Services, key: str, **fields: str) -> Record | None:
         record = services.store.get(key)
         if record is not None:
             record.body.pop("statusMessage", None)
+            record.private.pop(_NOT_RESTORED, None)
             record.body |= fields
             services.store.put(record)
     return record
@@ -87,6 +91,8 @@ def _start(services: Services, arguments: Json) -> None:
 def _stop(services: Services, arguments: Json) -> None:
     record = services.store.get(arguments["key"])
     if record is None or record.body["status"] == "TERMINATED":
+        if record is not None and record.private.get(_NOT_RESTORED):
+            _change(services, record.key)
         return
     services.backends.stop_instance(instance_spec(record))
     _change(services, record.key, status="TERMINATED", lastStopTimestamp=now())
@@ -168,9 +174,16 @@ def reconcile(services: Services) -> None:
 
 def _restore(services: Services, key: str) -> None:
     record = services.store.get(key)
-    if record is None or record.body["status"] != "RUNNING":
+    if record is None or (record.body["status"] != "RUNNING" and _NOT_RESTORED not in record.private):
         return
     try:
         _boot(services, record)
     except Exception:  # the record says why: see _boot
         logger.exception("instance %s could not be started again", record.name)
+        with services.store.transaction():
+            record = services.store.get(key)
+            if record is not None:
+                record.private[_NOT_RESTORED] = True
+                services.store.put(record)
+    else:
+        _change(services, key, status="RUNNING")

@@ -46,6 +46,26 @@ def test_resources_survive_and_what_ran_is_started_again(client: Client, home: H
     assert again.ok("GET", f"{ZONE}/instances/vm") == before
 
 
+def test_what_could_not_be_started_again_is_tried_at_the_next_start_unless_it_was_stopped(
+    client: Client, home: Home
+) -> None:
+    for name in ("vm", "off"):
+        client.create(f"{ZONE}/instances", instance(name))
+    failing = FakeBackends(fail={"start_instance"})
+    broken = Client(Api(home, failing), failing)
+    broken.api.restore()
+    broken.api.services.operations.settle(30)
+    for name in ("vm", "off"):
+        body = broken.ok("GET", f"{ZONE}/instances/{name}")
+        assert (body["status"], "on purpose" in body["statusMessage"]) == ("TERMINATED", True)
+    broken.create(f"{ZONE}/instances/off/stop", None)
+    again = _again(home)
+    again.api.services.operations.settle(30)
+    body = again.ok("GET", f"{ZONE}/instances/vm")
+    assert (body["status"], "statusMessage" in body) == ("RUNNING", False)
+    assert again.ok("GET", f"{ZONE}/instances/off")["status"] == "TERMINATED"
+
+
 @pytest.mark.parametrize("kind", ["create", "delete"])
 def test_operation_that_was_cut_off_is_taken_up_again(client: Client, home: Home, kind: str) -> None:
     if kind == "delete":
