@@ -11,6 +11,7 @@ import functools
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -65,14 +66,19 @@ class Lazy:
     """A module that is imported when something of it is first asked for.
 
     The program and the providers' host import every provider at each preview, which seldom needs the clients
-    of what lies outside.
+    of what lies outside. The host works in several threads. Two that import what needs each other would wait
+    for one another, and Python then hands out a module that is half made: so it is one after the other.
     """
+
+    _importing = threading.RLock()
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(importlib.import_module(self._name), attribute)
+        with Lazy._importing:
+            module = importlib.import_module(self._name)
+        return getattr(module, attribute)
 
 
 def cache_directory() -> Path:

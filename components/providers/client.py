@@ -13,6 +13,7 @@ import oras.container
 import oras.provider
 import requests
 
+from components.providers import Lazy
 from components.providers.artifacts import MANIFEST, Artifact, OciError
 
 ATTEMPTS = 4
@@ -32,18 +33,19 @@ def is_loopback(registry: str) -> bool:
         return host == "localhost"
 
 
+# Where a token is given they are not needed, and are long to import.
+_AUTH, _ERRORS = Lazy("google.auth"), Lazy("google.auth.exceptions")
+_TRANSPORT = Lazy("google.auth.transport.requests")
+
+
 def access_token() -> str:
     """Get a Google access token: GOOGLE_OAUTH_ACCESS_TOKEN, else the application default credentials."""
     if given := os.environ.get("GOOGLE_OAUTH_ACCESS_TOKEN"):
         return given
-    # Where the variable is set they are not needed, and are long to import.
-    import google.auth.exceptions  # noqa: PLC0415
-    import google.auth.transport.requests  # noqa: PLC0415
-
     try:
-        credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
-        credentials.refresh(google.auth.transport.requests.Request())  # type: ignore[no-untyped-call]
-    except google.auth.exceptions.GoogleAuthError as error:
+        credentials, _ = _AUTH.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
+        credentials.refresh(_TRANSPORT.Request())
+    except _ERRORS.GoogleAuthError as error:
         first_line = str(error).splitlines()[0]
         raise OciError(
             f"there are no Google credentials for the registry ({first_line}): "

@@ -235,10 +235,11 @@ class Cluster:
         body: Any = None,
         content_type: str = "application/json",
     ) -> Any:
+        # First: what several threads import at once Python may hand out half made.
+        client = self._connect()
         from kubernetes.client.exceptions import ApiException  # noqa: PLC0415
         from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError  # noqa: PLC0415
 
-        client = self._connect()
         headers = {"Accept": "application/json"}
         if body is not None:
             headers["Content-Type"] = content_type
