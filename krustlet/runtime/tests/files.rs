@@ -50,7 +50,7 @@ async fn exit_code(node: &Node, directory: &Path, texts: [&str; 4], body: &str) 
     spec.mounts =
         vec![Mount { directory: Arc::new(File::open(directory).unwrap()), guest: "/data".into(), read_only: false }];
     let execution = node.runtime.run(&module, spec).await.unwrap();
-    let exit = tokio::time::timeout(TOO_LONG, execution.wait()).await.expect("the module ends");
+    let exit = tokio::time::timeout(TOO_LONG, execution.wait()).await.unwrap();
     assert_eq!(exit.message, "");
     exit.code
 }
