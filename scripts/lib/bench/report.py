@@ -160,7 +160,7 @@ def _taken(data: dict[str, Any]) -> str:
     """On what, when, and with what beside it."""
     machine, effort = data["machine"], data["effort"]
     lines = [
-        f"Taken on {data['date']} by `./scripts/bench {data['mode']}` in {data['seconds']} s:"
+        f"Taken on {data['date']} by `./scripts/bench {data['mode']}` in {number(data['seconds'])} s:"
         f" {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB,"
         f" {machine['system']}, kernel {machine['kernel']}."
         f" {effort['rounds']} rounds of {effort['seconds']} s, {effort['starts']} starts."
