@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,10 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-@pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """The stack that most tests share, up and verified."""
-    made = clone(tmp_path_factory.mktemp("clone"))
+@contextmanager
+def running(directory: Path) -> Iterator[Stack]:
+    """A stack in a clone below a directory, up and verified, and down in the end."""
+    made = clone(directory)
     outside = Stack(made.directory, dict(made.env))
     try:
         made.run("./scripts/up")
@@ -131,6 +132,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield made
     finally:
         outside.run("./scripts/down", "--force")
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The stack that most tests share, up and verified."""
+    with running(tmp_path_factory.mktemp("clone")) as made:
+        yield made
 
 
 @pytest.fixture

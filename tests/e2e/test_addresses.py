@@ -16,7 +16,7 @@ import pytest
 import requests
 
 from scripts.lib.changes import CHANGES
-from tests.e2e.conftest import Stack, clone
+from tests.e2e.conftest import Stack, running
 from tests.e2e.test_changes import Client, preview, up
 from tests.load import Follower
 from tests.waiting import until
@@ -54,14 +54,8 @@ def permitted() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A stack of its own, as it is by default."""
-    made = clone(tmp_path_factory.mktemp("addresses"))
-    outside = Stack(made.directory, dict(made.env))
-    try:
-        made.run("./scripts/up")
-        made.read_environment()
+    with running(tmp_path_factory.mktemp("addresses")) as made:
         yield made
-    finally:
-        outside.run("./scripts/down", "--force")
 
 
 # Gives up the right to change networks for all that it starts (PR_CAPBSET_DROP, CAP_NET_ADMIN), also root's.
