@@ -36,7 +36,7 @@ class Cloud:
         """The ids of all that a stack can have made."""
         project = f"projects/{self._project}"
         found = set[str]()
-        for kind in ("instances", "disks", "addresses", "subnetworks"):
+        for kind in ("instances", "disks", "addresses", "subnetworks", "routers"):
             found |= self._compute(kind)
         for kind in ("networks", "firewalls"):
             items = self._get("COMPUTE", f"{project}/global/{kind}").get("items", [])
@@ -54,7 +54,12 @@ class Cloud:
         exported = json.loads(stack.run("pulumi", "stack", "export").stdout)
         ours = ("gcp:compute/", "gcp:container/", "gcp:artifactregistry/repository:")
         resources = exported["deployment"]["resources"]
-        return {_path(item["id"]) for item in resources if item["type"].startswith(ours)}
+        # A gateway is a part of its router.
+        return {
+            _path(item["id"])
+            for item in resources
+            if item["type"].startswith(ours) and "/routerNat:" not in item["type"]
+        }
 
     def delete_instance(self, name: str) -> None:
         """Delete a VM as somebody would at the console, and wait until it is gone."""

@@ -14,6 +14,10 @@ from typing import Any
 import pytest
 import requests
 
+from components.providers import compiler
+from components.providers.signature import generate_key
+from scripts.lib.changes import Change
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 # What scripts/env sets for one checkout must not reach another one.
 OWN = ("LOCALCLOUD_HOME", "KUBECONFIG", "PULUMI_BACKEND_URL", "PULUMI_HOME", "PULUMI_STACK")
@@ -49,6 +53,19 @@ class Stack:
         )
         self.env = json.loads(self.run("sh", "-c", script).stdout)
 
+    def configure(self, change: Change, *options: str) -> None:
+        """Set a row of the table of changes, and what has to change with it, by `pulumi config set`."""
+        for key, value in settings(change).items():
+            how = ("--secret", *options) if "signing" in key else options
+            if value.startswith("["):
+                for number, item in enumerate(json.loads(value)):
+                    self.run("pulumi", "config", "set", "--path", f"{key}[{number}]", item, *how)
+            elif value.startswith("{"):
+                for name, item in json.loads(value).items():
+                    self.run("pulumi", "config", "set", "--path", f"{key}.{name}", item, *how)
+            else:
+                self.run("pulumi", "config", "set", *how, key, text=value)
+
     def outputs(self) -> dict[str, Any]:
         """`pulumi stack output`, secrets included."""
         found: dict[str, Any] = json.loads(
@@ -68,6 +85,16 @@ class Stack:
     def get(self, path: str) -> requests.Response:
         """An HTTP request to the pod."""
         return requests.get(f"{self.outputs()['url']}{path}", timeout=10)
+
+
+def settings(change: Change) -> dict[str, str]:
+    """The values to set, with what a table cannot hold."""
+    value = change.value
+    if value == "HOST":
+        value = compiler.host(Path("wasm_app"))
+    elif value == "KEY":
+        value = generate_key().private_key
+    return dict(((change.key, value), *change.also))
 
 
 def clone(target: Path) -> Stack:

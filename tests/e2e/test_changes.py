@@ -17,8 +17,6 @@ from typing import Any
 import pytest
 import requests
 
-from components.providers import compiler
-from components.providers.signature import generate_key
 from scripts.lib.changes import AGENT, CHANGES, NONE, POD, Change
 from tests.e2e.conftest import Stack
 
@@ -70,16 +68,6 @@ def _told(lines: list[str]) -> list[dict[str, Any]]:
     return [event["resourcePreEvent"]["metadata"] for event in events if "resourcePreEvent" in event]
 
 
-def settings(change: Change) -> dict[str, str]:
-    """The values to set, with what a table cannot hold."""
-    value = change.value
-    if value == "HOST":
-        value = compiler.host(Path("wasm_app"))
-    elif value == "KEY":
-        value = generate_key().private_key
-    return dict(((change.key, value), *change.also))
-
-
 @contextmanager
 def configured(stack: Stack, change: Change) -> Iterator[tuple[str, ...]]:
     """A settings file of its own with the change; gives pulumi's options for it."""
@@ -87,16 +75,7 @@ def configured(stack: Stack, change: Change) -> Iterator[tuple[str, ...]]:
     shutil.copyfile(stack.directory / "Pulumi.local.yaml", path)
     options = ("--config-file", str(path))
     try:
-        for key, value in settings(change).items():
-            how = ["--secret"] if "signing" in key else []
-            if value.startswith("["):
-                for number, item in enumerate(json.loads(value)):
-                    stack.run("pulumi", "config", "set", "--path", f"{key}[{number}]", item, *options)
-            elif value.startswith("{"):
-                for name, item in json.loads(value).items():
-                    stack.run("pulumi", "config", "set", "--path", f"{key}.{name}", item, *options)
-            else:
-                stack.run("pulumi", "config", "set", *how, key, *options, text=value)
+        stack.configure(change, *options)
         yield options
     finally:
         path.unlink()

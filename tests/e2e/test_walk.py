@@ -10,7 +10,6 @@ destroys the stack from wherever it is. As root the clone lies on a disk of its 
 from __future__ import annotations
 
 import functools
-import json
 import os
 import signal
 import subprocess
@@ -28,31 +27,18 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 
 from components.providers.artifacts import signature_tag
 from components.providers.client import Client
+from scripts.lib.changes import ALL, CHANGES, VM, Change
 from tests.e2e.cloud import Cloud
 from tests.e2e.conftest import Stack, clone
 
 SECONDS = float(os.environ.get("AWESOME_WASM_WALK_SECONDS", "60"))
 SEED = int(os.environ.get("AWESOME_WASM_WALK_SEED", "1"))
-# Another value for each; the way back is to have none.
-SETTINGS = {
-    "memoryLimit": "32Mi",
-    "cpuLimit": "250m",
-    "maxPods": "50",
-    "clusterNodes": "2",
-    "diskSizeGb": "20",
-    "appName": "another",
-    "appPort": "8081",
-    "namespace": "elsewhere",
-    "registryName": "another",
-    "machineType": "e2-medium",
-    "releaseChannel": "RAPID",
-    "nodeName": "krustlet-2",
-    "podCidr": "10.50.0.0/16",
-    "clusterName": "renamed",
-    "gcp:zone": "europe-west1-c",
-}
-# These replace the cluster, which takes a while: a short walk leaves them out.
-SLOW = {"podCidr", "clusterName", "nodeName", "gcp:zone"}
+# Every row of the table of changes but these: localcloud has one project, and a protected cluster is
+# not to be destroyed.
+SETTINGS = [change for change in CHANGES if change.key not in ("gcp:project", "deletionProtection")]
+# These replace the VM or the cluster, or do when they are taken back: a short walk leaves them out.
+SLOW = [change for change in SETTINGS if change.downtime in (VM, ALL) or change.key == "wasmPodCidr"]
+QUICK = [change for change in SETTINGS if change not in SLOW]
 PROGRAMS = ("krustlet", "kube-apiserver", "etcd", "kube-controller-manager", "registry")
 # What goes wrong, by its name here, and the options of `localcloud faults add` that make it.
 FAULTS = {
@@ -99,8 +85,10 @@ class World:
     stack: Stack
     end: float
     steps: list[str] = field(default_factory=list)
-    before: dict[str, str] = field(default_factory=dict)
-    """The settings that the stack had."""
+    settings: str = field(init=False)
+    """The settings that the stack had, as its file."""
+    changes: dict[str, Change] = field(default_factory=dict)
+    """What is set beside them, by key."""
     small: bool = False
     """Whether its clone has a disk of its own, which may be filled."""
     disturbed: bool = False
@@ -109,6 +97,23 @@ class World:
     """Whether nothing was done since it was destroyed."""
     walks: int = 0
     """How many of hypothesis' examples are over."""
+
+    def __post_init__(self) -> None:
+        self.settings = self._file.read_text()
+
+    @property
+    def _file(self) -> Path:
+        return self.stack.directory / "Pulumi.local.yaml"
+
+    def change(self, change: Change, *, back: bool) -> None:
+        """Change a setting or take it back; a zone goes with its region."""
+        key = "gcp:zone" if change.key == "gcp:region" else change.key
+        self.changes.pop(key, None)
+        if not back:
+            self.changes[key] = change
+        self._file.write_text(self.settings)
+        for one in self.changes.values():
+            self.stack.configure(one)
 
     @property
     def cloud(self) -> Cloud:
@@ -204,17 +209,18 @@ class Walk(RuleBasedStateMachine):
         self.world.disturbed, self.world.destroyed = True, False
 
     @step(
-        key=st.sampled_from([key for key in SETTINGS if SECONDS > 600 or key not in SLOW]),
-        back=st.booleans(),
+        changes=st.lists(
+            st.tuples(st.sampled_from(SETTINGS if SECONDS > 600 else QUICK), st.booleans()),
+            min_size=1,
+            max_size=3,
+        )
     )
-    def change(self, key: str, back: bool) -> None:
-        """Change a setting; a disk that has grown does not shrink again."""
-        before = self.world.before.get(key)
-        change = ("set", key, SETTINGS[key]) if not back or key == "diskSizeGb" else ("rm", key)
-        if back and before is not None:
-            change = ("set", key, before)
-        self._did(f"pulumi config {' '.join(change)}")
-        self.world.stack.run("pulumi", "config", *change)
+    def change(self, changes: list[tuple[Change, bool]]) -> None:
+        """Change settings, or take changes back; a disk that has grown does not shrink again."""
+        for change, back in changes:
+            taken_back = back and change.key != "diskSizeGb"
+            self._did(f"{change.key}: {'as it was' if taken_back else change.value}")
+            self.world.change(change, back=taken_back)
 
     @step(what=st.sampled_from(["pod", "node", "vm", "image", "signature", "prepared pod"]))
     def delete(self, what: str) -> None:
@@ -297,10 +303,10 @@ class Walk(RuleBasedStateMachine):
         with filled(self.world.stack.directory, left):
             self.world.stack.run("./scripts/up", check=False)
 
-    @step()
-    def destroy(self) -> None:
+    @step(one_in_four=st.sampled_from([False, False, False, True]))
+    def destroy(self, one_in_four: bool) -> None:
         """Destroy it from where it is, which a short walk has no time for: nothing is left."""
-        if SECONDS <= 600 or self.world.destroyed:
+        if SECONDS <= 600 or self.world.destroyed or not one_in_four:
             return
         self._did("pulumi destroy")
         self.world.destroy()
@@ -325,11 +331,7 @@ def walk(made: Stack, outside: Stack, *, small: bool) -> None:
     """Walk, and destroy what is there in the end; `outside` has the environment of before the stack."""
     made.run("./scripts/up")
     made.read_environment()
-    given = json.loads(made.run("pulumi", "config", "--json").stdout)
-    before = {
-        key.removeprefix("awesome-wasm:"): item["value"] for key, item in given.items() if "value" in item
-    }
-    world = World(made, time.monotonic() + SECONDS, before=before, small=small)
+    world = World(made, time.monotonic() + SECONDS, small=small)
     machine = type("Walk", (Walk,), {"world": world})
     chosen = settings(
         # They follow each other in the same world.
