@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import functools
 import ipaddress
-import os
 import tempfile
-import time
 from typing import Any
 
 import oras.container
 import oras.provider
 import requests
 
-from components.providers import Lazy
+from components.providers import retries
 from components.providers.artifacts import MANIFEST, Artifact, OciError
+from components.providers.credentials import access_token
 
-ATTEMPTS = 4
 # Seconds to connect, and between two pieces of an answer: a registry takes a while to store a big blob.
 TIMEOUT = (10.0, 120.0)
 # What may differ between two tokens.
@@ -31,27 +29,6 @@ def is_loopback(registry: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-# Where a token is given they are not needed, and are long to import.
-_AUTH, _ERRORS = Lazy("google.auth"), Lazy("google.auth.exceptions")
-_TRANSPORT = Lazy("google.auth.transport.requests")
-
-
-def access_token() -> str:
-    """Get a Google access token: GOOGLE_OAUTH_ACCESS_TOKEN, else the application default credentials."""
-    if given := os.environ.get("GOOGLE_OAUTH_ACCESS_TOKEN"):
-        return given
-    try:
-        credentials, _ = _AUTH.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
-        credentials.refresh(_TRANSPORT.Request())
-    except _ERRORS.GoogleAuthError as error:
-        first_line = str(error).splitlines()[0]
-        raise OciError(
-            f"there are no Google credentials for the registry ({first_line}): "
-            "run `gcloud auth application-default login` or set GOOGLE_OAUTH_ACCESS_TOKEN"
-        ) from None
-    return str(credentials.token)
 
 
 class Client(oras.provider.Registry):  # type: ignore[misc]
@@ -72,17 +49,12 @@ class Client(oras.provider.Registry):  # type: ignore[misc]
         credentials; so each kind of request has its own token and a refusal is final.
         """
         failure = ""
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(0.5 * 2**attempt)
+        for attempt in range(retries.ATTEMPTS):
+            retries.wait_before(attempt)
             try:
                 response = self._request_with_token(url, method, **kwargs)
-            except (
-                requests.ConnectionError,
-                requests.Timeout,
-                requests.exceptions.ChunkedEncodingError,
-            ) as error:
-                failure = f"cannot be reached: {_reason(error)}"
+            except retries.AWAY as error:
+                failure = f"cannot be reached: {retries.reason(error)}"
                 continue
             except ValueError:
                 raise OciError(
@@ -91,7 +63,7 @@ class Client(oras.provider.Registry):  # type: ignore[misc]
                 ) from None
             if response.status_code in (401, 403):
                 raise OciError(f"{self.container.uri}: {method} is refused: {_said(response)}")
-            if response.status_code == 429 or response.status_code >= 500:
+            if retries.is_away(response):
                 failure = f"answers {response.status_code}: {_said(response)}"
                 continue
             return response
@@ -178,11 +150,6 @@ class Client(oras.provider.Registry):  # type: ignore[misc]
         if response.status_code not in allowed:
             said = f"{response.status_code}: {_said(response)}"
             raise OciError(f"{response.request.method} {response.url}: {said}")
-
-
-def _reason(error: requests.RequestException) -> str:
-    cause = error.args[0] if error.args else error
-    return str(getattr(cause, "reason", cause)).rsplit(": ", 1)[-1]
 
 
 def _said(response: requests.Response) -> str:

@@ -18,7 +18,8 @@ from pulumi.dynamic import ResourceProvider
 from pulumi.runtime.rpc import UNKNOWN
 
 from components.providers import artifacts, attestation, cache, oci
-from components.providers.client import ATTEMPTS, Client
+from components.providers.client import Client
+from components.providers.retries import ATTEMPTS
 from components.providers.signature import generate_key, payload
 
 ACTIONS = {"GET": "pull", "HEAD": "pull", "POST": "push", "PUT": "push", "DELETE": "delete"}
