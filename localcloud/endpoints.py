@@ -17,6 +17,7 @@ _PLUGIN_PATHS = {
     "container": "container/v1beta1/",
     "iam": "iam/v1/",
     "iam_beta": "iam/v1/",
+    "kms": "cloudkms/v1/",
     "resource_manager": "cloudresourcemanager/v1/",
     "resource_manager3": "cloudresourcemanager/v3/",
     "resource_manager_v3": "cloudresourcemanager/v3/",

@@ -2,7 +2,7 @@
 
 config.json      port, developer token, project; readable by its owner alone
 store.db         every resource, operation and policy (localcloud/store.py)
-keys/            signing keys (localcloud/tokens.py)
+keys/            signing keys (localcloud/tokens.py, localcloud/signing.py)
 supervisor/      the process supervisor's own files
 registry/ clusters/NAME/ instances/NAME/    what the backends keep
 logs/            one file a program

@@ -82,10 +82,16 @@ def authorize(call: Call) -> None:
 
 
 def _verb(name: str) -> str:
-    return {"insert": "create", "patch": "update", "aggregatedList": "list"}.get(name, name)
+    return {
+        "insert": "create",
+        "patch": "update",
+        "aggregatedList": "list",
+        "asymmetricSign": "useToSign",
+        "getPublicKey": "viewPublicKey",
+    }.get(name, name)
 
 
 def _plural(name: str) -> str:
-    if name.endswith("y"):
+    if name.endswith("y") and not name.endswith("ey"):
         return f"{name[:-1]}ies"
     return f"{name}es" if name.endswith("s") else f"{name}s"

@@ -28,6 +28,7 @@ SERVED = {
     ("artifactregistry", "v1"),
     ("artifactregistry", "v1beta2"),
     ("iam", "v1"),
+    ("cloudkms", "v1"),
     ("serviceusage", "v1"),
     ("cloudresourcemanager", "v1"),
     ("cloudresourcemanager", "v3"),

@@ -25,6 +25,7 @@ from localcloud import identity, sources
 from localcloud.api import (
     artifactregistry,
     artifacts,
+    cloudkms,
     discovery,
     enums,
     faults,
@@ -62,6 +63,7 @@ _VERBS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 _REQUESTS_SHOWN = 50
 _SERVED_MODULES = (
     artifacts,
+    cloudkms,
     compute_operations,
     instance_groups,
     routers,

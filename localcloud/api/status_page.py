@@ -27,6 +27,7 @@ HEADERS = {
 }
 SHOWN = {
     "artifactregistry.repositories": "repository",
+    "cloudkms.cryptoKeys": "key",
     "compute.addresses": "address",
     "compute.disks": "disk",
     "compute.firewalls": "firewall",

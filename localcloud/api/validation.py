@@ -29,6 +29,7 @@ _PACKAGES = {
     "container": "google.container",
     "artifactregistry": "google.devtools.artifactregistry",
     "iam": "google.iam.admin",
+    "cloudkms": "google.cloud.kms",
     "serviceusage": "google.api.serviceusage",
     "cloudresourcemanager": "google.cloud.resourcemanager",
 }

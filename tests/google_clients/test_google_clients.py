@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections.abc import Iterator
 from typing import Any
 
+import google_crc32c
 import proto
 import pytest
 import requests
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from google.api_core.client_options import ClientOptions
-from google.cloud import artifactregistry_v1, artifactregistry_v1beta2, container_v1, container_v1beta1
+from google.api_core.exceptions import BadRequest
+from google.cloud import (
+    artifactregistry_v1,
+    artifactregistry_v1beta2,
+    container_v1,
+    container_v1beta1,
+    kms_v1,
+)
 from google.oauth2.credentials import Credentials
 from google.protobuf.field_mask_pb2 import FieldMask
 from googleapiclient import discovery as old_client
@@ -77,6 +88,39 @@ def test_kubernetes_engines_client_manages_a_cluster_and_its_pools(server: str) 
     )
 
 
+def test_cloud_kms_client_makes_a_key_signs_with_it_and_is_told_that_it_is_disabled(server: str) -> None:
+    client = kms_v1.KeyManagementServiceClient(**_options(server, "cloudkms"))
+    ring = client.create_key_ring(parent=LOCATION, key_ring_id="signing", key_ring=kms_v1.KeyRing())
+    algorithm = kms_v1.CryptoKeyVersion.CryptoKeyVersionAlgorithm.EC_SIGN_P256_SHA256
+    key = client.create_crypto_key(
+        parent=ring.name,
+        crypto_key_id="app",
+        crypto_key=kms_v1.CryptoKey(
+            purpose=kms_v1.CryptoKey.CryptoKeyPurpose.ASYMMETRIC_SIGN,
+            version_template=kms_v1.CryptoKeyVersionTemplate(algorithm=algorithm),
+        ),
+    )
+    assert key.purpose == kms_v1.CryptoKey.CryptoKeyPurpose.ASYMMETRIC_SIGN
+    (version,) = client.list_crypto_key_versions(parent=key.name)
+    public = client.get_public_key(name=version.name)
+    assert (public.algorithm, public.pem_crc32c) == (algorithm, google_crc32c.value(public.pem.encode()))
+    digest = hashlib.sha256(b"message").digest()
+    request = kms_v1.AsymmetricSignRequest(
+        name=version.name, digest=kms_v1.Digest(sha256=digest), digest_crc32c=google_crc32c.value(digest)
+    )
+    signed = client.asymmetric_sign(request=request)
+    assert signed.verified_digest_crc32c
+    assert (signed.name, signed.signature_crc32c) == (version.name, google_crc32c.value(signed.signature))
+    verifier = serialization.load_pem_public_key(public.pem.encode())
+    assert isinstance(verifier, ec.EllipticCurvePublicKey)
+    verifier.verify(signed.signature, b"message", ec.ECDSA(hashes.SHA256()))
+    state = kms_v1.CryptoKeyVersion.CryptoKeyVersionState.DISABLED
+    change = kms_v1.CryptoKeyVersion(name=version.name, state=state)
+    client.update_crypto_key_version(crypto_key_version=change, update_mask=FieldMask(paths=["state"]))
+    with pytest.raises(BadRequest, match="current state is: DISABLED"):
+        client.asymmetric_sign(request=request)
+
+
 def _messages(module: Any) -> Iterator[Any]:
     """Every message of a client's package, by its descriptor."""
     for name in dir(module.types):
@@ -90,11 +134,12 @@ def _messages(module: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(
-    "module", [container_v1, container_v1beta1, artifactregistry_v1, artifactregistry_v1beta2]
+    "module", [container_v1, container_v1beta1, artifactregistry_v1, artifactregistry_v1beta2, kms_v1]
 )
 def test_numbers_of_enums_are_those_of_googles_protocol_buffers(module: Any) -> None:
     _, _, package = module.__name__.rpartition(".")
     name, _, version = package.partition("_")
+    name = {"kms": "cloudkms"}.get(name, name)
     known = {descriptor.name: descriptor for descriptor in _messages(module)}
     compared = 0
     for schema, content in document(name, version).schemas.items():
