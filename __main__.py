@@ -18,7 +18,10 @@ from components.workload import WasmPod, WasmPodArgs
 settings = config.load()
 google, app = settings.google, settings.app
 
-services = ProjectServices("services", ProjectServicesArgs(google.project, google.enable_services))
+services = ProjectServices(
+    "services",
+    ProjectServicesArgs(google.project, google.enable_services, kms=settings.kms_key is not None),
+)
 registry = ContainerRegistry(
     "registry",
     ContainerRegistryArgs(google.project, settings.registry.name, settings.registry.location, services),
@@ -31,6 +34,7 @@ artifact = WasmArtifact(
         registry.lifetime,
         settings.signing_key,
         settings.signing_key_password,
+        settings.kms_key,
     ),
     # Once it was called as the app is, whose name may change.
     pulumi.ResourceOptions(aliases=[pulumi.Alias(name=app.name)]),

@@ -17,7 +17,8 @@ from components.providers.signature import Signature, SigningKey
 class WasmArtifactArgs:
     """`repository` is HOST[:PORT]/PATH; what is in it ends with `lifetime`: nobody has to delete it first.
 
-    Without a `signing_key` (PEM) one is generated and kept in the state.
+    What signs is the key version in Cloud KMS that `kms_key` names (`gcpkms://…`), or `signing_key` (PEM);
+    without either a key is generated and kept in the state.
     """
 
     crate: str
@@ -25,6 +26,7 @@ class WasmArtifactArgs:
     lifetime: pulumi.Resource
     signing_key: pulumi.Input[str] | None = None
     signing_key_password: pulumi.Input[str] | None = None
+    kms_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,17 @@ class WasmArtifact(pulumi.ComponentResource):
         child = pulumi.ResourceOptions(parent=self)
         stored = pulumi.ResourceOptions(parent=self, deleted_with=args.lifetime)
         build = CargoBuild(f"{name}-build", args.crate, WASM_TARGET, opts=child)
-        key = SigningKey(f"{name}-key", args.signing_key, args.signing_key_password, opts=child)
+        key = SigningKey(f"{name}-key", args.signing_key, args.signing_key_password, args.kms_key, opts=child)
         artifact = OciArtifact(
             f"{name}-push",
             repository=args.repository,
             kind="wasm",
             sha256=build.sha256,
             annotations=build.annotations,
-            opts=stored,
+            # What cannot be signed is not pushed.
+            opts=pulumi.ResourceOptions.merge(stored, pulumi.ResourceOptions(depends_on=[key])),
         )
-        signature = Signature(
-            f"{name}-signature", args.repository, artifact.digest, key.private_key, opts=child
-        )
+        signature = Signature(f"{name}-signature", args.repository, artifact.digest, key, opts=child)
         self.signed = OciSignature(
             f"{name}-signature-push",
             repository=args.repository,
@@ -79,7 +80,7 @@ class WasmArtifact(pulumi.ComponentResource):
             repository=args.repository,
             digest=artifact.digest,
             build=build,
-            private_key=key.private_key,
+            key=key,
             opts=stored,
         )
         self.image = artifact.image

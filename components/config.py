@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import pulumi
 
+from components.providers.kms import KmsError, is_reference, version_name
 from components.providers.signature import SignatureError, read_key
 
 # Registries that answer to Container Registry's old names, and the location that each must have. Source:
@@ -134,7 +135,10 @@ class AppConfig:
 
 @dataclass(frozen=True)
 class StackConfig:
-    """Everything that a stack is configured with. `signing_key` is None where one is to be generated."""
+    """Everything that a stack is configured with.
+
+    `signing_key` is None where one is to be generated, and where `kms_key` names one (`gcpkms://…`).
+    """
 
     google: GoogleConfig
     registry: RegistryConfig
@@ -144,6 +148,7 @@ class StackConfig:
     app: AppConfig
     signing_key: pulumi.Output[str] | None
     signing_key_password: pulumi.Output[str] | None
+    kms_key: str | None
 
 
 class _Reader:
@@ -246,6 +251,17 @@ class _Reader:
     def secret(self, key: str) -> pulumi.Output[str] | None:
         return self._config.get_secret(key) if self._config.get(key) else None
 
+    def kms_key(self, key: str) -> str | None:
+        """Give the reference of a key in Cloud KMS, where that is the key."""
+        reference = self._config.get(key) or ""
+        if not is_reference(reference):
+            return None
+        try:
+            version_name(reference)
+        except KmsError as error:
+            raise self.error(key, reference, str(error)) from None
+        return reference
+
     def check_signing_key(self, key: str, password: str) -> None:
         """Read the key, and show nothing of it or of what went wrong inside it."""
         pem = self._config.get(key)
@@ -262,7 +278,9 @@ def load() -> StackConfig:
     keys = _Reader(pulumi.Config())
     max_pods = keys.integer("maxPods", 1, 10000)
     network = _network(keys, max_pods)
-    keys.check_signing_key("signingKey", "signingKeyPassword")
+    kms_key = keys.kms_key("signingKey")
+    if kms_key is None:
+        keys.check_signing_key("signingKey", "signingKeyPassword")
     return StackConfig(
         google=_google(_Reader(pulumi.Config("gcp"), "gcp:"), keys.boolean("enableServices")),
         registry=_registry(keys),
@@ -299,8 +317,9 @@ def load() -> StackConfig:
             memory_limit=keys.text("memoryLimit", _MEMORY, "an amount of bytes, as in 64Mi"),
             cpu_limit=keys.text("cpuLimit", _CPU, "an amount of CPUs, as in 500m or 1"),
         ),
-        signing_key=keys.secret("signingKey"),
-        signing_key_password=keys.secret("signingKeyPassword"),
+        signing_key=None if kms_key else keys.secret("signingKey"),
+        signing_key_password=None if kms_key else keys.secret("signingKeyPassword"),
+        kms_key=kms_key,
     )
 
 

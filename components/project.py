@@ -9,14 +9,16 @@ import pulumi_gcp as gcp
 
 # The first one changes the project's policy, which names the accounts of the machines.
 SERVICES = ("cloudresourcemanager", "compute", "container", "artifactregistry", "iam")
+KMS = "cloudkms"
 
 
 @dataclass(frozen=True)
 class ProjectServicesArgs:
-    """`manage` is false where somebody else sees to what the project may use."""
+    """`manage` is false where somebody else sees to what the project may use; `kms` is whether it signs."""
 
     project: str
     manage: bool
+    kms: bool = False
 
 
 class ProjectServices(pulumi.ComponentResource):
@@ -29,6 +31,7 @@ class ProjectServices(pulumi.ComponentResource):
         self, name: str, args: ProjectServicesArgs, opts: pulumi.ResourceOptions | None = None
     ) -> None:
         super().__init__("awesome-wasm:project:ProjectServices", name, None, opts)
+        services = [*SERVICES, *([KMS] if args.kms else [])]
         self.enabled = [
             gcp.projects.Service(
                 f"{name}-{service}",
@@ -37,6 +40,6 @@ class ProjectServices(pulumi.ComponentResource):
                 disable_on_destroy=False,
                 opts=pulumi.ResourceOptions(parent=self),
             )
-            for service in (SERVICES if args.manage else ())
+            for service in (services if args.manage else ())
         ]
         self.register_outputs({})

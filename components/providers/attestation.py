@@ -16,7 +16,7 @@ from pulumi.dynamic import CheckResult, CreateResult, DiffResult, ReadResult, Re
 from components.providers import ProviderError, cargo, changed, gone, oci, operation, origin
 from components.providers.artifacts import attestation_tag, canonical
 from components.providers.referrers import Referrers, client_of
-from components.providers.signature import bundle, envelope, sign_statement, statement
+from components.providers.signature import SigningKey, bundle, envelope, key_of, sign_statement, statement
 
 
 class AttestationError(ProviderError):
@@ -31,10 +31,10 @@ def _predicates(props: dict[str, Any]) -> dict[str, bytes]:
     return origin.predicates(job, built)
 
 
-def push(repository: str, digest: str, predicates: dict[str, bytes], private_key: str) -> dict[str, Any]:
+def push(repository: str, digest: str, predicates: dict[str, bytes], key: str) -> dict[str, Any]:
     """Sign predicates about an image, by their types, and push them; give the manifests' digests."""
     bodies = {kind: statement(digest, kind, predicate) for kind, predicate in sorted(predicates.items())}
-    signed = {kind: sign_statement(private_key, body) for kind, body in bodies.items()}
+    signed = {kind: sign_statement(key, body) for kind, body in bodies.items()}
     envelopes = {kind: canonical(envelope(body, signed[kind])) for kind, body in bodies.items()}
     pushed: dict[str, Any] = {
         "attestation_digest": oci.push_attestations(repository, digest, envelopes),
@@ -75,7 +75,7 @@ class OciAttestationProvider(ResourceProvider):
     @operation
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
         """Other bytes have another origin; another key signs what is attested anew."""
-        result = changed(olds, news, replace={"repository", "digest"}, update={"private_key"})
+        result = changed(olds, news, replace={"repository", "digest"}, update={"private_key", "kms_key"})
         if not result.changes:
             _keep(olds)
         return result
@@ -83,7 +83,7 @@ class OciAttestationProvider(ResourceProvider):
     @operation
     def create(self, props: dict[str, Any]) -> CreateResult:
         """Say of what the image was made, sign that and push it."""
-        pushed = push(props["repository"], props["digest"], _predicates(props), props["private_key"])
+        pushed = push(props["repository"], props["digest"], _predicates(props), key_of(props))
         tag = attestation_tag(props["digest"])
         return CreateResult(f"{props['repository']}:{tag}", {**props, **pushed})
 
@@ -99,7 +99,7 @@ class OciAttestationProvider(ResourceProvider):
     @operation
     def update(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
         """Push the new ones, then remove the old ones."""
-        pushed = push(news["repository"], news["digest"], _predicates(news), news["private_key"])
+        pushed = push(news["repository"], news["digest"], _predicates(news), key_of(news))
         _remove(olds)
         return UpdateResult({**news, **pushed})
 
@@ -122,10 +122,10 @@ class OciAttestation(pulumi.dynamic.Resource, module="oci", name="Attestation"):
         repository: pulumi.Input[str],
         digest: pulumi.Input[str],
         build: cargo.CargoBuild,
-        private_key: pulumi.Input[str],
+        key: SigningKey,
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
-        """Attest of what `repository`@`digest` was made: `build`."""
+        """Attest of what `repository`@`digest` was made (`build`), signed with `key`."""
         super().__init__(
             OciAttestationProvider(),
             resource_name,
@@ -136,7 +136,7 @@ class OciAttestation(pulumi.dynamic.Resource, module="oci", name="Attestation"):
                 "target": build.target,
                 "profile": build.profile,
                 "sha256": build.sha256,
-                "private_key": pulumi.Output.secret(private_key),
+                **key.inputs(),
                 "attestation_digest": None,
                 "bundle_digests": None,
             },

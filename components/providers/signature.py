@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import nacl.exceptions
 import nacl.secret
@@ -33,6 +33,7 @@ from pulumi.runtime.rpc import UNKNOWN
 
 from components.providers import ProviderError, changed, is_unknown, operation
 from components.providers.artifacts import BUNDLE, COSIGN_SIGN, canonical
+from components.providers.kms import KmsKey, is_reference
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 IN_TOTO = "application/vnd.in-toto+json"
@@ -145,31 +146,53 @@ def pre_authentication_encoding(payload_type: str, body: bytes) -> bytes:
     return b"DSSEv1 %d %s %d %s" % (len(payload_type), payload_type.encode(), len(body), body)
 
 
-def sign_bytes(private_key: str, message: bytes) -> str:
-    """Sign with a PEM private key, in base64.
+class Signer(Protocol):
+    """What signs: a key that is at hand, or one that is kept elsewhere."""
 
-    The nonce is derived from key and message (RFC 6979), so that signing twice is signing once.
-    """
-    key = serialization.load_pem_private_key(private_key.encode(), None)
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise SignatureError("the signing key is no ECDSA key")
-    algorithm = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
-    return base64.b64encode(key.sign(message, algorithm)).decode()
+    def sign(self, message: bytes) -> str:
+        """Sign the message's SHA-256 with ECDSA: ASN.1 DER in base64."""
+        ...
 
 
-def sign_statement(private_key: str, body: bytes) -> str:
+@dataclass(frozen=True)
+class LocalKey:
+    """A private key, PEM."""
+
+    private_key: str
+
+    def sign(self, message: bytes) -> str:
+        """Sign; the nonce is derived from key and message (RFC 6979): signing twice is signing once."""
+        key = serialization.load_pem_private_key(self.private_key.encode(), None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise SignatureError("the signing key is no ECDSA key")
+        algorithm = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
+        return base64.b64encode(key.sign(message, algorithm)).decode()
+
+
+def signer(key: str) -> Signer:
+    """Give what signs with a key: a private one (PEM), or the reference of one in Cloud KMS (`gcpkms://…`)."""
+    return KmsKey(key) if is_reference(key) else LocalKey(key)
+
+
+def sign_statement(key: str, body: bytes) -> str:
     """Sign an in-toto statement for its DSSE envelope."""
-    return sign_bytes(private_key, pre_authentication_encoding(IN_TOTO, body))
+    return signer(key).sign(pre_authentication_encoding(IN_TOTO, body))
 
 
-def sign(private_key: str, repository: str, digest: str) -> Signed:
+def sign(key: str, repository: str, digest: str) -> Signed:
     """Sign an image."""
     document = payload(repository, digest)
     return Signed(
         document,
-        sign_bytes(private_key, document.encode()),
-        sign_statement(private_key, statement(digest)),
+        signer(key).sign(document.encode()),
+        sign_statement(key, statement(digest)),
     )
+
+
+def key_of(props: dict[str, Any]) -> str:
+    """Give the key among a resource's inputs."""
+    key: str = props.get("kms_key") or props["private_key"]
+    return key
 
 
 def envelope(body: bytes, signature: str) -> dict[str, Any]:
@@ -203,13 +226,22 @@ def key_id(public_key: str) -> str:
 
 
 class SigningKeyProvider(ResourceProvider):
-    """CRUD of the key: generated once and kept in the state, or read from what the user gave."""
+    """CRUD of the key: generated once and kept in the state, read from what the user gave, or in Cloud KMS.
+
+    Of a key in Cloud KMS there is the public half alone, which each preview asks for: a version that does not
+    sign any more is an error before anything is pushed.
+    """
 
     serialize_as_secret_always = False
 
     @operation
     def check(self, _olds: dict[str, Any], news: dict[str, Any]) -> CheckResult:
         """Refuse a key that cannot be used, before anything is signed with it."""
+        if reference := news.get("kms_key"):
+            try:
+                return CheckResult({**news, "public_key": KmsKey(reference).public_key()}, [])
+            except ProviderError as error:
+                return CheckResult(news, [CheckFailure("kms_key", str(error))])
         given = news.get("given") or ""
         if given and not is_unknown(given) and not is_unknown(news.get("password")):
             try:
@@ -221,14 +253,14 @@ class SigningKeyProvider(ResourceProvider):
     @operation
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
         """Another given key is another key; another password for the same key is not."""
-        old, new = olds.get("given") or "", news.get("given") or ""
-        if old == new:
-            return DiffResult(changes=False)
-        return DiffResult(changes=True, replaces=["given"])
+        differs = [key for key in ("given", "kms_key") if (olds.get(key) or "") != (news.get(key) or "")]
+        return DiffResult(changes=bool(differs), replaces=differs)
 
     @operation
     def create(self, props: dict[str, Any]) -> CreateResult:
-        """Generate or read the key."""
+        """Generate or read the key, or take what the check was told of the one in Cloud KMS."""
+        if props.get("kms_key"):
+            return CreateResult(key_id(props["public_key"]), props)
         given = props.get("given") or ""
         pair = read_key(given, props.get("password") or "") if given else generate_key()
         outputs = {**props, "private_key": pair.private_key, "public_key": pair.public_key}
@@ -241,7 +273,7 @@ class SigningKeyProvider(ResourceProvider):
 
 
 class SigningKey(pulumi.dynamic.Resource, module="signature", name="Key"):
-    """An ECDSA P-256 key; `private_key` is a secret."""
+    """An ECDSA P-256 key; `private_key` is a secret, and there is none of a key in Cloud KMS."""
 
     private_key: pulumi.Output[str]
     public_key: pulumi.Output[str]
@@ -251,9 +283,10 @@ class SigningKey(pulumi.dynamic.Resource, module="signature", name="Key"):
         resource_name: str,
         given: pulumi.Input[str] | None = None,
         password: pulumi.Input[str] | None = None,
+        kms_key: str | None = None,
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
-        """Use the `given` PEM private key, or generate one."""
+        """Use the key version in Cloud KMS, the `given` PEM private key, or generate one."""
         secrets = pulumi.ResourceOptions(additional_secret_outputs=["private_key", "given", "password"])
         super().__init__(
             SigningKeyProvider(),
@@ -261,15 +294,29 @@ class SigningKey(pulumi.dynamic.Resource, module="signature", name="Key"):
             {
                 "given": None if given is None else pulumi.Output.secret(given),
                 "password": None if password is None else pulumi.Output.secret(password),
+                "kms_key": kms_key,
                 "private_key": None,
                 "public_key": None,
             },
             pulumi.ResourceOptions.merge(opts, secrets),
         )
+        self._kms_key = kms_key
+
+    def inputs(self) -> dict[str, pulumi.Input[str]]:
+        """Give what a resource that signs with it is told."""
+        if self._kms_key:
+            return {"kms_key": self._kms_key}
+        return {"private_key": pulumi.Output.secret(self.private_key)}
+
+
+def _signed(props: dict[str, Any]) -> dict[str, Any]:
+    if props.get("kms_key"):
+        return {**props, **sign(key_of(props), props["repository"], props["digest"]).outputs()}
+    return props
 
 
 class SignatureProvider(ResourceProvider):
-    """CRUD of one signature: a value, computed from key and digest."""
+    """CRUD of one signature: a value, computed from key and digest, or what Cloud KMS gave for them."""
 
     serialize_as_secret_always = False
 
@@ -277,11 +324,14 @@ class SignatureProvider(ResourceProvider):
     def check(self, _olds: dict[str, Any], news: dict[str, Any]) -> CheckResult:
         """Only a digest can be signed: a tag may point elsewhere tomorrow.
 
-        The signatures are a function of image and key, so that a preview which knows these knows them.
+        The signatures are a function of image and private key: a preview which knows these knows them.
+        Cloud KMS signs differently each time, and is asked when the signature is made.
         """
         digest = news["digest"]
         if not is_unknown(digest) and not DIGEST.fullmatch(digest):
             return CheckResult(news, [CheckFailure("digest", f"{digest} is no sha256 digest")])
+        if news.get("kms_key"):
+            return CheckResult(news, [])
         if any(is_unknown(news[key]) for key in ("repository", "digest", "private_key")):
             return CheckResult({**news, "signature": UNKNOWN, "bundle_signature": UNKNOWN}, [])
         signed = sign(news["private_key"], news["repository"], digest)
@@ -290,18 +340,19 @@ class SignatureProvider(ResourceProvider):
     @operation
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
         """Another image or another key is another signature; an older program's has no bundle yet."""
-        result = changed(olds, news, replace={"repository", "digest", "private_key"}, update=set())
+        replace = {"repository", "digest", "private_key", "kms_key"}
+        result = changed(olds, news, replace=replace, update=set())
         return result if result.changes or olds.get("bundle_signature") else DiffResult(changes=True)
 
     @operation
     def create(self, props: dict[str, Any]) -> CreateResult:
-        """Take what the check has signed."""
-        return CreateResult(props["digest"], props)
+        """Take what the check has signed, or have it signed."""
+        return CreateResult(props["digest"], _signed(props))
 
     @operation
     def update(self, _id: str, _olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
-        """Take what the check has signed; every input that matters is a replacement."""
-        return UpdateResult(news)
+        """Sign again what an older program signed in one format; every input that matters is replaced."""
+        return UpdateResult(_signed(news))
 
     @operation
     def read(self, id_: str, props: dict[str, Any]) -> ReadResult:
@@ -320,17 +371,17 @@ class Signature(pulumi.dynamic.Resource, module="signature", name="Signature"):
         resource_name: str,
         repository: pulumi.Input[str],
         digest: pulumi.Input[str],
-        private_key: pulumi.Input[str],
+        key: SigningKey,
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
-        """Sign `repository`@`digest` with a PEM private key."""
+        """Sign `repository`@`digest`."""
         super().__init__(
             SignatureProvider(),
             resource_name,
             {
                 "repository": repository,
                 "digest": digest,
-                "private_key": pulumi.Output.secret(private_key),
+                **key.inputs(),
                 "signature": None,
                 "bundle_signature": None,
             },

@@ -16,6 +16,7 @@ AGENT = "the agent's restart"
 BOOT = "the VM's boot"
 VM = "a new VM's boot"
 ALL = "until the new one is up"
+KMS = "gcpkms://…"
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,15 @@ CHANGES = (
         "KEY",
         replace("app-key", "app-signature") | update("app-signature-push", "app-attestation") | RECONFIGURED,
         note="the agent takes the new key while it runs, and starts nothing by the old one any more",
+    ),
+    Change(
+        "signingKey",
+        KMS,
+        replace("app-key", "app-signature")
+        | update("app-signature-push", "app-attestation")
+        | create("services-cloudkms")
+        | RECONFIGURED,
+        note="as KEY; no private key is in the state then",
     ),
     Change("signingKeyPassword", "unused", {}),
     Change(

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ import requests
 
 from components.providers import compiler
 from components.providers.signature import generate_key
-from scripts.lib.changes import Change
+from scripts.lib.changes import KMS, Change
+from tests.kms import Kms
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # What scripts/env sets for one checkout must not reach another one.
@@ -55,8 +57,8 @@ class Stack:
 
     def configure(self, change: Change, *options: str) -> None:
         """Set a row of the table of changes, and what has to change with it, by `pulumi config set`."""
-        for key, value in settings(change).items():
-            how = ("--secret", *options) if "signing" in key else options
+        for key, value in settings(self, change).items():
+            how = ("--secret", *options) if "signing" in key and "://" not in value else options
             if value.startswith("["):
                 for number, item in enumerate(json.loads(value)):
                     self.run("pulumi", "config", "set", "--path", f"{key}[{number}]", item, *how)
@@ -87,13 +89,15 @@ class Stack:
         return requests.get(f"{self.outputs()['url']}{path}", timeout=10)
 
 
-def settings(change: Change) -> dict[str, str]:
+def settings(stack: Stack, change: Change) -> dict[str, str]:
     """The values to set, with what a table cannot hold."""
     value = change.value
     if value == "HOST":
         value = compiler.host(Path("wasm_app"))
     elif value == "KEY":
         value = generate_key().private_key
+    elif value == KMS:
+        value = kms_of(stack).new_key(f"key-{uuid.uuid4()}")
     return dict(((change.key, value), *change.also))
 
 
@@ -138,6 +142,11 @@ def private_keys(stack: Stack) -> list[str]:
         for text in _strings(resource.get("outputs", {}))
         if "BEGIN PRIVATE KEY" in text
     ]
+
+
+def kms_of(stack: Stack) -> Kms:
+    """The Cloud KMS of a stack's project."""
+    return Kms(stack.env["GOOGLE_KMS_CUSTOM_ENDPOINT"], stack.env["GOOGLE_OAUTH_ACCESS_TOKEN"])
 
 
 def _strings(value: Any) -> Iterator[str]:

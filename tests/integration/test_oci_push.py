@@ -31,7 +31,13 @@ from components.providers import (
     signature,
 )
 from components.providers.client import Client
+from components.providers.kms import KmsKey
 from tests.integration.conftest import REPOSITORY
+from tests.kms import Kms
+from tests.unit.localcloud_api.client import TOKEN
+from tests.unit.localcloud_api.conftest import backends, home, server
+
+__all__ = ["backends", "home", "server"]
 
 REGISTRY = shutil.which("registry")
 pytestmark = pytest.mark.skipif(
@@ -196,9 +202,9 @@ def attested(
 ) -> Callable[[str], tuple[str, dict[str, Any]]]:
     """Give what pushes the component and attests it with a key: its digest and what was pushed."""
 
-    def attest(private_key: str) -> tuple[str, dict[str, Any]]:
+    def attest(key: str) -> tuple[str, dict[str, Any]]:
         digest = oci.push(repository, "wasm", component)
-        return digest, attestation.push(repository, digest, predicates, private_key)
+        return digest, attestation.push(repository, digest, predicates, key)
 
     return attest
 
@@ -225,6 +231,34 @@ def test_cosign_verifies_what_is_attested_and_refuses_another_key(
         assert _cosign(program, tmp_path, pair.public_key, image, *verify)
         assert not _cosign(program, tmp_path, other.public_key, image, *verify)
     assert not _cosign(program, tmp_path, pair.public_key, image, "verify-attestation", "--type", "vuln")
+
+
+@pytest.fixture
+def kms(server: str, monkeypatch: pytest.MonkeyPatch) -> Kms:
+    """Give a Cloud KMS that the program's clients reach; the registry takes any token."""
+    monkeypatch.setenv("GOOGLE_OAUTH_ACCESS_TOKEN", TOKEN)
+    monkeypatch.setenv("GOOGLE_KMS_CUSTOM_ENDPOINT", f"{server}/cloudkms/v1/")
+    return Kms(f"{server}/cloudkms/v1/", TOKEN)
+
+
+@COSIGN
+@pytest.mark.parametrize("program", ["cosign", "cosign3"])
+def test_cosign_verifies_what_a_key_in_cloud_kms_has_signed_and_attested_and_refuses_another(
+    attested: Callable[[str], tuple[str, dict[str, Any]]],
+    repository: str,
+    kms: Kms,
+    tmp_path: Path,
+    program: str,
+) -> None:
+    key, other = kms.new_key(), KmsKey(kms.new_key("other")).public_key()
+    digest, _ = attested(key)
+    image, pem = f"{repository}@{digest}", KmsKey(key).public_key()
+    signed = {"repository": repository, "digest": digest, **signature.sign(key, repository, digest).outputs()}
+    assert oci.OciSignatureProvider().create(signed).outs
+    kinds = (("verify-attestation", "--type", kind) for kind in ("slsaprovenance1", "cyclonedx"))
+    for verify in (("verify",), *kinds):
+        assert _cosign(program, tmp_path, pem, image, *verify)
+        assert not _cosign(program, tmp_path, other, image, *verify)
 
 
 @COSIGN

@@ -69,6 +69,12 @@ def test_the_defaults_of_the_local_stack_are_valid(run: Run, defaults: dict[str,
         ("awesome-wasm:maxPods", "0", "from 1"),
         ("awesome-wasm:deletionProtection", "perhaps", "true or false"),
         ("awesome-wasm:signingKey", "rubbish", "PEM"),
+        (
+            "awesome-wasm:signingKey",
+            "gcpkms://projects/a-project/locations/global",
+            "nothing is where keyRings",
+        ),
+        ("awesome-wasm:signingKey", "awskms:///alias/key", "gcpkms://projects/P/locations/L/keyRings/R"),
         ("gcp:project", "X", "project"),
         ("gcp:zone", "us-east1-b", "europe-west1"),
     ],
@@ -83,7 +89,7 @@ def test_a_wrong_value_is_one_line_that_names_key_value_and_what_is_allowed(
     assert allowed in message
     named = key.removeprefix("awesome-wasm:")
     assert f"configuration {named}:" in message or "registryLocation" in message
-    if named == "signingKey":
+    if named == "signingKey" and "kms://" not in value:
         assert value not in message
 
 
@@ -116,6 +122,13 @@ def test_a_missing_value_is_named(run: Run, defaults: dict[str, str]) -> None:
 def test_a_signing_key_is_kept_as_a_secret(run: Run, defaults: dict[str, str]) -> None:
     loaded = load(run, {**defaults, "awesome-wasm:signingKey": generate_key().private_key})
     assert loaded.signing_key is not None
+
+
+def test_a_key_in_cloud_kms_is_named_in_place_of_a_private_one(run: Run, defaults: dict[str, str]) -> None:
+    reference = "gcpkms://projects/a-project/locations/l/keyRings/r/cryptoKeys/k/cryptoKeyVersions/1"
+    loaded = load(run, {**defaults, "awesome-wasm:signingKey": reference})
+    assert (loaded.kms_key, loaded.signing_key) == (reference, None)
+    assert load(run, defaults).kms_key is None
 
 
 def test_a_gcr_name_is_allowed_where_google_has_it(run: Run, defaults: dict[str, str]) -> None:

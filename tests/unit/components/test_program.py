@@ -123,6 +123,20 @@ def test_generated_keys_and_tokens_are_secret_outputs(program: Monitor) -> None:
     assert "token" in program.registered["node-token"].secret_outputs
 
 
+def test_a_key_in_cloud_kms_is_named_and_no_private_key_is_anywhere(
+    program: Monitor, program_with: Program
+) -> None:
+    reference = "gcpkms://projects/a-project/locations/l/keyRings/r/cryptoKeys/k/cryptoKeyVersions/1"
+    by_kms = program_with(signingKey=reference)
+    assert by_kms.registered.keys() - program.registered.keys() == {"services-cloudkms"}
+    for name in ("app-key", "app-signature", "app-attestation"):
+        inputs = by_kms.registered[name].inputs
+        assert inputs["kms_key"] == reference
+        assert not {"private_key", "given"} & inputs.keys()
+        assert "kms_key" not in program.registered[name].inputs
+    assert "app-key" in by_kms.registered["app-push"].dependencies, "what cannot be signed is not pushed"
+
+
 def test_the_vm_joins_as_its_own_account_and_no_secret_is_in_its_metadata(program: Monitor) -> None:
     vm = program.registered["node-vm"]
     assert not vm.is_secret("metadata")
