@@ -5,6 +5,7 @@ Types, defaults and descriptions of the keys are in Pulumi.yaml; the rules that 
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import re
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pulumi
+from pulumi.runtime.config import CONFIG, get_config_env
 
 from components.providers.kms import KmsError, is_reference, version_name
 from components.providers.signature import SignatureError, read_key
@@ -34,6 +36,8 @@ _CREDENTIALS = {
 }
 
 _DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
+# Namespaces that are Kubernetes' or GKE's own. Source: Kubernetes' documentation, "Namespaces".
+_NOT_OURS = re.compile(r"default|(kube|gke|gmp)-.*")
 _CLUSTER_NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _LOCATION = re.compile(r"[a-z]+(-[a-z]+[0-9]+)?")
 _REGION = re.compile(r"[a-z]+-[a-z]+[0-9]+")
@@ -157,8 +161,24 @@ class _Reader:
     def __init__(self, config: pulumi.Config, prefix: str = "") -> None:
         self._config = config
         self._prefix = prefix
+        self._read = set[str]()
+
+    def check_names(self) -> None:
+        """Refuse a key that nobody has read: its value would be lost without a word."""
+        prefix = f"{self._config.name}:"
+        given = {*CONFIG.get(), *get_config_env()}
+        for key in sorted(key.removeprefix(prefix) for key in given if key.startswith(prefix)):
+            if key not in self._read:
+                # By the letters alone, so that memorylimit is memoryLimit.
+                spelled = {known.lower(): known for known in self._read}
+                near = difflib.get_close_matches(key.lower(), spelled, n=1)
+                hint = f"did you mean {spelled[near[0]]}? " if near else ""
+                raise pulumi.RunError(
+                    f"configuration {key}: there is no such key; {hint}`pulumi config rm {key}` removes it"
+                )
 
     def _given(self, key: str, get: Callable[[str], Any], allowed: str) -> Any:
+        self._read.add(key)
         try:
             value = get(key)
         except (pulumi.ConfigTypeError, ValueError):
@@ -249,6 +269,7 @@ class _Reader:
             raise self.error(key, "[a value]", allowed)
 
     def secret(self, key: str) -> pulumi.Output[str] | None:
+        self._read.add(key)
         return self._config.get_secret(key) if self._config.get(key) else None
 
     def kms_key(self, key: str) -> str | None:
@@ -281,7 +302,8 @@ def load() -> StackConfig:
     kms_key = keys.kms_key("signingKey")
     if kms_key is None:
         keys.check_signing_key("signingKey", "signingKeyPassword")
-    return StackConfig(
+    signing_key, signing_key_password = keys.secret("signingKey"), keys.secret("signingKeyPassword")
+    config = StackConfig(
         google=_google(_Reader(pulumi.Config("gcp"), "gcp:"), keys.boolean("enableServices")),
         registry=_registry(keys),
         network=network,
@@ -313,14 +335,25 @@ def load() -> StackConfig:
             crate=keys.crate("appCrate"),
             name=keys.text("appName", _DNS_LABEL, NAME_RULE),
             port=_app_port(keys),
-            namespace=keys.text("namespace", _DNS_LABEL, NAME_RULE),
+            namespace=_namespace(keys),
             memory_limit=keys.text("memoryLimit", _MEMORY, "an amount of bytes, as in 64Mi"),
             cpu_limit=keys.text("cpuLimit", _CPU, "an amount of CPUs, as in 500m or 1"),
         ),
-        signing_key=None if kms_key else keys.secret("signingKey"),
-        signing_key_password=None if kms_key else keys.secret("signingKeyPassword"),
+        signing_key=None if kms_key else signing_key,
+        signing_key_password=None if kms_key else signing_key_password,
         kms_key=kms_key,
     )
+    keys.check_names()
+    return config
+
+
+def _namespace(keys: _Reader) -> str:
+    name = keys.text("namespace", _DNS_LABEL, NAME_RULE)
+    if _NOT_OURS.fullmatch(name):
+        raise keys.error(
+            "namespace", name, "a namespace for this app alone, which is created and deleted with the stack"
+        )
+    return name
 
 
 def _google(keys: _Reader, enable_services: bool) -> GoogleConfig:

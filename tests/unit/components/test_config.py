@@ -45,6 +45,11 @@ def test_the_defaults_of_the_local_stack_are_valid(run: Run, defaults: dict[str,
         ("awesome-wasm:appPort", "10250", "the node agent's own"),
         ("awesome-wasm:appName", "Primorial", "lower-case"),
         ("awesome-wasm:appCrate", "nowhere", "Cargo.toml"),
+        ("awesome-wasm:namespace", "default", "for this app alone"),
+        ("awesome-wasm:namespace", "kube-system", "for this app alone"),
+        ("awesome-wasm:memorylimit", "64Mi", "did you mean memoryLimit? `pulumi config rm memorylimit`"),
+        ("awesome-wasm:nodename", "x", "no such key; did you mean nodeName?"),
+        ("awesome-wasm:colour", "red", "no such key; `pulumi config rm colour` removes"),
         ("awesome-wasm:nodeName", "n" * 64, "lower-case"),
         ("awesome-wasm:nodeName", "node-", "not ending in a hyphen"),
         ("awesome-wasm:clusterName", "c" * 41, "39"),
@@ -82,7 +87,7 @@ def test_the_defaults_of_the_local_stack_are_valid(run: Run, defaults: dict[str,
 def test_a_wrong_value_is_one_line_that_names_key_value_and_what_is_allowed(
     run: Run, defaults: dict[str, str], key: str, value: str, allowed: str
 ) -> None:
-    with pytest.raises(config.ConfigError) as caught:
+    with pytest.raises(pulumi.RunError) as caught:
         load(run, {**defaults, key: value})
     message = str(caught.value)
     assert "\n" not in message
