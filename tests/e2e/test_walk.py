@@ -96,6 +96,8 @@ class World:
     """Whether something was done since it was last brought up."""
     destroyed: bool = False
     """Whether nothing was done since it was destroyed."""
+    failed: BaseException | None = None
+    """What ended the walk. hypothesis would try the step again, in a world that is another one then."""
     walks: int = 0
     """How many of hypothesis' examples are over."""
 
@@ -143,7 +145,7 @@ class World:
 
     def rests(self) -> bool:
         """Whether the time is over, or has not begun: hypothesis' first example is the simplest there is."""
-        return self.walks < 1 or time.monotonic() > self.end
+        return self.failed is not None or self.walks < 1 or time.monotonic() > self.end
 
     def pids(self, program: str) -> list[int]:
         """This clone's processes of a program, by how their command line ends or what it begins with."""
@@ -185,10 +187,14 @@ def step(**drawn: Any) -> Callable[[Step], Step]:
         def taken(self: Walk, *, then_up: bool, **values: Any) -> None:
             if self.world.rests():
                 return
-            do(self, **values)
-            if then_up and self.world.disturbed:
-                self.world.did("./scripts/up")
-                self.world.converge()
+            try:
+                do(self, **values)
+                if then_up and self.world.disturbed:
+                    self.world.did("./scripts/up")
+                    self.world.converge()
+            except BaseException as error:
+                self.world.failed = error
+                raise
 
         as_rule: Callable[[Step], Step] = rule(**drawn, then_up=st.booleans())
         return as_rule(taken)
@@ -351,6 +357,6 @@ def walk(made: Stack, outside: Stack, *, small: bool) -> None:
         world.destroy()
         outside.run("./scripts/down")
         assert not home.exists()
-    except BaseException:
+    except BaseException as error:
         print(f"AWESOME_WASM_WALK_SEED={SEED} took these steps:", *world.steps, sep="\n  ")  # noqa: T201
-        raise
+        raise (world.failed or error) from None
