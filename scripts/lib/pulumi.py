@@ -20,6 +20,7 @@ from scripts.lib.steps import Log, StepError, end_left, log_path
 
 STEPS = ("pulumi up", "pulumi destroy")
 CLUSTER = "gcp:container/cluster:Cluster"
+POD = "kubernetes:core/v1:Pod"
 DEFAULT_PORT = 8080  # as Pulumi.yaml has it
 SETTINGS = paths.REPOSITORY / f"Pulumi.{STACK}.yaml"
 
@@ -110,11 +111,36 @@ def _has_nothing() -> bool:
     )
 
 
-def _has_lost_its_cluster(env: Mapping[str, str]) -> bool:
-    """Whether the state has a cluster that Google says is not there: nobody can be asked what was in it."""
+def _resources(env: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What is in the state."""
     command = ["pulumi", "stack", "export", "--stack", STACK]
     exported = subprocess.run(command, cwd=paths.REPOSITORY, env=dict(env), capture_output=True, check=False)
-    resources = json.loads(exported.stdout or "{}").get("deployment", {}).get("resources") or []
+    return json.loads(exported.stdout or "{}").get("deployment", {}).get("resources") or []
+
+
+def _delete_failed_pods(log: Log, env: Mapping[str, str], resources: list[dict[str, Any]]) -> None:
+    """Deletes the stack's pods that have failed for good, as one that was evicted: no update brings those
+    back, and the refresh sees that they are gone.
+    """
+    pods = {resource["id"] for resource in resources if resource["type"] == POD and resource.get("id")}
+    for namespace in sorted({pod.rpartition("/")[0] for pod in pods}):
+        which = [f"--namespace={namespace}", "--field-selector=status.phase=Failed"]
+        listed = subprocess.run(
+            ["kubectl", "get", "pods", *which, "--output=name"],
+            env=dict(env),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for name in listed.stdout.split():
+            if f"{namespace}/{name.removeprefix('pod/')}" in pods:
+                log.run(
+                    ["kubectl", "delete", name, f"--namespace={namespace}", "--ignore-not-found"], env=env
+                )
+
+
+def _has_lost_its_cluster(env: Mapping[str, str], resources: list[dict[str, Any]]) -> bool:
+    """Whether the state has a cluster that Google says is not there: nobody can be asked what was in it."""
     endpoint = urlsplit(env["GOOGLE_CONTAINER_CUSTOM_ENDPOINT"])
     headers = {"Authorization": f"Bearer {env['GOOGLE_OAUTH_ACCESS_TOKEN']}"}
     for resource in resources:
@@ -169,8 +195,11 @@ def up(log: Log, env: Mapping[str, str], plan: str | None = None) -> None:
             how = ["--skip-preview"]
         else:
             _settle(log, env, "up")
-            if _has_lost_its_cluster(env):
+            resources = _resources(env)
+            if _has_lost_its_cluster(env, resources):
                 env = {**env, "PULUMI_K8S_DELETE_UNREACHABLE": "true"}
+            elif plan is None:
+                _delete_failed_pods(log, env, resources)
             how = ["--refresh"]
         if plan is not None:
             # What a refresh finds is not planned.

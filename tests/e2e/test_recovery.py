@@ -73,3 +73,17 @@ def test_a_restarted_agent_takes_its_pod_back_and_does_not_evict_it(stack: Stack
     after = stack.kubectl_json("get", "pod", *place)
     assert after["metadata"]["uid"] == uid
     assert after["status"]["containerStatuses"][0]["restartCount"] > count
+
+
+def test_a_pod_that_has_failed_for_good_is_made_anew_by_the_next_up(stack: Stack) -> None:
+    outputs = stack.outputs()
+    place = (outputs["pod"], "-n", outputs["namespace"])
+    before = stack.kubectl_json("get", "pod", *place)["metadata"]["uid"]
+    stack.kubectl("patch", "pod", *place, "--patch", '{"spec": {"activeDeadlineSeconds": 1}}')
+    stack.kubectl("wait", "--for=jsonpath={.status.phase}=Failed", "--timeout=60s", "pod", *place)
+    refused = stack.run("pulumi", "up", "--yes", "--refresh", check=False)
+    assert f"kubectl delete pod {place[0]} --namespace {place[2]}" in refused.stdout, "it says what helps"
+    stack.run("./scripts/up")
+    assert stack.kubectl_json("get", "pod", *place)["metadata"]["uid"] != before
+    assert _all_well(stack)
+    stack.run("pulumi", "preview", "--expect-no-changes")

@@ -56,6 +56,11 @@ def _pod(pod: Object) -> Verdict:
     if failed:
         said = ": ".join(filter(None, (status.get("reason"), status.get("message"))))
         reasons.insert(0, "the pod failed" + (f" ({said})" if said else ""))
+        metadata = pod["metadata"]
+        reasons.append(
+            f"it stays so until `kubectl delete pod {metadata['name']} --namespace {metadata['namespace']}` "
+            "and `pulumi up --refresh`"
+        )
     return Verdict(False, tuple(reasons), hopeless=failed)
 
 

@@ -223,9 +223,14 @@ def test_the_data_of_a_secret_is_secret() -> None:
 
 
 def test_a_failed_pod_is_not_waited_for() -> None:
-    seen = ready.verdict(POD, {"status": {"phase": "Failed", "reason": "Evicted", "message": "m"}})
+    live: Object = {
+        "metadata": {"name": "a", "namespace": "demo"},
+        "status": {"phase": "Failed", "reason": "Evicted", "message": "m"},
+    }
+    seen = ready.verdict(POD, live)
     assert seen.hopeless
     assert seen.reasons[0] == "the pod failed (Evicted: m)"
+    assert "kubectl delete pod a --namespace demo" in seen.reasons[-1]
 
 
 def test_a_deployment_is_ready_when_its_new_pods_are_available() -> None:
