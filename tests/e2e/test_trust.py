@@ -86,7 +86,7 @@ def bench(stack: Stack, peers: dict[str, str], tmp_path: Path) -> Bench:
     return Bench(stack, Stack(tmp_path, {**stack.env, **peers}), tmp_path)
 
 
-def _run(stack: Stack, name: str, image: str) -> None:
+def run_image(stack: Stack, name: str, image: str) -> None:
     template = stack.kubectl_json("get", "pod", stack.outputs()["pod"], "-n", stack.outputs()["namespace"])
     container = template["spec"]["containers"][0]
     container["image"] = image
@@ -126,7 +126,7 @@ def pod(stack: Stack, request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def test_an_unsigned_module_is_refused(bench: Bench, pod: str) -> None:
-    _run(bench.stack, pod, bench.push("unsigned", flavour=b"unsigned"))
+    run_image(bench.stack, pod, bench.push("unsigned", flavour=b"unsigned"))
     until(lambda: _waiting_reason(bench.stack, pod) == "SignatureValidationFailed", "the refusal")
     assert "it is not signed" in until(lambda: _events(bench.stack, pod), "an event that says so")
 
@@ -134,7 +134,7 @@ def test_an_unsigned_module_is_refused(bench: Bench, pod: str) -> None:
 def test_a_module_signed_with_another_key_is_refused(bench: Bench, pod: str) -> None:
     image = bench.push("stranger", flavour=b"stranger")
     bench.sign(image, bench.new_key())
-    _run(bench.stack, pod, image)
+    run_image(bench.stack, pod, image)
     until(lambda: _waiting_reason(bench.stack, pod) == "SignatureValidationFailed", "the refusal")
     assert "key" in until(lambda: _events(bench.stack, pod), "an event that says so")
 
@@ -142,7 +142,7 @@ def test_a_module_signed_with_another_key_is_refused(bench: Bench, pod: str) -> 
 def test_a_module_signed_with_the_stacks_key_runs(bench: Bench, pod: str) -> None:
     image = bench.push("signed", flavour=b"signed")
     bench.sign(image, bench.own_key())
-    _run(bench.stack, pod, image)
+    run_image(bench.stack, pod, image)
     namespace = bench.stack.outputs()["namespace"]
     bench.stack.kubectl("wait", "--for=condition=Ready", f"pod/{pod}", "-n", namespace, "--timeout=60s")
 
@@ -157,7 +157,7 @@ def test_a_module_altered_in_the_registry_is_refused(bench: Bench, pod: str) -> 
     content = bytearray(blob.read_bytes())
     content[-1] ^= 0xFF
     blob.write_bytes(bytes(content))
-    _run(bench.stack, pod, image)
+    run_image(bench.stack, pod, image)
     events = until(lambda: _events(bench.stack, pod), "an event that says so")
     assert digest[:12] in events or "digest" in events
     assert _waiting_reason(bench.stack, pod) in (
@@ -184,7 +184,7 @@ def test_another_key_takes_over_without_a_failed_request_and_the_first_starts_no
         # The node looks at the signature when the pod starts.
         stack.run("./scripts/verify")
         bench.sign(image, revoked)
-        _run(stack, pod, image)
+        run_image(stack, pod, image)
         until(lambda: _waiting_reason(stack, pod) == "SignatureValidationFailed", "the refusal")
         assert "key" in until(lambda: _events(stack, pod), "an event that says so")
     finally:
