@@ -1,5 +1,6 @@
 """Keys in localcloud's Cloud KMS, by the requests of docs/supply-chain.md."""
 
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +21,14 @@ class Kms:
         headers = {"Authorization": f"Bearer {self.token}"}
         return requests.request(method, self.endpoint + path, json=body, headers=headers, timeout=60)
 
-    def new_key(self, name: str = "app") -> str:
+    def new_key(self) -> str:
         """Makes a key that signs, in a ring that may be there; gives its first version as cosign names it."""
         ring, _, ring_id = RING.rpartition("/")
         made = self.ask("POST", f"{ring}?keyRingId={ring_id}", {})
         assert made.status_code in (200, 409), made.text
         template = {"algorithm": "EC_SIGN_P256_SHA256"}
         body = {"purpose": "ASYMMETRIC_SIGN", "versionTemplate": template}
-        made = self.ask("POST", f"{RING}/cryptoKeys?cryptoKeyId={name}", body)
+        made = self.ask("POST", f"{RING}/cryptoKeys?cryptoKeyId={uuid.uuid4()}", body)
         assert made.ok, made.text
         return f"gcpkms://{made.json()['name']}/cryptoKeyVersions/1"
 

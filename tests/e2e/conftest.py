@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -97,7 +96,7 @@ def settings(stack: Stack, change: Change) -> dict[str, str]:
     elif value == "KEY":
         value = generate_key().private_key
     elif value == KMS:
-        value = kms_of(stack).new_key(f"key-{uuid.uuid4()}")
+        value = kms_of(stack).new_key()
     return dict(((change.key, value), *change.also))
 
 

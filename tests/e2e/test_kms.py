@@ -73,7 +73,7 @@ def test_a_key_in_cloud_kms_takes_over_signs_what_changes_and_is_in_no_state(
 def test_a_disabled_version_is_one_error_and_nothing_is_half_made(
     stack: Stack, peers: dict[str, str], source: Path
 ) -> None:
-    reference, before = kms_of(stack).new_key("disabled"), stack.outputs()
+    reference, before = kms_of(stack).new_key(), stack.outputs()
     stack.run("pulumi", "config", "set", "signingKey", reference)
     stack.run("pulumi", "up", "--yes", "--skip-preview")
     kms_of(stack).set_state(reference, "DISABLED")

@@ -250,7 +250,7 @@ def test_cosign_verifies_what_a_key_in_cloud_kms_has_signed_and_attested_and_ref
     tmp_path: Path,
     program: str,
 ) -> None:
-    key, other = kms.new_key(), KmsKey(kms.new_key("other")).public_key()
+    key, other = kms.new_key(), KmsKey(kms.new_key()).public_key()
     digest, _ = attested(key)
     image, pem = f"{repository}@{digest}", KmsKey(key).public_key()
     signed = {"repository": repository, "digest": digest, **signature.sign(key, repository, digest).outputs()}
