@@ -55,7 +55,9 @@ def _venv() -> tuple[int, ...] | None:
 
 
 def has_room_for_two() -> bool:
-    """Whether the memory does for the compilers of Go and of Rust at once: 3 GB each, and the rest."""
+    """Whether Go's and Rust's compilers have room at once: cores, and 3 GB of memory each."""
+    if (os.cpu_count() or 1) <= 2:
+        return False
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >= _TWO_COMPILERS
     except (ValueError, OSError):

@@ -327,3 +327,15 @@ def test_a_second_interrupt_ends_at_once_all_that_a_step_started(tmp_path: Path)
     command.send_signal(signal.SIGINT)
     command.wait(timeout=25)
     assert started() == 0
+
+
+@pytest.mark.parametrize(
+    ("cores", "gigabytes", "room"), [(2, 64, False), (None, 64, False), (4, 4, False), (4, 8, True)]
+)
+def test_two_compilers_run_at_once_where_they_have_cores_and_memory(
+    monkeypatch: pytest.MonkeyPatch, cores: int | None, gigabytes: int, room: bool
+) -> None:
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gigabytes * 2**30 // 4096}
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+    assert prerequisites.has_room_for_two() is room
