@@ -133,6 +133,22 @@ class World:
         self.stack.run("python", "-m", "localcloud", "start")
         self.stack.read_environment()
 
+    def run_for(self, seconds: float, how: signal.Signals, *command: str) -> None:
+        """Run a command of the stack's, and end it where it takes longer."""
+        process = subprocess.Popen(
+            command,
+            cwd=self.stack.directory,
+            env=self.stack.env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, how)
+            process.wait()
+
     def destroy(self) -> None:
         """Destroy the stack as it is, and look whether anything is left."""
         self.start()
@@ -272,19 +288,7 @@ class Walk(RuleBasedStateMachine):
     def interrupt(self, after: float, how: signal.Signals) -> None:
         """End pulumi itself in the middle of an up."""
         self._did(f"pulumi up, {how.name} after {after:.1f} s")
-        process = subprocess.Popen(
-            ["pulumi", "up", "--yes", "--skip-preview"],
-            cwd=self.world.stack.directory,
-            env=self.world.stack.env,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            process.wait(after)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, how)
-            process.wait()
+        self.world.run_for(after, how, "pulumi", "up", "--yes", "--skip-preview")
 
     @step(
         kind=st.sampled_from(list(FAULTS)),
@@ -303,12 +307,12 @@ class Walk(RuleBasedStateMachine):
 
     @step(left=st.sampled_from([0, 2**16, 2**20, 2**24]))
     def fill(self, left: int) -> None:
-        """Fill the disk up to so many bytes, and bring the stack up on it."""
+        """Fill the disk up to so many bytes, and bring the stack up on it, where no node takes a pod."""
         if not self.world.small:
             return
-        self._did(f"./scripts/up, with {left} bytes left on the disk")
+        self._did(f"./scripts/up, SIGINT after 90 s, with {left} bytes left on the disk")
         with filled(self.world.stack.directory, left):
-            self.world.stack.run("./scripts/up", check=False)
+            self.world.run_for(90, signal.SIGINT, "./scripts/up")
 
     @step(one_in_four=st.sampled_from([False, False, False, True]))
     def destroy(self, one_in_four: bool) -> None:
