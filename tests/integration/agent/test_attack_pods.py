@@ -205,3 +205,16 @@ def test_what_happens_while_the_api_server_is_away_is_told_later_with_its_time(
         "the second start to be told",
     )
     assert again.last_timestamp <= restored
+
+
+def test_a_grace_period_beyond_every_clock_is_a_long_one(space: Workspace, agent: Agent) -> None:
+    pod = space.serve(pod={"terminationGracePeriodSeconds": 2**63 - 1}).wait_ready()
+    pod.delete()
+
+    def heard() -> bool:
+        return any(pod.uid in line and "pod is deleted" in line for line in agent.log.splitlines())
+
+    until(heard, "the agent to hear of it")
+    pod.delete(grace=1)
+    pod.wait_gone()
+    assert "panicked" not in agent.log

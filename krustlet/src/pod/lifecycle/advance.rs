@@ -7,7 +7,7 @@ use super::super::guest::GuestKind;
 use super::super::status::{self, State};
 use super::container::{Activity, ContainerLifecycle, Update, Why};
 use super::event::Effect;
-use super::{MIN_GRACE, PodLifecycle};
+use super::{MIN_GRACE, PodLifecycle, grace_of};
 use crate::events::Severity;
 use crate::reasons::{event as event_reason, pod as pod_reason, waiting};
 use jiff::Timestamp;
@@ -277,7 +277,7 @@ impl PodLifecycle {
 
     pub(super) fn pod_grace(&self) -> Duration {
         let seconds = self.pod.spec.as_ref().and_then(|spec| spec.termination_grace_period_seconds);
-        seconds.and_then(|seconds| u64::try_from(seconds).ok()).map_or(DEFAULT_GRACE, Duration::from_secs)
+        seconds.and_then(grace_of).unwrap_or(DEFAULT_GRACE)
     }
 
     /// How long the containers have from now.

@@ -34,6 +34,13 @@ use tracing::{debug, info};
 
 /// A guest gets at least this long to end, as with the kubelet.
 pub const MIN_GRACE: Duration = Duration::from_secs(2);
+/// Longer ones are taken for this one: the clock's own range ends somewhere, with a panic.
+const MAX_GRACE: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
+/// A grace period as an object tells it.
+fn grace_of(seconds: i64) -> Option<Duration> {
+    u64::try_from(seconds).ok().map(|seconds| Duration::from_secs(seconds).min(MAX_GRACE))
+}
 /// At the end of the agent, the API server has this long to hear that a deleted pod has ended and to let its object go. The
 /// next agent makes up for what it did not hear.
 const LAST_WORDS: Duration = Duration::from_secs(5);
@@ -324,11 +331,11 @@ impl PodLifecycle {
             debug!(pod = full_name(&pod), "somebody changed the pod's status; writing it again");
         }
         if pod.metadata.deletion_timestamp.is_some() {
-            let seconds = pod.metadata.deletion_grace_period_seconds.and_then(|s| u64::try_from(s).ok()).unwrap_or(0);
-            let until = self.now.at + Duration::from_secs(seconds).max(MIN_GRACE);
+            let grace = pod.metadata.deletion_grace_period_seconds.and_then(grace_of).unwrap_or_default();
+            let until = self.now.at + grace.max(MIN_GRACE);
             // A second delete may shorten the time, never lengthen it.
             if self.deleted.is_none() {
-                info!(pod = full_name(&pod), uid = uid(&pod), "pod is deleted, {seconds} s of grace");
+                info!(pod = full_name(&pod), uid = uid(&pod), "pod is deleted, {} s of grace", grace.as_secs());
             }
             self.deleted = Some(self.deleted.map_or(until, |before| before.min(until)));
         }

@@ -9,7 +9,7 @@ use super::super::status::{self, State, Termination};
 use super::super::{full_name, hooks, name, namespace, uid};
 use super::container::{Activity, End, Run, Why, judge};
 use super::event::{Effect, Launched};
-use super::{PodLifecycle, REFRESH, REFRESH_JITTER, RETRY_JITTER};
+use super::{PodLifecycle, REFRESH, REFRESH_JITTER, RETRY_JITTER, grace_of};
 use crate::events::Severity;
 use crate::reasons::{event as event_reason, waiting};
 use k8s_openapi::api::core::v1::Container;
@@ -241,9 +241,8 @@ impl PodLifecycle {
             }
             ProbeEvent::Failed { kind, message } => {
                 self.tell_of(index, Severity::Normal, event_reason::KILLING, message.clone());
-                let grace = probes::termination_grace(&spec, kind)
-                    .and_then(|seconds| u64::try_from(seconds).ok())
-                    .map_or_else(|| self.pod_grace(), Duration::from_secs);
+                let grace =
+                    probes::termination_grace(&spec, kind).and_then(grace_of).unwrap_or_else(|| self.pod_grace());
                 self.stop(index, Why::Unhealthy(message), grace);
             }
         }

@@ -316,6 +316,23 @@ fn why_a_container_is_stopped_stays_when_its_pod_is_deleted_meanwhile() {
 // The end of the pod
 
 #[test]
+fn a_grace_period_beyond_the_clocks_range_is_a_long_one() {
+    let probe = json!({"livenessProbe": {"tcpSocket": {"port": 1}, "terminationGracePeriodSeconds": i64::MAX}});
+    let spec = json!({"containers": [container("main", probe)], "terminationGracePeriodSeconds": i64::MAX});
+    let mut sim = Sim::new(spec.clone());
+    sim.run(0, Server);
+    let generation = sim.generation(0);
+    let probe = ProbeEvent::Failed { kind: ProbeKind::Liveness, message: "failed liveness probe".into() };
+    assert!(stops(&sim.step(Event::Probed { index: 0, generation, probe }))[0].1 > seconds(1 << 30));
+    let mut sim = Sim::new(spec);
+    sim.run(0, Server);
+    assert!(stops(&sim.delete(i64::MAX))[0].1 > seconds(1 << 30));
+    sim.delete(5);
+    sim.ended(0, 0);
+    assert_eq!(sim.phase(), "Succeeded");
+}
+
+#[test]
 fn a_deleted_pod_is_told_as_ended_before_its_object_is_deleted() {
     let mut sim = Sim::new(json!({}));
     sim.run(0, Server);
