@@ -4,6 +4,7 @@ use crate::admission::Admitted;
 use crate::connection::OpenRequest;
 use crate::cpu::Sliced;
 use crate::guest::{Container, Failure};
+use crate::limits::size_of_head;
 use crate::logs::LogStream;
 use crate::memory::{Budget, Reservation};
 use bytes::Bytes;
@@ -85,6 +86,8 @@ pub struct Running {
     /// Where it runs on when its answer has begun, and what ends it then.
     pub executor: Handle,
     pub aborted: CancellationToken,
+    /// What the request's head takes.
+    pub _head: Reservation,
     /// Dropped after the guest, whose place it is.
     pub _admitted: Admitted,
 }
@@ -189,6 +192,8 @@ pub struct Streaming {
     /// Between two pieces, and after the last one until the guest returns.
     idle_timeout: Duration,
     end_timeout: Duration,
+    /// What its head takes, which the guest does not have any more.
+    _head: Reservation,
 }
 
 /// An answer on its way to the client.
@@ -210,6 +215,10 @@ impl Answer {
         Self::Whole(Whole::default())
     }
 
+    fn head_only(kept: Reservation) -> Self {
+        Self::Whole(Whole { memory: Some(kept), ..Whole::default() })
+    }
+
     /// Bytes that are kept for the client though their guest is gone.
     fn kept(&self) -> usize {
         match self {
@@ -228,7 +237,8 @@ impl Whole {
 /// What becomes of a guest's response. With `head_only` the client expects no body, whatever the guest says and writes.
 pub trait GuestResponse {
     fn head_only(&self, method_is_head: bool) -> bool;
-    fn map_into_streaming(self, running: Running, head_only: bool) -> Response<Answer>;
+    /// The error says why it cannot be sent.
+    fn map_into_streaming(self, running: Running, head_only: bool) -> Result<Response<Answer>, Failure>;
     /// Reads a body whose guest has ended. The error says why it cannot be sent.
     fn map_into_whole(
         self,
@@ -243,11 +253,12 @@ impl GuestResponse for Response<HyperOutgoingBody> {
         method_is_head || matches!(self.status(), StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
     }
 
-    fn map_into_streaming(self, running: Running, head_only: bool) -> Response<Answer> {
+    fn map_into_streaming(self, running: Running, head_only: bool) -> Result<Response<Answer>, Failure> {
+        let kept = kept_for_head(self.headers(), &running.container.memory)?;
         if head_only {
             let (head, body) = without_length_of_nothing(self).into_parts();
             running.go_on(Some(body));
-            return Response::from_parts(head, Answer::empty());
+            return Ok(Response::from_parts(head, Answer::head_only(kept)));
         }
         let missing = length(self.headers());
         let exchange = running.exchange.clone();
@@ -255,18 +266,19 @@ impl GuestResponse for Response<HyperOutgoingBody> {
         let (idle_timeout, end_timeout) = (spec.stream_idle_timeout, spec.request_timeout);
         exchange.expect(idle_timeout, Failure::Stalled);
         let guest = Some(running.go_on(None));
-        self.map(|body| {
-            Answer::Streaming(Box::new(Streaming { body, exchange, guest, missing, idle_timeout, end_timeout }))
-        })
+        Ok(self.map(|body| {
+            let streaming = Streaming { body, exchange, guest, missing, idle_timeout, end_timeout, _head: kept };
+            Answer::Streaming(Box::new(streaming))
+        }))
     }
 
     async fn map_into_whole(self, head_only: bool, memory: &Arc<Budget>) -> Result<Response<Answer>, Failure> {
+        let mut kept = kept_for_head(self.headers(), memory)?;
         if head_only {
-            return Ok(without_length_of_nothing(self).map(|_| Answer::empty()));
+            return Ok(without_length_of_nothing(self).map(|_| Answer::head_only(kept)));
         }
         let (head, mut body) = self.into_parts();
         let mut whole = Whole::default();
-        let mut kept = Reservation::empty(memory.clone());
         while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
             let frame = frame.map_err(|error| Failure::Trap(format!("its answer's body is not usable: {error}")))?;
             let bytes = frame.data_ref().map_or(0, Bytes::len) as u64;
@@ -287,6 +299,11 @@ impl GuestResponse for Response<HyperOutgoingBody> {
         whole.memory = Some(kept);
         Ok(Response::from_parts(head, Answer::Whole(whole)))
     }
+}
+
+/// What an answer's head takes until the client has it: it may be many headers, and HTTP/2 keeps it as it is until its turn.
+fn kept_for_head(headers: &HeaderMap, memory: &Arc<Budget>) -> Result<Reservation, Failure> {
+    memory.reserve(size_of_head(headers)).map_err(|exceeded| Failure::MemoryTaken(exceeded.to_string()))
 }
 
 /// The content-length, which wasi:http lets a guest set to a number only.
@@ -413,6 +430,37 @@ impl Drop for Streaming {
     fn drop(&mut self) {
         if let Some(guest) = self.guest.take() {
             guest.abort();
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use http_body_util::{BodyExt as _, Empty};
+    use hyper::header::HeaderValue;
+
+    fn with_headers(count: usize) -> Response<HyperOutgoingBody> {
+        let mut response = Response::new(Empty::new().map_err(|never| match never {}).boxed_unsync());
+        for _ in 0..count {
+            response.headers_mut().append("x", HeaderValue::from_static(""));
+        }
+        response
+    }
+
+    #[tokio::test]
+    async fn the_head_of_an_answer_is_its_containers_memory_until_the_client_has_it() {
+        let memory = Budget::node(1_000_000);
+        for head_only in [true, false] {
+            let _ordinary = with_headers(10).map_into_whole(head_only, &memory).await.unwrap();
+            assert_eq!(memory.used(), 0);
+            let large = with_headers(3000).map_into_whole(head_only, &memory).await.unwrap();
+            assert!(memory.used() > 400_000);
+            let refused = with_headers(3000).map_into_whole(head_only, &memory).await.err();
+            assert!(matches!(refused, Some(Failure::MemoryTaken(_))), "{refused:?}");
+            drop(large);
+            assert_eq!(memory.used(), 0);
         }
     }
 }

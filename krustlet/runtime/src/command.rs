@@ -86,6 +86,7 @@ impl Execution {
             });
         }
         let container = Arc::new(Container::new(spec, executor, None)?);
+        module.charge(&container.spec.name, &container.tenant)?;
         let Some(taken) = container.tenant.instances.take(module.units()) else {
             return Err(StartError::Create {
                 container: container.spec.name.clone(),
@@ -164,13 +165,13 @@ async fn run(
 ) -> wasmtime::Result<Result<(), ()>> {
     match module.code() {
         Code::Command(command) => {
-            let mut store = container.component_store(&executor.engine, metrics.instance())?;
+            let mut store = container.component_store(&executor.engine, &module, metrics.instance())?;
             let command = command.instantiate_async(&mut store).await?;
             command.wasi_cli_run().call_run(&mut store).await
         }
-        Code::CoreModule(module) => {
-            let mut store = container.core_store(&executor.engine, metrics.instance())?;
-            let instance = module.instantiate_async(&mut store).await?;
+        Code::CoreModule(code) => {
+            let mut store = container.core_store(&executor.engine, &module, metrics.instance())?;
+            let instance = code.instantiate_async(&mut store).await?;
             let start = instance.get_typed_func::<(), ()>(&mut store, "_start")?;
             start.call_async(&mut store, ()).await.map(Ok)
         }

@@ -10,6 +10,7 @@
 //!   A slice costs the CPU time that its thread has had, not the time that went by: on a machine with more to do than it has
 //!   cores a container does not pay for the turns of others.
 
+use crate::stack;
 use futures::future::BoxFuture;
 use rustix::time::{ClockId, clock_gettime};
 use std::cell::Cell;
@@ -197,6 +198,8 @@ pub fn on_deadline<T>(_store: StoreContextMut<'_, T>) -> wasmtime::Result<Update
         return Ok(UpdateDeadline::Continue(1));
     }
     YIELDED.set(true);
+    // One that computes on calls nothing that would tell where its stack is.
+    stack::mark();
     // wasmtime's yield wakes its own task, which the executor puts behind all others. `tokio::task::yield_now` would not
     // do: a task that it wakes goes first where new events are looked for often.
     Ok(UpdateDeadline::Yield(1))

@@ -5,10 +5,12 @@
 
 use crate::allowed_hosts::{AllowedHost, Host, Target};
 use crate::egress_policy::{EgressPolicy, Refused};
+use crate::limits::size_of_fields;
 use crate::logs::{LogFile, LogStream};
 use crate::memory::{Budget, Reservation};
 use crate::name_service::Names;
 use crate::shares::{Share, Taken};
+use crate::tenants::Tenant;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use http_body_util::BodyExt as _;
@@ -42,9 +44,7 @@ const MAX_CONNECTIONS: usize = 256;
 const MAX_IDLE: usize = 16;
 /// Shorter than most servers keep an idle connection, so that it is seldom closed under a request.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
-/// Names that one container may be resolving at once: each holds a thread, which nothing can call back.
-const MAX_LOOKUPS: usize = 8;
-/// What an open request makes the node hold: its head and its answer's, and what of their bodies is on the way.
+/// What an open request makes the node hold beside its headers: its answer's head, and what of their bodies is on the way.
 const OPEN_REQUEST: u64 = 128 * 1024;
 /// What the head of an answer may take.
 const MAX_HEAD: usize = 64 * 1024;
@@ -138,7 +138,7 @@ impl Outbound {
     pub fn new(
         egress: &Arc<Egress>,
         memory: &Arc<Budget>,
-        descriptors: &Arc<Share>,
+        tenant: &Tenant,
         allowed_hosts: &[String],
         ca_bundle: Option<&str>,
         timeout: Duration,
@@ -150,8 +150,8 @@ impl Outbound {
             egress: egress.clone(),
             timeout,
             connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
-            descriptors: descriptors.clone(),
-            lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)),
+            descriptors: tenant.descriptors.clone(),
+            lookups: tenant.lookups.clone(),
         });
         let client = client(Connector { connecting: connecting.clone(), to_endpoints: false });
         let to_endpoints = OnceLock::new();
@@ -164,7 +164,8 @@ impl Outbound {
         self.0.log.write_line(LogStream::Stderr, &format!("krustlet: denied a request to {what}: {why}"));
     }
 
-    fn admit(&self, uri: &http::Uri) -> Result<(Target, Open), HttpError> {
+    fn admit(&self, request: &http::Request<WasiBody>) -> Result<(Target, Open), HttpError> {
+        let uri = request.uri();
         let target = Target::of(uri).map_err(|cause| {
             let authority = uri.authority().map_or("no host", |authority| authority.as_str());
             self.deny(&authority, &cause);
@@ -174,8 +175,9 @@ impl Outbound {
             self.deny(&target, &"its host is not among the pod's allowed hosts");
             return Err(HttpError::HttpRequestDenied);
         }
+        let size = OPEN_REQUEST + size_of_fields(request.headers());
         let permit = self.0.open.clone().try_acquire_owned().map_err(|_| HttpError::ConnectionLimitReached)?;
-        let memory = self.0.memory.reserve(OPEN_REQUEST).map_err(|_| HttpError::ConnectionLimitReached)?;
+        let memory = self.0.memory.reserve(size).map_err(|_| HttpError::ConnectionLimitReached)?;
         Ok((target, Open { _permit: permit, _memory: memory }))
     }
 
@@ -190,7 +192,7 @@ impl Outbound {
             _ => None,
         };
         let Some(endpoint) = endpoint else { return Ok(self.0.client.request(request).await?) };
-        // A container that calls ever other names does not hold up the others, which ask the same API server.
+        // A pod that calls ever other names does not hold up the others, which ask the same API server.
         let lookup = self.0.connecting.lookups.acquire().await;
         let endpoint = endpoint.await.map_err(Failed::Name)?;
         drop(lookup);
@@ -276,7 +278,7 @@ impl WasiHttpHooks for Outbound {
         options: Option<RequestOptions>,
         _processed: Completion,
     ) -> Box<dyn Future<Output = Sent> + Send> {
-        match self.admit(request.uri()) {
+        match self.admit(&request) {
             Ok((target, open)) => Box::new(self.clone().send(request, options.unwrap_or_default(), target, open)),
             Err(error) => Box::new(std::future::ready(Err(error))),
         }
@@ -429,6 +431,7 @@ struct Connecting {
     connections: Arc<Semaphore>,
     /// The pod's, of which connections are some.
     descriptors: Arc<Share>,
+    /// The same.
     lookups: Arc<Semaphore>,
 }
 
@@ -589,6 +592,7 @@ mod tests {
     struct Fixture {
         directory: tempfile::TempDir,
         egress: Egress,
+        tenant: Arc<Tenant>,
     }
 
     impl Fixture {
@@ -596,7 +600,8 @@ mod tests {
             let _ = rustls::crypto::ring::default_provider().install_default();
             let networks = networks.iter().map(|network| network.parse().unwrap()).collect();
             let egress = Egress::new(EgressConfig { networks, ..EgressConfig::default() }).unwrap();
-            Self { directory: tempfile::tempdir().unwrap(), egress }
+            let tenant = crate::tenants::Tenants::new(100, 2, 1, None, 0).of("default/pod/container");
+            Self { directory: tempfile::tempdir().unwrap(), egress, tenant }
         }
 
         fn outbound(self, allowed: &str, ca_bundle: Option<&str>) -> (Outbound, impl Fn() -> String) {
@@ -605,16 +610,8 @@ mod tests {
             let egress = Arc::new(self.egress);
             let budget = Budget::node(u64::MAX);
             let timeout = Duration::from_secs(10);
-            let outbound = Outbound::new(
-                &egress,
-                &budget,
-                &crate::shares::Pool::new(100, 1).share(),
-                &[allowed.to_owned()],
-                ca_bundle,
-                timeout,
-                log,
-            )
-            .unwrap();
+            let outbound =
+                Outbound::new(&egress, &budget, &self.tenant, &[allowed.to_owned()], ca_bundle, timeout, log).unwrap();
             let directory = self.directory;
             (outbound, move || std::fs::read_to_string(directory.path().join("0.log")).unwrap())
         }
@@ -690,6 +687,41 @@ mod tests {
         assert_eq!(answer, Ok(()));
         assert!(log().contains("127.0.0.2 is a loopback address of the node"), "{}", log());
         assert_eq!(connections.load(Ordering::SeqCst), 1);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn the_containers_of_a_pod_together_resolve_so_many_names_at_once() {
+        let (asked, (release, released)) = (Arc::<AtomicUsize>::default(), std::sync::mpsc::channel::<()>());
+        let (counted, released) = (asked.clone(), parking_lot::Mutex::new(released));
+        let resolve: Arc<Resolve> = Arc::new(move |_: &str, _| {
+            counted.fetch_add(1, Ordering::SeqCst);
+            let _ = released.lock().recv();
+            Err(io::ErrorKind::NotFound.into())
+        });
+        let tenant = Fixture::new(&[]).tenant;
+        let containers: Vec<_> = (0..2)
+            .map(|_| {
+                let mut fixture = Fixture::new(&[]);
+                (fixture.tenant, fixture.egress.resolve) = (tenant.clone(), resolve.clone());
+                fixture.outbound("*.example", None).0
+            })
+            .collect();
+        let most = tenant.lookups.available_permits();
+        let requests: Vec<_> = (0..2 * most)
+            .map(|number| {
+                let mut outbound = containers.get(number % 2).unwrap().clone();
+                tokio::spawn(async move { send(&mut outbound, &format!("http://n{number}.example/")).await })
+            })
+            .collect();
+        while asked.load(Ordering::SeqCst) < most {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(tenant.lookups.available_permits(), 0);
+        assert_eq!(asked.load(Ordering::SeqCst), most);
+        drop(release);
+        for request in requests {
+            assert!(matches!(request.await.unwrap(), Err(HttpError::DnsError { .. })));
+        }
     }
 
     #[tokio::test]

@@ -6,7 +6,9 @@ use wasmtime::{Config, Enabled, Engine, InstanceAllocationStrategy, OptLevel, Po
 /// The smaller numbers are for machines whose kernel or limits give less address space.
 const MAX_INSTANCES: [u32; 3] = [2000, 400, 50];
 /// A component is several core instances (its modules and the adapters between them). The pool only counts them.
-const CORE_INSTANCES: u32 = 256;
+pub const CORE_INSTANCES: u32 = 256;
+/// What wasmtime may lay out for an instance beside its memories and tables (see `instance_size`).
+pub const MAX_CONTEXT: usize = 1024 * 1024;
 /// What one of the node's instances stands for; a module that needs more counts as several. The second memory is the heap of
 /// guests in garbage-collected languages, which nothing says beforehand that they need.
 pub const MEMORIES: u32 = 2;
@@ -73,6 +75,8 @@ fn config(instances: u32, idle: u64) -> Config {
         .total_tables(instances * TABLES)
         .total_stacks(instances)
         .total_gc_heaps(instances)
+        .max_component_instance_size(MAX_CONTEXT)
+        .max_core_instance_size(MAX_CONTEXT)
         .max_memories_per_module(4)
         .max_tables_per_module(8)
         .table_elements(TABLE_ELEMENTS)

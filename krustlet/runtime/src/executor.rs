@@ -55,7 +55,7 @@ impl Executor {
             runtime: Some(runtime),
             engine,
             egress,
-            tenants: Tenants::new(instances as usize, workers, max_pods, machine.total()),
+            tenants: Tenants::new(instances as usize, workers, max_pods, machine.total(), division.guests),
             memory: node_budget(machine, division),
             default_memory: division.default_limit,
             ticker,

@@ -7,10 +7,12 @@ use crate::executor::Executor;
 use crate::files::OpenFiles;
 use crate::limits::{Limiter, MAX_FIELDS, MemoryLimitExceeded};
 use crate::logs::{LogFile, LogStream};
-use crate::memory::{Budget, Scope};
+use crate::memory::{Budget, Reservation, Scope};
 use crate::metrics::LiveInstance;
+use crate::module::Module;
 use crate::mounts::{self, Mount};
 use crate::preview_1::Descriptors;
+use crate::shares::Taken;
 use crate::stack;
 use crate::tenants::Tenant;
 use std::fmt;
@@ -24,13 +26,15 @@ use wasmtime_wasi::{I32Exit, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
 
 /// Handles (streams, headers, files, …) that one instance may hold at a time.
-const MAX_RESOURCES: usize = 4 * 1024;
+pub const MAX_RESOURCES: usize = 4 * 1024;
 /// The same with those that a component's own parts give each other.
 const MAX_HANDLES: usize = 4 * MAX_RESOURCES;
 /// Random bytes for one call.
 const MAX_RANDOM: u64 = 1024 * 1024;
 /// What one call may copy out of the guest into the node's memory.
 const MAX_HOSTCALL: usize = 16 * 1024 * 1024;
+/// Directories that any container may have; each further one counts as a file that it has open.
+const ORDINARY_MOUNTS: usize = 8;
 /// Longer timeouts are taken for this one: the clock's own range ends somewhere, with a panic.
 const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
 
@@ -49,6 +53,8 @@ pub struct ContainerSpec {
     pub memory_limit: Option<u64>,
     /// What the containers of its pod may take together.
     pub pod_memory: Option<PodMemory>,
+    /// What this specification takes of it.
+    pub held: Vec<HeldMemory>,
     /// Cores, for all of the container's instances together.
     pub cpu_limit: Option<f64>,
     /// `host` (any port), `host:port` or `*.domain` that the guest may send HTTP requests to.
@@ -79,6 +85,7 @@ impl ContainerSpec {
             working_dir: None,
             memory_limit: None,
             pod_memory: None,
+            held: Vec::new(),
             cpu_limit: None,
             allowed_hosts: Vec::new(),
             ca_bundle: None,
@@ -107,6 +114,17 @@ pub struct Stats {
 #[derive(Debug, Clone)]
 pub struct PodMemory(pub(crate) Arc<Budget>);
 
+/// Some of it, until the last clone is dropped.
+#[derive(Debug, Clone)]
+pub struct HeldMemory(#[allow(dead_code)] Arc<Reservation>);
+
+impl PodMemory {
+    /// Takes what somebody else keeps for the pod. The error says what is lacking.
+    pub fn hold(&self, bytes: u64) -> Result<HeldMemory, String> {
+        self.0.reserve(bytes).map(Arc::new).map(HeldMemory).map_err(|exceeded| exceeded.to_string())
+    }
+}
+
 /// A specification made ready: what its instances share.
 pub struct Container {
     pub spec: ContainerSpec,
@@ -119,6 +137,8 @@ pub struct Container {
     environment: Arc<Environment>,
     filesystem: WasiFilesystemCtx,
     outbound: Outbound,
+    /// Its mounts, which are the pod's descriptors as its files are.
+    _mounted: Taken,
 }
 
 /// What a guest is told when it asks, shared by all instances of its container: they may be many, and it large.
@@ -141,6 +161,14 @@ impl Container {
             working_dir: spec.working_dir.take(),
         });
         let create = |cause: String, permanent| StartError::Create { container: spec.name.clone(), cause, permanent };
+        let tenant = executor.tenants.of(&spec.name);
+        let further = mounts.len().saturating_sub(ORDINARY_MOUNTS);
+        let mounted = tenant.descriptors.take(further).ok_or_else(|| {
+            create(
+                format!("its pod may not have so many file descriptors that it gets {} directories", mounts.len()),
+                false,
+            )
+        })?;
         // The mounts' own descriptors go with them: from here on there is one for each, whatever the number of instances.
         let filesystem = mounts::open(&mounts).map_err(|cause| create(cause, false))?;
         drop(mounts);
@@ -154,11 +182,10 @@ impl Container {
         };
         limit.set_limit(bytes);
         let memory = Budget::within(&limit, Scope::Container, u64::MAX);
-        let tenant = executor.tenants.of(&spec.name);
         let outbound = Outbound::new(
             &executor.egress,
             &memory,
-            &tenant.descriptors,
+            &tenant,
             &spec.allowed_hosts,
             spec.ca_bundle.as_deref(),
             spec.request_timeout,
@@ -166,7 +193,7 @@ impl Container {
         )
         .map_err(|cause| StartError::Config { container: spec.name.clone(), cause })?;
         let cpu = Arc::new(executor.share(&tenant, spec.cpu_limit));
-        Ok(Self { spec, tenant, cpu, memory, limit, environment, filesystem, outbound })
+        Ok(Self { spec, tenant, cpu, memory, limit, environment, filesystem, outbound, _mounted: mounted })
     }
 
     /// All but directories and environment, which are the container's and not each instance's own.
@@ -185,8 +212,13 @@ impl Container {
         OpenFiles::new(self.tenant.clone())
     }
 
-    /// The store of one component instance.
-    pub fn component_store(&self, engine: &Engine, live: LiveInstance) -> wasmtime::Result<Store<ComponentState>> {
+    /// The store of one instance of a component.
+    pub fn component_store(
+        &self,
+        engine: &Engine,
+        module: &Module,
+        live: LiveInstance,
+    ) -> wasmtime::Result<Store<ComponentState>> {
         let mut table = ResourceTable::new();
         table.set_max_capacity(MAX_RESOURCES);
         let mut wasi = self.wasi().build();
@@ -199,7 +231,7 @@ impl Container {
             http,
             table,
             outbound: self.outbound.clone(),
-            limiter: Limiter::new(self.memory.clone())?,
+            limiter: Limiter::of_module(self.memory.clone(), module.instance_bytes())?,
             open_files: self.open_files(),
             _live: live,
         };
@@ -209,21 +241,25 @@ impl Container {
         store.set_max_component_handles(MAX_HANDLES);
         store.set_epoch_deadline(FIRST_SLICE);
         store.epoch_deadline_callback(|mut context| {
-            let state = context.data_mut();
-            state.limiter.count_handles(&mut state.table)?;
+            context.data_mut().count_handles()?;
             cpu::on_deadline(context)
         });
         Ok(store)
     }
 
-    /// The store of one core module instance.
-    pub fn core_store(&self, engine: &Engine, live: LiveInstance) -> wasmtime::Result<Store<CoreState>> {
+    /// The store of one instance of a core module.
+    pub fn core_store(
+        &self,
+        engine: &Engine,
+        module: &Module,
+        live: LiveInstance,
+    ) -> wasmtime::Result<Store<CoreState>> {
         let mut wasi = self.wasi();
         wasi.args(&self.environment.arguments).envs(&self.environment.variables);
         let mut wasi = wasi.build_p1();
         wasi.ctx().ctx.filesystem().clone_from(&self.filesystem);
         wasi.ctx().table.set_max_capacity(MAX_RESOURCES);
-        let limiter = Limiter::new(self.memory.clone())?;
+        let limiter = Limiter::of_module(self.memory.clone(), module.instance_bytes())?;
         let descriptors = Descriptors::of(&mut wasi);
         let state = CoreState { wasi, limiter, open_files: self.open_files(), descriptors, _live: live };
         let mut store = Store::new(engine, state);
@@ -245,6 +281,13 @@ pub struct ComponentState {
     pub limiter: Limiter,
     pub open_files: OpenFiles,
     _live: LiveInstance,
+}
+
+impl ComponentState {
+    /// Counts what the host keeps for the guest now.
+    pub fn count_handles(&mut self) -> Result<(), MemoryLimitExceeded> {
+        self.limiter.count_handles(&mut self.table)
+    }
 }
 
 impl WasiView for ComponentState {

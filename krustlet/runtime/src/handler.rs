@@ -11,6 +11,7 @@ use crate::connection::OpenRequest;
 use crate::cpu::Sliced;
 use crate::guest::{ComponentState, Container, Failure};
 use crate::http::{Server, Serving};
+use crate::limits::size_of_head;
 use crate::stack;
 use hyper::body::Incoming;
 use hyper::{Method, Request, Response, StatusCode, header};
@@ -47,6 +48,11 @@ async fn answer(server: &Arc<Server>, flow: &Flow, request: Request<Incoming>, b
     let serving = server.current();
     let container = &serving.container;
     let deadline = began + container.spec.request_timeout;
+    // In HTTP/2 a head of thousands of headers is a few bytes on the wire, and many may wait.
+    let head = match container.memory.reserve(size_of_head(request.headers())) {
+        Ok(head) => head,
+        Err(exceeded) => return failed(container, &Failure::MemoryTaken(exceeded.to_string())),
+    };
     let admitted = match server.admission.enter(flow, serving.units, deadline).await {
         Ok(admitted) => admitted,
         Err(Refused::QueueFull) => return refusal(StatusCode::SERVICE_UNAVAILABLE, "too many requests wait\n"),
@@ -63,6 +69,7 @@ async fn answer(server: &Arc<Server>, flow: &Flow, request: Request<Incoming>, b
         timer: None,
         executor: server.executor.handle().clone(),
         aborted: server.aborted.clone(),
+        _head: head,
         _admitted: admitted,
     };
     let failure = match (running.progress().await, exchange.take_answer()) {
@@ -73,7 +80,10 @@ async fn answer(server: &Arc<Server>, flow: &Flow, request: Request<Incoming>, b
         }
         (Progress::Answered, Some(Ok(response))) => {
             let head_only = response.head_only(method_is_head);
-            return response.map_into_streaming(running, head_only);
+            match response.map_into_streaming(running, head_only) {
+                Ok(response) => return response,
+                Err(failure) => failure,
+            }
         }
         (Progress::Ended, Some(Ok(response))) => {
             drop(running);
@@ -128,7 +138,7 @@ fn refusal(status: StatusCode, text: &'static str) -> Response<Answer> {
 
 /// One instance's life.
 async fn execute(server: Arc<Server>, serving: Arc<Serving>, request: Request<Incoming>, exchange: Arc<Exchange>) {
-    match serving.container.component_store(&server.executor.engine, server.metrics.instance()) {
+    match serving.container.component_store(&server.executor.engine, &serving.module, server.metrics.instance()) {
         Ok(mut store) => {
             let call = call(&serving, &mut store, request, &exchange);
             if let Err(error) = stack::charged(&serving.container.memory, call).await {

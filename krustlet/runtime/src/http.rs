@@ -11,7 +11,7 @@ use crate::memory::Budget;
 use crate::metrics::Metrics;
 use crate::module::{Code, Module};
 use crate::name_service::Note;
-use crate::shares::Share;
+use crate::shares::{Share, Taken};
 use futures::future::join_all;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -70,7 +70,7 @@ pub struct Server {
 pub struct Serving {
     pub guest: ProxyPre<ComponentState>,
     /// While this is served, the next pod with the same module need not load it.
-    _module: Module,
+    pub module: Module,
     pub container: Arc<Container>,
     /// Of the node's instances, what one of these counts for.
     pub units: usize,
@@ -94,6 +94,13 @@ impl HttpServer {
     ) -> Result<Self, StartError> {
         let name = spec.name.clone();
         let serving = Serving::new(executor, module, spec, None)?;
+        // One port is what every container has. Each further one is a descriptor of its pod's.
+        let further = addresses.len().saturating_sub(1);
+        let descriptors = serving.container.tenant.descriptors.take(further).ok_or_else(|| StartError::Create {
+            container: name.clone(),
+            cause: format!("its pod may not have so many file descriptors that it can listen on {further} more ports"),
+            permanent: false,
+        })?;
         // The listener belongs to the guests' executor, whoever calls.
         let entered = executor.handle().enter();
         let listen = |address: &SocketAddr| {
@@ -133,7 +140,7 @@ impl HttpServer {
             aborted: CancellationToken::new(),
             protocol: protocol(&limits),
         });
-        executor.handle().spawn(accept_all(server.clone(), listeners, note));
+        executor.handle().spawn(accept_all(server.clone(), listeners, (note, descriptors)));
         Ok(Self { local_addr, local_addrs, server })
     }
 
@@ -224,6 +231,7 @@ impl Serving {
         };
         let units = module.units();
         let container = Arc::new(Container::new(spec, executor, predecessor)?);
+        module.charge(&container.spec.name, &container.tenant)?;
         if units > container.tenant.instances.most() {
             return Err(StartError::Create {
                 container: container.spec.name.clone(),
@@ -233,7 +241,7 @@ impl Serving {
                 permanent: true,
             });
         }
-        Ok(Self { guest: guest.clone(), _module: module.clone(), container, units })
+        Ok(Self { guest: guest.clone(), module: module.clone(), container, units })
     }
 
     fn admission(&self, limits: &Limits) -> Arc<Admission> {
@@ -270,7 +278,7 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 
 /// Accepts on all of the listeners, which share the container's connections, until the server is closed and the last
 /// connection has ended.
-async fn accept_all(server: Arc<Server>, listeners: Vec<TcpListener>, note: Note) {
+async fn accept_all(server: Arc<Server>, listeners: Vec<TcpListener>, (note, further): (Note, Taken)) {
     let open = TaskTracker::new();
     let descriptors = server.current().container.tenant.descriptors.clone();
     // The note goes before the listeners: whoever has their addresses next is somebody else.
@@ -280,6 +288,7 @@ async fn accept_all(server: Arc<Server>, listeners: Vec<TcpListener>, note: Note
     };
     let accept = join_all(listeners.into_iter().map(|listener| accept(&server, listener, &open, &descriptors)));
     tokio::join!(biased; withdraw, accept);
+    drop(further);
     open.close();
     open.wait().await;
     server.drained.cancel();

@@ -9,9 +9,9 @@ use std::any::Any;
 use std::sync::Arc;
 use wasmtime::ResourceLimiter;
 use wasmtime::component::{Resource, ResourceTable};
-use wasmtime_wasi::p2::DynOutputStream;
+use wasmtime_wasi::p2::{DynInputStream, DynOutputStream};
 use wasmtime_wasi_http::FieldMap;
-use wasmtime_wasi_http::p2::body::HostOutgoingBody;
+use wasmtime_wasi_http::p2::body::{HostFutureTrailers, HostIncomingBody, HostOutgoingBody};
 use wasmtime_wasi_http::p2::types::{
     HostIncomingRequest, HostIncomingResponse, HostOutgoingRequest, HostOutgoingResponse,
 };
@@ -24,6 +24,10 @@ pub const INSTANCE: u64 = 32 * 1024;
 const CALLS_UNCOUNTED: u32 = 4;
 /// A handle, whatever it is to.
 const HANDLE: u64 = 256;
+/// What a stream of a guest's keeps of what was read and not yet taken.
+pub const READ_AHEAD: u64 = 64 * 1024;
+/// The head of an ordinary request or answer is a part of what an instance takes.
+const ORDINARY_HEAD: u64 = 4 * 1024;
 /// What WASI's implementation lets a map of headers hold, as it counts.
 pub const MAX_FIELDS: usize = 128 * 1024;
 /// A header's place in its map: its hash, name, first value and links, and its place in the index.
@@ -64,8 +68,14 @@ pub struct Limiter {
 }
 
 impl Limiter {
-    /// Fails when the container has no memory for another instance.
-    pub fn new(budget: Arc<Budget>) -> Result<Self, MemoryLimitExceeded> {
+    /// Fails when the container has no memory for another instance, of whose module each takes so many bytes.
+    pub fn of_module(budget: Arc<Budget>, bytes: u64) -> Result<Self, MemoryLimitExceeded> {
+        let mut limiter = Self::new(budget)?;
+        limiter.guest.grow(bytes).map_err(|exceeded| limiter.exceeded(exceeded))?;
+        Ok(limiter)
+    }
+
+    fn new(budget: Arc<Budget>) -> Result<Self, MemoryLimitExceeded> {
         let (guest, host) = (Reservation::empty(budget.clone()), Reservation::empty(budget.clone()));
         let mut limiter = Self { budget, guest, host, uncounted: 0, overdrawn: None };
         limiter.host.grow(INSTANCE).map_err(|exceeded| limiter.exceeded(exceeded))?;
@@ -127,9 +137,19 @@ fn size_of_entry(entry: &(dyn Any + Send)) -> u64 {
     } else if let Some(response) = entry.downcast_ref::<HostOutgoingResponse>() {
         size_of_fields(&response.headers)
     } else if let Some(response) = entry.downcast_ref::<HostIncomingResponse>() {
-        size_of_fields(&response.headers) + BODY_CHUNK_SIZE as u64
-    } else if entry.is::<HostIncomingRequest>() {
+        size_of_fields(&response.headers) + response.body.as_ref().map_or(0, |_| BODY_CHUNK_SIZE as u64)
+    } else if let Some(request) = entry.downcast_ref::<HostIncomingRequest>() {
+        request.body.as_ref().map_or(0, |_| BODY_CHUNK_SIZE as u64)
+    } else if entry.is::<HostIncomingBody>() {
         BODY_CHUNK_SIZE as u64
+    } else if let Some(trailers) = entry.downcast_ref::<HostFutureTrailers>() {
+        match trailers {
+            HostFutureTrailers::Waiting(_) => BODY_CHUNK_SIZE as u64,
+            HostFutureTrailers::Done(Ok(Some(trailers))) => size_of_fields(trailers),
+            HostFutureTrailers::Done(_) | HostFutureTrailers::Consumed => 0,
+        }
+    } else if entry.is::<DynInputStream>() {
+        READ_AHEAD
     } else if entry.is::<DynOutputStream>() {
         MAX_WRITE as u64
     } else if entry.is::<HostOutgoingBody>() {
@@ -140,10 +160,15 @@ fn size_of_entry(entry: &(dyn Any + Send)) -> u64 {
 }
 
 /// What the map itself takes, by the room that it has, and what is in it.
-fn size_of_fields(fields: &HeaderMap) -> u64 {
+pub fn size_of_fields(fields: &HeaderMap) -> u64 {
     let names: usize = fields.keys().map(|name| name.as_str().len() + ALLOCATION).sum();
     let values: usize = fields.values().map(|value| value.len() + ALLOCATION).sum();
     (fields.capacity() * HEADER + further_values(fields) * FURTHER_VALUE + names + values) as u64
+}
+
+/// What the headers of a request or an answer take beside what an instance takes anyway, while no guest has them.
+pub fn size_of_head(fields: &HeaderMap) -> u64 {
+    Some(size_of_fields(fields)).filter(|size| *size > ORDINARY_HEAD).unwrap_or(0)
 }
 
 /// How many values are not the first of their name.

@@ -1,7 +1,7 @@
 //! What modules may import, and from whom they get it.
 
 use crate::guest::{ComponentState, CoreState, Environment};
-use crate::limits::change_fields;
+use crate::limits::{change_fields, size_of_fields};
 use crate::open::{open_at, set_times_at};
 use crate::{preview_1, stack};
 use std::sync::Arc;
@@ -15,8 +15,10 @@ use wasmtime_wasi::p2::bindings::filesystem::types::{
 };
 use wasmtime_wasi::p2::bindings::io::streams::{Host as _, HostOutputStream};
 use wasmtime_wasi::p2::bindings::{LinkOptions, cli};
-use wasmtime_wasi::p2::{DynOutputStream, ReaddirIterator};
+use wasmtime_wasi::p2::{DynInputStream, DynOutputStream, FsResult, ReaddirIterator};
 use wasmtime_wasi_http::p2::HeaderError;
+use wasmtime_wasi_http::p2::bindings::http::types as http_types;
+use wasmtime_wasi_http::p2::body::HostOutgoingBody;
 use wasmtime_wasi_http::{FieldMap, FieldMapError, WasiHttpView as _};
 
 /// Of the WASI that wasmtime-wasi offers; guests that were built against an older 0.2 are given this one.
@@ -25,6 +27,8 @@ const HTTP_TYPES: &str = "wasi:http/types@0.2.12";
 const STREAMS: &str = "wasi:io/streams@0.2.12";
 /// Bytes that a guest may write to a stream at once.
 pub const MAX_WRITE: usize = 64 * 1024;
+/// What trailers may take: once the guest has given them away, nothing counts them.
+const MAX_TRAILERS: u64 = 16 * 1024;
 
 pub struct Linkers {
     pub component: Linker<ComponentState>,
@@ -93,10 +97,49 @@ fn limit_component(linker: &mut Linker<ComponentState>) -> wasmtime::Result<()> 
     limit_open_files(linker)?;
     limit_times(linker)?;
     limit_lists(linker)?;
+    limit_streams(linker)?;
     limit_writes(linker)?;
     limit_headers(linker)?;
+    limit_trailers(linker)?;
     linker.allow_shadowing(false);
     Ok(())
+}
+
+/// A file is one descriptor, and may have thousands of streams, each of which keeps what was read ahead or is being written. They
+/// count from the moment that they are there: a guest that waits for them is asked no more.
+fn limit_streams(linker: &mut Linker<ComponentState>) -> wasmtime::Result<()> {
+    fn counted<T: 'static>(
+        state: &mut ComponentState,
+        open: impl FnOnce(&mut wasmtime_wasi::filesystem::WasiFilesystemCtxView<'_>) -> FsResult<Resource<T>>,
+    ) -> wasmtime::Result<(Result<Resource<T>, ErrorCode>,)> {
+        let mut files = state.filesystem();
+        let opened = match open(&mut files) {
+            Ok(opened) => Ok(opened),
+            Err(error) => Err(files.convert_error_code(error)?),
+        };
+        state.count_handles()?;
+        Ok((opened,))
+    }
+    type At = (Resource<Descriptor>, u64);
+    let mut types = linker.instance(TYPES)?;
+    types.func_wrap(
+        "[method]descriptor.read-via-stream",
+        |mut store: StoreContextMut<'_, ComponentState>, (file, offset): At| {
+            counted::<DynInputStream>(store.data_mut(), |files| files.read_via_stream(file, offset))
+        },
+    )?;
+    types.func_wrap(
+        "[method]descriptor.write-via-stream",
+        |mut store: StoreContextMut<'_, ComponentState>, (file, offset): At| {
+            counted::<DynOutputStream>(store.data_mut(), |files| files.write_via_stream(file, offset))
+        },
+    )?;
+    types.func_wrap(
+        "[method]descriptor.append-via-stream",
+        |mut store: StoreContextMut<'_, ComponentState>, (file,): (Resource<Descriptor>,)| {
+            counted::<DynOutputStream>(store.data_mut(), |files| files.append_via_stream(file))
+        },
+    )
 }
 
 /// No stream here permits more at once, and not each of them looks at what it is given.
@@ -138,6 +181,28 @@ fn limit_headers(linker: &mut Linker<ComponentState>) -> wasmtime::Result<()> {
         move |mut store: StoreContextMut<'_, ComponentState>, (fields, name): Delete| {
             let http = store.data_mut().http();
             told(change_fields(http.table, &fields, |fields| fields.remove_all(http.hooks, name).map(drop))?)
+        },
+    )
+}
+
+fn limit_trailers(linker: &mut Linker<ComponentState>) -> wasmtime::Result<()> {
+    type Finish = (Resource<HostOutgoingBody>, Option<Resource<FieldMap>>);
+    linker.instance(HTTP_TYPES)?.func_wrap(
+        "[static]outgoing-body.finish",
+        |mut store: StoreContextMut<'_, ComponentState>, (body, trailers): Finish| {
+            let mut view = store.data_mut().http();
+            if let Some(trailers) = &trailers
+                && size_of_fields(view.table.get(trailers)?) > MAX_TRAILERS
+            {
+                view.table.delete(Resource::<FieldMap>::new_own(trailers.rep()))?;
+                http_types::HostOutgoingBody::drop(&mut view, body)?;
+                let cause = format!("trailers take at most {MAX_TRAILERS} bytes");
+                return Ok((Err(http_types::ErrorCode::InternalError(Some(cause))),));
+            }
+            match http_types::HostOutgoingBody::finish(&mut view, body, trailers) {
+                Ok(()) => Ok((Ok(()),)),
+                Err(error) => Ok((Err(http_types::Host::convert_error_code(&mut view, error)?),)),
+            }
         },
     )
 }

@@ -125,6 +125,9 @@ impl Budget {
     }
 
     pub fn give_back(&self, bytes: u64) {
+        if bytes == 0 {
+            return;
+        }
         self.used.fetch_sub(bytes, Ordering::Relaxed);
         if let Some(parent) = &self.parent {
             parent.give_back(bytes);

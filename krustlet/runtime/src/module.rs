@@ -3,15 +3,18 @@
 use crate::artifact::{Digest, MAX_MODULE, cut, shown};
 use crate::compile::{CompileError, Compiler};
 use crate::engine::{MEMORIES, TABLES};
-use crate::error::LoadError;
+use crate::error::{LoadError, StartError};
 use crate::executor::Executor;
 use crate::guest::{ComponentState, CoreState};
 use crate::imports::{self, HANDLER, RUN, START};
+use crate::instance_size;
 use crate::linkers::Linkers;
 use crate::memory::Reservation;
 use crate::metrics::Metrics;
 use crate::precompiled::{Cache, VerifiedCode};
+use crate::shares::Taken;
 use crate::store::Store;
+use crate::tenants::{CODE_UNIT, Tenant};
 use crate::trusted;
 use futures::future::{BoxFuture, FutureExt as _, WeakShared};
 use parking_lot::Mutex;
@@ -51,8 +54,11 @@ pub struct Module(Arc<Inner>);
 pub(crate) struct Inner {
     digest: Digest,
     pub(crate) code: Code,
+    instance_bytes: u64,
     /// The code counts as the node's for as long as it is loaded.
-    _memory: Reservation,
+    memory: Reservation,
+    /// The same of what the first pod that runs it may have.
+    charged: Mutex<Option<Taken>>,
 }
 
 pub(crate) enum Code {
@@ -77,6 +83,27 @@ impl Module {
 
     pub(crate) fn code(&self) -> &Code {
         &self.0.code
+    }
+
+    /// To be called when a container of this pod begins to run it. Those that come later share it.
+    pub(crate) fn charge(&self, container: &str, tenant: &Tenant) -> Result<(), StartError> {
+        let mut charged = self.0.charged.lock();
+        if charged.is_none() {
+            let units = usize::try_from(self.0.memory.bytes().div_ceil(CODE_UNIT)).unwrap_or(usize::MAX);
+            let taken = tenant.code.take(units).ok_or_else(|| StartError::Create {
+                container: container.to_owned(),
+                cause: "the code of its pod's modules takes more of the node's memory than a pod may have for it"
+                    .into(),
+                permanent: false,
+            })?;
+            *charged = Some(taken);
+        }
+        Ok(())
+    }
+
+    /// What the node holds for one instance beside its memories and tables.
+    pub(crate) fn instance_bytes(&self) -> u64 {
+        self.0.instance_bytes
     }
 
     /// How many of the node's instances one of these counts for.
@@ -223,11 +250,12 @@ impl Loader {
                 internal(&wanted, "it is gone from the image store; it is pulled again at the next start".into())
             })?;
             let component = imports::check(&wanted, &wasm)?;
-            Ok((wasm, component))
+            let instance_bytes = instance_size::of(&wasm).map_err(|error| invalid(&wanted, error.to_string()))?;
+            Ok((wasm, component, instance_bytes))
         });
         // The semaphore is never closed.
         let _permit = self.permits.acquire().await;
-        let (wasm, component) = checked.await?;
+        let (wasm, component, instance_bytes) = checked.await?;
         let compiling = self
             .executor
             .memory
@@ -239,6 +267,7 @@ impl Loader {
             CompileError::Process(cause) => internal(digest, cause),
         })?;
         drop(wasm);
+        let code = VerifiedCode::of_compiler(code, instance_bytes);
         self.metrics.compiled(started.elapsed());
         self.metrics.loaded("compiled");
         let (cache, executor, linkers) = (self.cache.clone(), self.executor.clone(), self.linkers.clone());
@@ -285,6 +314,7 @@ fn trusted_module(
         .memory
         .reserve(size)
         .map_err(|exceeded| LoadError::NoMemory { digest: digest.to_string(), cause: exceeded.to_string() })?;
+    let instance_bytes = code.instance_bytes();
     let code = match wasmtime::Engine::detect_precompiled(code.bytes()) {
         Some(wasmtime::Precompiled::Component) => {
             let component =
@@ -298,7 +328,7 @@ fn trusted_module(
         }
         None => return Err(internal(digest, "the compiler gave no code".into())),
     };
-    Ok(Module(Arc::new(Inner { digest: digest.clone(), code, _memory: memory })))
+    Ok(Module(Arc::new(Inner { digest: digest.clone(), code, instance_bytes, memory, charged: Mutex::default() })))
 }
 
 fn link_component(linker: &Linker<ComponentState>, digest: &Digest, component: &Component) -> Result<Code, LoadError> {

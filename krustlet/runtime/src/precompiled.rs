@@ -17,6 +17,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use wasmtime::Engine;
 
 const TAG: usize = 32;
+/// Before the code: what an instance of it takes, as a number of eight bytes.
+const HEAD: usize = 8;
 /// Compiled code is a few times the size of its module.
 const MAX_CODE: u64 = 2 * 1024 * 1024 * 1024;
 
@@ -24,19 +26,25 @@ const MAX_CODE: u64 = 2 * 1024 * 1024 * 1024;
 pub struct VerifiedCode {
     bytes: Vec<u8>,
     offset: usize,
+    instance_bytes: u64,
 }
 
 impl VerifiedCode {
-    /// What the compiler's process gave.
-    pub fn of_compiler(bytes: Vec<u8>) -> Self {
-        Self { bytes, offset: 0 }
+    /// What the compiler's process gave for a module of whose instances each takes so many bytes.
+    pub fn of_compiler(bytes: Vec<u8>, instance_bytes: u64) -> Self {
+        Self { bytes, offset: 0, instance_bytes }
     }
 
     /// Compiles a module in this process.
     #[cfg(any(test, feature = "fuzzing"))]
     pub fn compile(engine: &Engine, wasm: &[u8], component: bool) -> wasmtime::Result<Self> {
         let bytes = if component { engine.precompile_component(wasm) } else { engine.precompile_module(wasm) }?;
-        Ok(Self { bytes, offset: 0 })
+        Ok(Self::of_compiler(bytes, crate::instance_size::of(wasm)?))
+    }
+
+    /// What the node holds for one instance beside its memories and tables (see `instance_size`).
+    pub fn instance_bytes(&self) -> u64 {
+        self.instance_bytes
     }
 
     pub fn bytes(&self) -> &[u8] {
@@ -80,11 +88,12 @@ impl Cache {
         self.root.join(format!("{}-{}.cwasm", module.hex(), self.compatibility))
     }
 
-    fn mac(&self, module: &Digest, code: &[u8]) -> Option<Hmac<Sha256>> {
+    fn mac(&self, module: &Digest, head: &[u8], code: &[u8]) -> Option<Hmac<Sha256>> {
         let mut mac = Hmac::<Sha256>::new_from_slice(&self.key).ok()?;
-        mac.update(b"krustlet precompiled code 1\0");
+        mac.update(b"krustlet precompiled code 2\0");
         mac.update(module.as_str().as_bytes());
         mac.update(self.compatibility.as_bytes());
+        mac.update(head);
         mac.update(code);
         Some(mac)
     }
@@ -94,12 +103,13 @@ impl Cache {
         let path = self.path(module);
         let mut bytes = Vec::new();
         File::open(&path).ok()?.take(MAX_CODE).read_to_end(&mut bytes).ok()?;
-        let verified = bytes
-            .split_at_checked(TAG)
-            .and_then(|(tag, code)| self.mac(module, code)?.verify_slice(tag).ok())
-            .is_some();
-        if verified {
-            return Some(VerifiedCode { bytes, offset: TAG });
+        let verified = bytes.split_at_checked(TAG).and_then(|(tag, rest)| {
+            let (head, code) = rest.split_first_chunk::<HEAD>()?;
+            self.mac(module, head, code)?.verify_slice(tag).ok()?;
+            Some(u64::from_le_bytes(*head))
+        });
+        if let Some(instance_bytes) = verified {
+            return Some(VerifiedCode { bytes, offset: TAG + HEAD, instance_bytes });
         }
         tracing::warn!(path = %path.display(), "removed precompiled code that this agent did not write");
         let _ = fs::remove_file(path);
@@ -114,10 +124,12 @@ impl Cache {
     }
 
     pub fn store(&self, module: &Digest, code: &VerifiedCode) -> io::Result<()> {
-        let tag = self.mac(module, code.bytes()).ok_or_else(|| io::Error::other("no HMAC"))?;
+        let head = code.instance_bytes.to_le_bytes();
+        let tag = self.mac(module, &head, code.bytes()).ok_or_else(|| io::Error::other("no HMAC"))?;
         let temporary = self.root.join(format!("{}.tmp", self.counter.fetch_add(1, Ordering::Relaxed)));
         let mut file = private_file(&temporary)?;
         file.write_all(&tag.finalize().into_bytes())
+            .and_then(|()| file.write_all(&head))
             .and_then(|()| file.write_all(code.bytes()))
             .and_then(|()| fs::rename(&temporary, self.path(module)))
             .inspect_err(|_| {
@@ -167,7 +179,7 @@ mod tests {
     use super::*;
 
     fn code(bytes: &[u8]) -> VerifiedCode {
-        VerifiedCode { bytes: bytes.to_vec(), offset: 0 }
+        VerifiedCode::of_compiler(bytes.to_vec(), 7)
     }
 
     fn cache() -> (tempfile::TempDir, Cache) {
@@ -183,7 +195,8 @@ mod tests {
         assert!(cache.load(&module).is_none());
         cache.store(&module, &code(b"code")).unwrap();
         let next = Cache::open(cache.root.clone(), &Engine::default()).unwrap();
-        assert_eq!(next.load(&module).unwrap().bytes(), b"code");
+        let loaded = next.load(&module).unwrap();
+        assert_eq!((loaded.bytes(), loaded.instance_bytes()), (&b"code"[..], 7));
     }
 
     #[test]
@@ -192,9 +205,13 @@ mod tests {
         let (module, other) = (Digest::of(b"module"), Digest::of(b"other"));
         cache.store(&module, &code(b"code")).unwrap();
         let good = fs::read(cache.path(&module)).unwrap();
-        let mut altered = good.clone();
-        *altered.last_mut().unwrap() ^= 1;
-        for content in [altered.as_slice(), &good[..TAG - 1], b"", b"code"] {
+        let altered = |at: usize| {
+            let mut altered = good.clone();
+            *altered.get_mut(at).unwrap() ^= 1;
+            altered
+        };
+        let (head, last) = (altered(TAG), altered(good.len() - 1));
+        for content in [&head, &last, &good[..TAG - 1], &good[..TAG + HEAD - 1], b"", b"code"] {
             fs::write(cache.path(&module), content).unwrap();
             assert!(cache.load(&module).is_none());
             assert!(!cache.path(&module).exists());

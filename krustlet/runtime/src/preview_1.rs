@@ -5,7 +5,8 @@
 //! table, and files are opened here ([`open_at`]). To have its number, an open file is exchanged for a stand-in: that is what
 //! WASI's implementation opens, in a directory that is no guest's.
 
-use crate::guest::CoreState;
+use crate::guest::{CoreState, MAX_RESOURCES};
+use crate::limits::READ_AHEAD;
 use crate::open::{open_at, set_times_at};
 use crate::shares::Taken;
 use std::collections::HashMap;
@@ -162,6 +163,22 @@ pub fn limit(linker: &mut Linker<CoreState>) -> wasmtime::Result<()> {
                 // It is made twice, and is gone with the call.
                 let _memory = state.limiter.reserve(2 * size)?;
                 p1::fd_readdir(&mut state.wasi, &mut memory, fd, buffer, length, cookie, used).await
+            })
+        },
+    )?;
+    linker.func_wrap_async(
+        MODULE,
+        "poll_oneoff",
+        |mut caller: Caller<'_, CoreState>, (subscriptions, events, count, happened): (i32, i32, i32, i32)| {
+            Box::new(async move {
+                let (mut memory, state) = memory(&mut caller)?;
+                // Each file that is waited for is read ahead of. What lies outside of the guest's memory is refused below.
+                let all = GuestPtr::<types::Subscription>::new(subscriptions.cast_unsigned());
+                let all = all.as_array(count.cast_unsigned());
+                let known = all.iter().take(MAX_RESOURCES).map_while(|one| memory.read(one.ok()?).ok());
+                let files = known.filter(|one| matches!(one.u, types::SubscriptionU::FdRead(_))).count();
+                let _memory = state.limiter.reserve(files as u64 * READ_AHEAD)?;
+                p1::poll_oneoff(&mut state.wasi, &mut memory, subscriptions, events, count, happened).await
             })
         },
     )?;

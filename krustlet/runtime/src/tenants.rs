@@ -12,6 +12,10 @@ const OWN_DESCRIPTORS: usize = 4;
 const BYTES_PER_CONNECTION: u64 = 128 * 1024;
 /// Of the machine's memory, all connections together take at most one part in so many.
 const MEMORY_FOR_CONNECTIONS: u64 = 8;
+/// Names that the guests of one pod may be resolving at once: each holds a thread, which nothing can call back.
+const MAX_LOOKUPS: usize = 8;
+/// In which memory for code is shared.
+pub const CODE_UNIT: u64 = 64 * 1024;
 /// Where the process's limits name no number.
 const MANY_DESCRIPTORS: u64 = 1 << 20;
 
@@ -20,27 +24,33 @@ pub struct Tenant {
     pub instances: Arc<Share>,
     /// Connections in and out, and files.
     pub descriptors: Arc<Share>,
+    /// Memory for the code of its modules, in units: that of guests, which it is a part of, has no pod to be counted against.
+    pub code: Arc<Share>,
     pub lane: Arc<Lane>,
     /// Directories that are being listed: each takes a thread, whose time nobody is charged for.
     pub listings: Arc<Semaphore>,
+    pub lookups: Arc<Semaphore>,
 }
 
 /// The pods of one node.
 pub struct Tenants {
     instances: Arc<Pool>,
     descriptors: Arc<Pool>,
+    code: Arc<Pool>,
     workers: usize,
     known: Shares<Tenant>,
 }
 
 impl Tenants {
-    /// At most `most` pods on a node that holds so many instances, executes so many guests at a time and has so much memory.
-    pub fn new(instances: usize, workers: usize, most: usize, memory: Option<u64>) -> Self {
+    /// At most `most` pods on a node that holds so many instances, executes so many guests at a time and has so much memory,
+    /// `guests` of it for guests.
+    pub fn new(instances: usize, workers: usize, most: usize, memory: Option<u64>, guests: u64) -> Self {
         let descriptors = descriptors(memory);
         tracing::debug!(instances, descriptors, "what all pods have together");
         Self {
             instances: Pool::new(instances, most),
             descriptors: Pool::new(descriptors, most),
+            code: Pool::new(usize::try_from(guests / CODE_UNIT).unwrap_or(usize::MAX), most),
             workers,
             known: Shares::default(),
         }
@@ -52,8 +62,10 @@ impl Tenants {
         self.known.of(pod, || Tenant {
             instances: self.instances.share(),
             descriptors: self.descriptors.share(),
+            code: self.code.share(),
             lane: Arc::new(Lane::new(self.workers)),
             listings: Arc::new(Semaphore::new(self.workers)),
+            lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)),
         })
     }
 }
@@ -90,7 +102,7 @@ mod tests {
 
     #[test]
     fn containers_of_one_pod_have_one_tenant() {
-        let tenants = Tenants::new(100, 2, 10, None);
+        let tenants = Tenants::new(100, 2, 10, None, 0);
         let one = tenants.of("default/pod/one");
         assert!(Arc::ptr_eq(&one, &tenants.of("default/pod/two")));
         assert!(!Arc::ptr_eq(&one, &tenants.of("other/pod/one")));

@@ -46,6 +46,35 @@ async fn a_compilation_goes_on_while_anyone_waits_and_ends_when_nobody_does() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_pod_has_a_part_of_the_nodes_memory_for_the_code_of_its_modules_and_what_others_run_is_free() {
+    let node = Node::configured(|config| config.guest_memory = Some(16 << 20)).await;
+    let run = async |pod: &str, functions: usize| {
+        let module = node.module(&large(functions)).await;
+        let mut spec = node.spec("command");
+        spec.name = format!("default/{pod}/command");
+        (node.runtime.run(&module, spec).await, module)
+    };
+    let mut loaded = Vec::new();
+    let refused = loop {
+        let (result, module) = run("greedy", 500 + loaded.len()).await;
+        match result {
+            // A pod is one for as long as it has a container.
+            Ok(execution) => loaded.push((execution, module)),
+            Err(error) => break error,
+        }
+        assert!(loaded.len() < 100);
+    };
+    assert!(!refused.is_permanent() && refused.to_string().contains("memory than a pod may have"), "{refused}");
+    let (limit, used) = node.runtime.guest_memory();
+    assert!(used < limit / 2, "{used}");
+    assert!(run("greedy", 500).await.0.is_ok(), "what it has");
+    let (other, module) = run("other", 400).await;
+    let _other = other.unwrap();
+    let of_other = node.runtime.run(&module, node.spec("command")).await;
+    assert!(of_other.is_ok(), "what another pod has loaded");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn pods_are_served_while_a_module_keeps_the_compiler_busy() {
     let node = Node::configured(|config| config.max_concurrent_compiles = 2).await;
     let (server, _) = served(&node, |_| {}).await;

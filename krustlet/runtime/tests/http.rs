@@ -297,6 +297,39 @@ async fn a_client_with_a_hundred_streams_does_not_hold_up_one_with_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_heads_of_requests_that_wait_are_the_memory_of_their_container() {
+    let node = Node::trusting_anyone().await;
+    let change = |spec: &mut ContainerSpec| (spec.memory_limit, spec.max_concurrent_requests) = (Some(2 << 20), 1);
+    let server = served(&node, "app", change).await;
+    let mut client = http_2(server.local_addr()).await;
+    // After the first it is a byte on the wire for each header, and 300 kB in memory.
+    let mut send = || {
+        let mut request = request("GET", "http://h/wait");
+        for _ in 0..1500 {
+            request.headers_mut().append("x", http::HeaderValue::from_static(""));
+        }
+        tokio::spawn(client.send_request(request))
+    };
+    let answers = join_all((0..40).map(|_| send())).await;
+    let statuses: Vec<u16> = answers.into_iter().map(|answer| answer.unwrap().unwrap().status().as_u16()).collect();
+    let count = |wanted| statuses.iter().filter(|status| **status == wanted).count();
+    assert!((1..=8).contains(&count(200)) && count(200) + count(503) == 40, "{statuses:?}");
+    until("all of it came back", || server.stats().memory_bytes == 0).await;
+}
+
+#[tokio::test]
+async fn a_container_listens_on_no_more_ports_than_its_pod_may_have_descriptors() {
+    let node = Node::trusting_anyone().await;
+    let module = node.module(&http_guest("version")).await;
+    let refused = node.runtime.serve(&module, node.spec("many"), &vec![any_port(); 200_000]).await.unwrap_err();
+    assert!(refused.to_string().contains("file descriptors"), "{refused}");
+    let served = node.runtime.serve(&module, node.spec("some"), &[any_port(); 3]).await.unwrap();
+    for address in served.local_addrs() {
+        assert_eq!(get(*address, "/version").await.status, 200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_pod_never_has_the_last_instances_whatever_it_asks_for_and_in_however_many_containers() {
     let node = Node::trusting_anyone().await;
     let greedy = [

@@ -99,6 +99,45 @@ async fn a_swap_gives_the_container_no_second_limit() {
 }
 
 #[tokio::test]
+async fn what_each_instance_keeps_of_its_module_is_the_memory_of_its_container() {
+    let node = Node::trusting_anyone().await;
+    // Sixteen bytes for each element that may be copied into a table some day, or for each global.
+    let elements = format!("(func $f) (elem func {})", "$f ".repeat(100_000));
+    let globals = "(global (mut i32) (i32.const 1))".repeat(60_000);
+    for (kept, too_little, enough) in [(elements, MIB, 2 * MIB), (globals, MIB / 2, 4 * MIB)] {
+        let module = node.wat(&format!(r#"(module {kept} (func (export "_start")))"#)).await;
+        let run = async |limit| {
+            let mut spec = node.spec("command");
+            spec.memory_limit = Some(limit);
+            node.runtime.run(&module, spec).await.unwrap().wait().await
+        };
+        let exit = run(too_little).await;
+        assert_eq!((exit.code, exit.reason), (137, ExitReason::OutOfMemory), "{}", exit.message);
+        assert_eq!(run(enough).await.code, 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_stack_of_a_guest_that_computes_on_is_the_memory_of_its_container() {
+    let node = Node::trusting_anyone().await;
+    let module = node
+        .wat(
+            r#"(module
+            (func $deep (param i32) (if (local.get 0)
+              (then (call $deep (i32.sub (local.get 0) (i32.const 1))))
+              (else (loop $forever (br $forever)))))
+            (func (export "_start") (call $deep (i32.const 7500))))"#,
+        )
+        .await;
+    let execution = node.runtime.run(&module, node.spec("deep")).await.unwrap();
+    until("a third of a mebibyte counts", || execution.stats().memory_bytes > MIB / 3).await;
+    let mut spec = node.spec("deep");
+    spec.memory_limit = Some(MIB / 4);
+    let exit = node.runtime.run(&module, spec).await.unwrap().wait().await;
+    assert_eq!((exit.code, exit.reason), (137, ExitReason::OutOfMemory), "{}", exit.message);
+}
+
+#[tokio::test]
 async fn headers_that_a_guest_makes_without_end_are_its_own_memory() {
     let node = Node::trusting_anyone().await;
     let (server, spec) = served(&node, |spec| spec.memory_limit = Some(2 * MIB)).await;

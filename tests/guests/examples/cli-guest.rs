@@ -3,14 +3,14 @@
 use std::io::Read as _;
 
 use guests::{
-    allocate, args, deep, env, fill, hard_link, list, lists, make_directory, print, print_error, read, rename, sleep,
-    spin, symlink, trap, wait_for, write,
+    allocate, args, deep, env, fill, hard_link, list, lists, make_directory, print, print_error, read, read_ahead,
+    rename, sleep, spin, symlink, trap, wait_for, write,
 };
 use wasip2::cli::{environment, exit, stdin};
 
-const COMMANDS: [&str; 23] = [
-    "alloc", "args", "await", "cat", "deep", "env", "eprint", "exit", "fail", "fill", "link", "lists", "ls", "mkdir",
-    "print", "rename", "sleep", "spin", "stdin", "symlink", "trap", "version", "write",
+const COMMANDS: [&str; 24] = [
+    "ahead", "alloc", "args", "await", "cat", "deep", "env", "eprint", "exit", "fail", "fill", "link", "lists", "ls",
+    "mkdir", "print", "rename", "sleep", "spin", "stdin", "symlink", "trap", "version", "write",
 ];
 
 struct Cli;
@@ -67,6 +67,7 @@ fn run(command: &[&str]) -> Result<(), String> {
         ["fill", path, mib] => fill(path, number(mib)?).map_err(|error| error.name().to_owned()),
         ["ls", path] => said(list(path).map_err(|error| error.name().to_owned())?),
         ["lists", path, count] => lists(path, number(count)?).map_err(|error| error.name().to_owned()),
+        ["ahead", path, count] => read_ahead(path, number(count)?).map_err(|error| error.name().to_owned()),
         ["stdin"] => {
             let mut input = Vec::new();
             stdin::get_stdin().read_to_end(&mut input).map_err(|error| error.to_string())?;

@@ -145,6 +145,20 @@ pub fn lists(path: &str, count: u32) -> Result<(), ErrorCode> {
     Ok(())
 }
 
+/// Holds so many streams that have each read the beginning of a file, and gives nothing of it to the guest.
+pub fn read_ahead(path: &str, count: u32) -> Result<(), ErrorCode> {
+    let file = open(path, OpenFlags::empty(), DescriptorFlags::READ)?;
+    let streams = (0..count).map(|_| file.read_via_stream(0)).collect::<Result<Vec<_>, _>>()?;
+    for stream in &streams {
+        let _ = stream.read(64 << 10);
+    }
+    for stream in &streams {
+        stream.subscribe().block();
+    }
+    black_box(streams);
+    Ok(())
+}
+
 pub fn exists(path: &str) -> bool {
     resolve(path).and_then(|(directory, name)| directory.stat_at(PathFlags::SYMLINK_FOLLOW, &name)).is_ok()
 }

@@ -257,3 +257,16 @@ def test_a_directory_of_too_many_files_is_not_listed(space: Workspace, agent: Ag
         component = space.run("ls", "/v", pod=volume, **MOUNTED)
         assert _ended(component)["code"] == 1
     assert "insufficient-memory" in component.logs()
+
+
+def test_what_streams_have_read_of_a_file_is_the_memory_of_the_container_that_waits_for_them(
+    space: Workspace, agent: Agent
+) -> None:
+    (agent.host_directory / "read").mkdir()
+    (agent.host_directory / "read" / "f").write_bytes(bytes(64 * 1024))
+    volume = {"volumes": [{"name": "v", "hostPath": {"path": str(agent.host_directory / "read")}}]}
+    with agent.bounded(64):
+        assert _ended(space.run("ahead", "/v/f", "4000", pod=volume, **MOUNTED))["reason"] == "OOMKilled"
+    # What one has dropped is given back.
+    dropped = ["ahead", "/v/f", "900", "then"] * 9
+    assert _ended(space.run(*dropped, "print", "x", pod=volume, **MOUNTED))["code"] == 0
