@@ -25,6 +25,12 @@ pub struct ContainerEnvironment {
 }
 
 impl ContainerEnvironment {
+    /// Bytes that it takes.
+    pub fn size(&self) -> usize {
+        let variables = self.env.iter().map(|(name, value)| name.len() + value.len() + 2 * size_of::<String>());
+        variables.chain(self.args.iter().map(|word| word.len() + size_of::<String>())).sum()
+    }
+
     /// A mount's `subPathExpr` with its references expanded. Unlike in a variable, each must be one.
     pub fn expand_path(&self, path: &str) -> Result<String, ConfigError> {
         let variables: HashMap<&str, &str> =

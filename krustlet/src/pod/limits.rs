@@ -20,6 +20,10 @@ pub struct Limits {
     pub prepare_only: bool,
 }
 
+/// Containers of one pod, of every kind: each has a log, ports, an environment of its own.
+const MAX_CONTAINERS: usize = 256;
+/// Their volumeMounts together: each is a descriptor of the node's for as long as its container runs.
+const MAX_MOUNTS: usize = 512;
 /// Of one.
 const NANO: u128 = 1_000_000_000;
 
@@ -84,6 +88,20 @@ impl Limits {
             prepare_only,
         })
     }
+}
+
+/// Refuses a pod that has more than a node keeps of anything for one.
+pub fn check_counts(pod: &Pod) -> Result<(), String> {
+    let containers = || pod.spec.iter().flat_map(super::containers);
+    let mounts: usize = containers().map(|(_, container)| container.volume_mounts.iter().flatten().count()).sum();
+    for (count, most, what) in
+        [(containers().count(), MAX_CONTAINERS, "containers"), (mounts, MAX_MOUNTS, "volumeMounts")]
+    {
+        if count > most {
+            return Err(format!("a pod may have {most} {what}, not {count}"));
+        }
+    }
+    Ok(())
 }
 
 /// Bytes that the containers of a pod may take together: its own limit, or what its containers' limits come to. Those that
@@ -181,6 +199,21 @@ mod tests {
         assert_eq!(pod_memory(&spec(&limited(["", ""])), 7), 7);
         let level = r#""resources": {"limits": {"memory": "5Mi"}}"#;
         assert_eq!(pod_memory(&spec(&format!("{level}, {}", limited(["", "9Mi"]))), 7), 5 << 20);
+    }
+
+    #[test]
+    fn a_pod_has_so_many_containers_and_mounts_and_no_more() {
+        let checked = |containers: usize, mounts: usize| {
+            let mount = serde_json::json!({"name": "v", "mountPath": "/v"});
+            let container = serde_json::json!({"name": "c", "volumeMounts": vec![mount; mounts]});
+            let all = vec![container; containers];
+            let (init, main) = all.split_at(containers / 2);
+            let pod = serde_json::json!({"spec": {"initContainers": init, "containers": main}});
+            check_counts(&serde_json::from_value(pod).unwrap())
+        };
+        assert_eq!(checked(256, 2), Ok(()));
+        assert_eq!(checked(257, 0), Err("a pod may have 256 containers, not 257".to_owned()));
+        assert_eq!(checked(4, 129), Err("a pod may have 512 volumeMounts, not 516".to_owned()));
     }
 
     #[test]

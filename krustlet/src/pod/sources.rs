@@ -37,6 +37,10 @@ pub struct Wanted {
 }
 
 impl Wanted {
+    pub fn count(&self) -> usize {
+        self.config_maps.len() + self.secrets.len()
+    }
+
     pub fn by_environment(container: &Container) -> Self {
         let mut wanted = Self::default();
         for source in container.env_from.iter().flatten() {

@@ -12,16 +12,20 @@ use super::volumes::{Mounts, PodVolumes};
 use super::{Role, annotation, full_name, hooks, images, namespace, ports, probes, uid};
 use crate::addresses::PodAddress;
 use crate::logs;
-use crate::ports::Holder;
+use crate::ports::{Holder, Refused};
 use k8s_openapi::api::core::v1::{Container, Pod};
-use krustlet_runtime::{ContainerSpec, HttpServer, Image, Kind, LogFile, LogLimits, Module};
+use krustlet_runtime::{ContainerSpec, HeldMemory, HttpServer, Image, Kind, LogFile, LogLimits, Module, PodMemory};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
-use tokio::sync::OnceCell;
+use tokio::sync::{Mutex, OnceCell};
 
 /// The key that a bundle has in the ConfigMaps of the field.
 const DEFAULT_CA_KEY: &str = "ca.crt";
+/// ConfigMaps and Secrets, of up to a mebibyte each, that a container refers to without waiting for the others of its pod.
+const FEW_OBJECTS: usize = 4;
+/// What any container may have, without its being counted.
+const ORDINARY: usize = 16 * 1024;
 
 /// What one try to start a container goes by.
 pub struct Start {
@@ -32,6 +36,8 @@ pub struct Start {
     pub address: PodAddress,
     pub facts: PodFacts,
     pub volumes: Arc<OnceCell<PodVolumes>>,
+    /// Held by the container of the pod that reads many objects: they are all in memory at once.
+    pub reading: Arc<Mutex<()>>,
 }
 
 /// All that a start needs.
@@ -43,6 +49,8 @@ pub struct Prepared {
     environment: ContainerEnvironment,
     mounts: Mounts,
     ca_bundle: Option<String>,
+    /// What environment and bundle take of the pod's memory.
+    held: Vec<HeldMemory>,
 }
 
 /// A guest that was started, and its log.
@@ -55,6 +63,7 @@ pub struct Started {
 impl Start {
     /// Fetches everything that a start needs, at the same time.
     pub async fn prepare(self) -> Result<Prepared, Failure> {
+        limits::check_counts(&self.pod).map_err(Failure::configuration)?;
         probes::validate(&self.container).map_err(Failure::configuration)?;
         hooks::validate(&self.container).map_err(Failure::configuration)?;
         let limits = Limits::of(&self.pod, &self.container).map_err(Failure::configuration)?;
@@ -68,15 +77,25 @@ impl Start {
             self.volumes.get_or_try_init(prepare).await.map_err(|error| Failure::volumes(&error))
         };
         let environment = async {
+            let _turn = match Wanted::by_environment(&self.container).count() {
+                0..=FEW_OBJECTS => None,
+                _ => Some(self.reading.lock().await),
+            };
             environment::resolve(&node.objects, &self.pod, &self.container, &self.facts, begin)
                 .await
                 .map_err(|error| Failure::configuration(error.to_string()))
+                .and_then(|environment| Ok((self.hold(environment.size(), "environment")?, environment)))
+        };
+        let ca_bundle = async {
+            let bundle = self.ca_bundle(begin).await?;
+            // As text, and as what is made of it.
+            let size = bundle.as_ref().map_or(0, |bundle| 2 * bundle.len());
+            Ok::<_, Failure>((self.hold(size, "bundle of certificate authorities")?, bundle))
         };
         // None is cut short by another's failure: what was pulled stays pulled.
-        let (module, volumes, environment, ca_bundle) =
-            tokio::join!(self.module(), volumes, environment, self.ca_bundle(begin));
+        let (module, volumes, environment, ca_bundle) = tokio::join!(self.module(), volumes, environment, ca_bundle);
         volumes?;
-        let (environment, ca_bundle) = (environment?, ca_bundle?);
+        let ((of_environment, environment), (of_bundle, ca_bundle)) = (environment?, ca_bundle?);
         let (mut image, mut module) = module?;
         if module.kind() == Kind::HttpProxy && self.role == Role::Init && !limits.prepare_only {
             return Err(Failure::container(
@@ -90,7 +109,22 @@ impl Start {
             verification = node.runtime.verification();
             (image, module) = self.module().await?;
         }
-        Ok(Prepared { image, module, limits, environment, mounts, ca_bundle, start: self })
+        let held = vec![of_environment, of_bundle];
+        Ok(Prepared { image, module, limits, environment, mounts, ca_bundle, held, start: self })
+    }
+
+    fn pod_memory(&self) -> PodMemory {
+        let runtime = &self.node.runtime;
+        let memory = limits::pod_memory(&self.pod, runtime.default_memory_limit());
+        runtime.pod_memory(uid(&self.pod), memory)
+    }
+
+    /// Counts what the agent keeps for a container as its pod's memory: a pod may have many, and each of these be large.
+    fn hold(&self, size: usize, what: &str) -> Result<HeldMemory, Failure> {
+        let size = if size > ORDINARY { size as u64 } else { 0 };
+        self.pod_memory().hold(size).map_err(|cause| {
+            Failure::configuration(format!("the pod has no memory for the container's {what}: {cause}"))
+        })
     }
 
     /// The container's directories, opened now and once: what happens to their paths later changes nothing.
@@ -204,22 +238,26 @@ impl Prepared {
                 "this component serves HTTP, and the container names no containerPort of protocol TCP to serve it on",
             ));
         }
-        node.ports.claim(&served, &holder(pod, container)).map_err(|taken| {
-            let whose = if taken.address.ip() == node.addresses.node() { "this node" } else { "the pod's address" };
-            Failure::port(format!(
-                "port {} of {whose} is served by container {} of pod {}; choose another containerPort or delete that pod",
-                taken.address.port(),
-                taken.holder.container,
-                taken.holder.pod
-            ))
+        node.ports.claim(&served, &holder(pod, container)).map_err(|refused| match &refused {
+            Refused::Taken { address, holder } => {
+                let whose = if address.ip() == node.addresses.node() { "this node" } else { "the pod's address" };
+                Failure::port(format!(
+                    "port {} of {whose} is served by container {} of pod {}; choose another containerPort or delete that pod",
+                    address.port(),
+                    holder.container,
+                    holder.pod
+                ))
+            }
+            Refused::TooManyOfPod => Failure::configuration(refused.to_string()),
+            Refused::TooManyEphemeral(_) => {
+                Failure::port(format!("{refused}; choose another containerPort or delete such a pod"))
+            }
         })?;
         Ok(served)
     }
 
     fn spec(self, log: LogFile) -> (Module, ContainerSpec) {
-        let Self { start, module, limits, environment, mounts, ca_bundle, .. } = self;
-        let runtime = &start.node.runtime;
-        let memory = limits::pod_memory(&start.pod, runtime.default_memory_limit());
+        let Self { start, module, limits, environment, mounts, ca_bundle, held, .. } = self;
         let name = format!("{}/{}", full_name(&start.pod), start.container.name);
         let spec = ContainerSpec {
             args: environment.args,
@@ -227,7 +265,8 @@ impl Prepared {
             mounts: mounts.directories,
             working_dir: mounts.working_dir,
             memory_limit: limits.memory,
-            pod_memory: Some(runtime.pod_memory(uid(&start.pod), memory)),
+            pod_memory: Some(start.pod_memory()),
+            held,
             cpu_limit: limits.cpu,
             allowed_hosts: limits.allowed_hosts,
             ca_bundle,

@@ -35,7 +35,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
-use tokio::sync::{OnceCell, mpsc, watch};
+use tokio::sync::{Mutex, OnceCell, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, error, warn};
@@ -69,6 +69,7 @@ pub struct Worker {
     outbox: mpsc::UnboundedSender<Box<Report>>,
     containers: Vec<Running>,
     volumes: Arc<OnceCell<PodVolumes>>,
+    reading: Arc<Mutex<()>>,
     checkpoint: Checkpoint,
     /// When the first container was stopped of a pod that was deleted.
     leaving_since: Option<Instant>,
@@ -123,6 +124,7 @@ impl Worker {
             outbox,
             containers,
             volumes: Arc::default(),
+            reading: Arc::default(),
             checkpoint,
             leaving_since: None,
         }
@@ -255,7 +257,8 @@ impl Worker {
         let (role, container) = self.lifecycle.spec(index)?;
         let (node, pod) = (self.node.clone(), self.lifecycle.pod().clone());
         let (address, facts) = (self.address(), node.facts_of(&pod));
-        Some(Start { node, pod, container, role, address, facts, volumes: self.volumes.clone() })
+        let (volumes, reading) = (self.volumes.clone(), self.reading.clone());
+        Some(Start { node, pod, container, role, address, facts, volumes, reading })
     }
 
     /// Where the pod is reached. Before it has an address, nothing of it is served.

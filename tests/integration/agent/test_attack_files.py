@@ -357,6 +357,22 @@ def test_variables_that_multiply_are_refused_and_named_and_cost_the_agent_nothin
     assert agent.resident_bytes() - before < 64 << 20
 
 
+def test_the_variables_of_many_containers_are_the_memory_of_their_pod(space: Workspace, agent: Agent) -> None:
+    env = [literal("V0", "0123456789")]
+    env += [literal(f"V{number}", f"$(V{number - 1})" * 10) for number in range(1, 5)]
+    env.append(literal("V5", "$(V4)" * 8))
+    one = command(space.cli_image, "sleep", "60000", env=env)
+    limit: Manifest = {"limits": {"memory": "32Mi"}}
+    with agent.bounded(32):
+        pod = space.pod(*({**one, "name": f"c{n}"} for n in range(150)), restart="Never", resources=limit)
+        until(
+            lambda: any(
+                "no memory for the container's environment" in e.message for e in pod.events("Failed")
+            ),
+            "one of them to be refused",
+        )
+
+
 def test_one_key_for_many_paths_is_refused(space: Workspace, agent: Agent) -> None:
     config = space.config_map({"a": "x" * 900_000})
     items = [{"key": "a", "path": f"p{number}"} for number in range(500)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from datetime import UTC, datetime
 
@@ -104,6 +105,14 @@ def test_a_pod_with_a_udp_port_alone_is_not_served_on_its_number(space: Workspac
     ports = [{"containerPort": port, "protocol": "UDP"}]
     pod = space.pod({"name": "web", "image": space.http_image, "ports": ports})
     assert "TCP" in pod.wait_waiting("CreateContainerError")
+
+
+def test_a_container_with_thousands_of_ports_listens_on_none_of_them(space: Workspace, agent: Agent) -> None:
+    ports = [{"containerPort": number} for number in range(10_000, 15_000)]
+    pod = space.pod({"name": "web", "image": space.http_image, "ports": ports})
+    assert "a pod may have 1024 ports" in pod.wait_waiting("CreateContainerConfigError")
+    with socket.socket() as client:
+        assert client.connect_ex((agent.address, 12_000)) != 0
 
 
 def test_two_pods_that_want_the_same_two_ports_do_not_wait_for_each_other(space: Workspace) -> None:
