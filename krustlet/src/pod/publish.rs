@@ -146,9 +146,11 @@ fn with_nulls(status: &PodStatus) -> serde_json::Result<Value> {
     body.get_mut("conditions").and_then(Value::as_array_mut).into_iter().flatten().for_each(take_back);
     if let Some(fields) = body.as_object_mut() {
         fields.entry("podIP").or_insert(Value::Null);
-        // Addresses would be merged, and one that the pod had before would stay.
-        let addresses = fields.entry("podIPs").or_insert_with(|| json!([]));
-        addresses.as_array_mut().into_iter().for_each(|all| all.push(json!({"$patch": "replace"})));
+        // Addresses would be merged, and one that the pod or its node had before would stay.
+        for addresses in ["podIPs", "hostIPs"] {
+            let addresses = fields.entry(addresses).or_insert_with(|| json!([]));
+            addresses.as_array_mut().into_iter().for_each(|all| all.push(json!({"$patch": "replace"})));
+        }
     }
     Ok(body)
 }
@@ -161,7 +163,7 @@ fn version(pod: &Pod) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use k8s_openapi::api::core::v1::{PodCondition, PodIP};
+    use k8s_openapi::api::core::v1::{HostIP, PodCondition, PodIP};
 
     fn status(phase: &str) -> PodStatus {
         PodStatus { phase: Some(phase.into()), ..PodStatus::default() }
@@ -294,9 +296,12 @@ mod tests {
         let replace = json!({"$patch": "replace"});
         let patch = with_nulls(&status).unwrap();
         assert_eq!((&patch["podIP"], &patch["podIPs"]), (&Value::Null, &json!([replace])));
+        assert_eq!(patch["hostIPs"], json!([replace]));
+        status.host_ips = Some(vec![HostIP { ip: "10.0.0.9".into() }]);
         status.pod_ip = Some("10.0.0.1".into());
         status.pod_ips = Some(vec![PodIP { ip: "10.0.0.1".into() }]);
         let patch = with_nulls(&status).unwrap();
         assert_eq!((&patch["podIP"], &patch["podIPs"]), (&json!("10.0.0.1"), &json!([{"ip": "10.0.0.1"}, replace])));
+        assert_eq!(patch["hostIPs"], json!([{"ip": "10.0.0.9"}, replace]));
     }
 }

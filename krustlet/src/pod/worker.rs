@@ -480,8 +480,15 @@ impl Worker {
         let copy = Box::new(status.clone());
         let work = async move {
             let result = publish::write(&api, &pod, &status).await.map_err(|error| {
-                debug!(pod = full_name(&pod), "failed to write the pod's status: {}", describe(&error));
-                status_code(&error)
+                let status = status_code(&error);
+                match status {
+                    // What the API server does not take today it does not take later, and nobody sees how the pod is.
+                    Some(400 | 422) => {
+                        warn!(pod = full_name(&pod), "the pod's status is not taken: {}", describe(&error));
+                    }
+                    _ => debug!(pod = full_name(&pod), "failed to write the pod's status: {}", describe(&error)),
+                }
+                status
             });
             Report::Event(Event::Written { status: Box::new(status), result })
         };

@@ -312,10 +312,18 @@ class Agent:
         self.host_directory.mkdir(parents=True)
         (self.directory / "cosign.pub").write_text(self.public_key)
         (self.directory / "ca.crt").write_bytes(base64.b64decode(self.cluster.certificate))
+        self._admit()
+
+    def _admit(self) -> None:
         machine = certificates.Machine(
             self.name, frozenset([self.name, self.hostname]), frozenset([self.address])
         )
         self.bootstrap_file.write_text(json.dumps(self.cluster.admit(machine)))
+
+    def move(self) -> None:
+        """Give the machine another address, which it has from the next start on."""
+        self.address = own_address(self.port)
+        self._admit()
 
     @property
     def hostname(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -46,6 +47,21 @@ def _stop(agent: Agent, *, kill: bool) -> None:
 def _restarted(pod: Pod, count: int) -> None:
     pod.wait(lambda seen: seen.status.container_statuses[0].restart_count == count, f"restart {count}", 30)
     pod.wait_ready()
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has one loopback address")
+def test_a_machine_with_another_address_says_so_of_the_pods_that_it_takes_up_again(
+    own: Agent, place: Workspace
+) -> None:
+    pod = place.serve().wait_ready()
+    own.stop()
+    own.move()
+    own.start()
+    _restarted(pod, 1)
+    status = pod.read().status
+    assert (status.host_ip, [each.ip for each in status.host_ips]) == (own.address, [own.address])
+    assert (status.pod_ip, [each.ip for each in status.pod_ips]) == (own.address, [own.address])
+    assert pod.get("/version").ok
 
 
 def test_ready_goes_false_before_the_pods_are_taken_up_and_restart_count_rises(
