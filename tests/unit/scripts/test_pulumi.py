@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -92,7 +91,7 @@ def test_a_first_up_is_one_of_a_stack_in_which_nothing_was_made_or_begun(
     ],
 )
 def test_a_cluster_is_given_up_when_google_says_that_it_is_not_there_and_else_never(
-    monkeypatch: pytest.MonkeyPatch, status: int, kind: str, is_lost: bool
+    status: int, kind: str, is_lost: bool
 ) -> None:
     class Google(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -103,13 +102,11 @@ def test_a_cluster_is_given_up_when_google_says_that_it_is_not_there_and_else_ne
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
             """Say nothing."""
 
-    state = {"deployment": {"resources": [{"type": kind, "id": "projects/p/clusters/c"}]}}
-    answer = subprocess.CompletedProcess([], 0, json.dumps(state))
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
+    resources = [{"type": kind, "id": "projects/p/clusters/c"}]
     with HTTPServer(("127.0.0.1", 0), Google) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         endpoint = f"http://127.0.0.1:{server.server_port}/v1/"
         env = {"GOOGLE_CONTAINER_CUSTOM_ENDPOINT": endpoint, "GOOGLE_OAUTH_ACCESS_TOKEN": "t"}
-        assert pulumi._has_lost_its_cluster(env) is is_lost
+        assert pulumi._has_lost_its_cluster(env, resources) is is_lost
         server.shutdown()
-    assert pulumi._has_lost_its_cluster(env) is False, "nobody answers"
+    assert pulumi._has_lost_its_cluster(env, resources) is False, "nobody answers"
