@@ -126,7 +126,7 @@ def _delete_failed_pods(log: Log, env: Mapping[str, str], resources: list[dict[s
     for namespace in sorted({pod.rpartition("/")[0] for pod in pods}):
         which = [f"--namespace={namespace}", "--field-selector=status.phase=Failed"]
         listed = subprocess.run(
-            ["kubectl", "get", "pods", *which, "--output=name"],
+            ["kubectl", "get", "pods", *which, "--output=name", "--request-timeout=10s"],
             env=dict(env),
             capture_output=True,
             text=True,
@@ -134,9 +134,8 @@ def _delete_failed_pods(log: Log, env: Mapping[str, str], resources: list[dict[s
         )
         for name in listed.stdout.split():
             if f"{namespace}/{name.removeprefix('pod/')}" in pods:
-                log.run(
-                    ["kubectl", "delete", name, f"--namespace={namespace}", "--ignore-not-found"], env=env
-                )
+                which = [f"--namespace={namespace}", "--ignore-not-found", "--timeout=60s"]
+                log.run(["kubectl", "delete", name, *which], env=env)
 
 
 def _has_lost_its_cluster(env: Mapping[str, str], resources: list[dict[str, Any]]) -> bool:
