@@ -4,9 +4,12 @@ import argparse
 import contextlib
 import functools
 import os
+import queue
 import shutil
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -319,6 +322,9 @@ SUITES: dict[str, list[Suite]] = {
 }
 
 
+LANES = (("lint", "unit", "integration"), ("app", "agent", "e2e"))
+"""What runs one after the other, beside the other lane: tests wait for most of their time."""
+
 ON_REQUEST: dict[str, list[Suite]] = {
     "official": [Suite(("python", "-m", "scripts.lib.official"))],
 }
@@ -326,7 +332,7 @@ ON_REQUEST: dict[str, list[Suite]] = {
 
 
 def test(names: list[str]) -> None:
-    """Sets up as ./scripts/up does and runs every test, quickest first; ends at the first that fails."""
+    """Sets up as ./scripts/up does and runs every test, in two lanes; ends at the first suite that fails."""
     prerequisites.check_places()
     with clean.in_use():
         _test(names)
@@ -335,10 +341,52 @@ def test(names: list[str]) -> None:
 def _test(names: list[str]) -> None:
     _build(tests=True, then=UP[: len(CRATES)])
     env = environment.before_localcloud(tests=True)
+    lanes = [[(name, suite) for name in lane if name in names for suite in SUITES[name]] for lane in LANES]
+    if all(lanes):
+        _in_lanes(lanes, env)
+        names = [name for name in names if name in ON_REQUEST]
     for name in names:
         for suite in (SUITES | ON_REQUEST)[name]:
             print(f"\n── {name}: {' '.join(suite.command)}", flush=True)
-            result = subprocess.run(suite.command, cwd=suite.directory, env=env, check=False)
-            if result.returncode != 0:
-                raise StepError(f"{name}: {' '.join(suite.command)} exited with {result.returncode}")
+            ended = subprocess.run(suite.command, cwd=suite.directory, env=env, check=False)
+            _judge(name, suite, ended.returncode)
     print("\nall green")
+
+
+def _judge(name: str, suite: Suite, status: int) -> None:
+    if status != 0:
+        raise StepError(f"{name}: {' '.join(suite.command)} exited with {status}")
+
+
+def _in_lanes(lanes: Sequence[Sequence[tuple[str, Suite]]], env: Mapping[str, str]) -> None:
+    """Runs the suites of each lane one after the other. What one prints is shown whole when it has ended."""
+    waiting = [deque(lane) for lane in lanes]
+    running: dict[int, tuple[str, Suite, Log, subprocess.Popen[bytes]]] = {}
+    ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def start(lane: int) -> None:
+        name, suite = waiting[lane].popleft()
+        log = Log(log_path(f"test {name}"))
+        print(f"── {name} begins; what it prints is in {log.path} until it ends", flush=True)
+        process = log.start(suite.command, cwd=suite.directory, env=env)
+        running[lane] = name, suite, log, process
+
+        def wait() -> None:
+            process.wait()
+            ended.put(lane)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    try:
+        for lane in range(len(lanes)):
+            start(lane)
+        while running:
+            lane = ended.get()
+            name, suite, log, process = running.pop(lane)
+            print("", f"── {name}:", *log.lines(), sep="\n", flush=True)
+            _judge(name, suite, process.returncode)
+            if waiting[lane]:
+                start(lane)
+    finally:
+        for _, _, log, process in running.values():
+            log.end(process)
