@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -167,6 +168,12 @@ def running(directory: Path) -> Iterator[Stack]:
         yield made
     finally:
         outside.run("./scripts/down", "--force")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts() -> None:
+    """Let interrupts end what the tests start: a job in the background hands on that it ignores them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
