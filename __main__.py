@@ -45,6 +45,7 @@ agent = AgentArtifact(
         settings.node.agent_crate,
         pulumi.Output.concat(registry.url, "/krustlet"),
         registry.lifetime,
+        artifact.key,
         settings.node.agent_target,
     ),
 )
@@ -86,3 +87,4 @@ pulumi.export("node", node.name)
 pulumi.export("namespace", workload.namespace)
 pulumi.export("pod", workload.pod)
 pulumi.export("wasm_bytes", artifact.size)
+pulumi.export("agent_image", agent.image)

@@ -1,4 +1,4 @@
-"""WasmArtifact and AgentArtifact: a crate, built, pushed by digest; the app's is signed and attested too."""
+"""WasmArtifact and AgentArtifact: a crate, built, pushed by digest, signed and attested."""
 
 from __future__ import annotations
 
@@ -31,11 +31,15 @@ class WasmArtifactArgs:
 
 @dataclass(frozen=True)
 class AgentArtifactArgs:
-    """`target` is a Rust target, "" for this machine's; `repository` and `lifetime` as the app's."""
+    """`target` is a Rust target, "" for this machine's; `repository` and `lifetime` as the app's.
+
+    `key` signs it, as it signs the app.
+    """
 
     crate: str
     repository: pulumi.Input[str]
     lifetime: pulumi.Resource
+    key: SigningKey
     target: str = ""
 
 
@@ -46,6 +50,7 @@ class WasmArtifact(pulumi.ComponentResource):
     """REPOSITORY@DIGEST, known before it is pushed."""
     signed: pulumi.Resource
     """What a pod waits for: without its signature in the registry the node would refuse the image."""
+    key: SigningKey
     public_key: pulumi.Output[str]
     """PEM; what the node checks the signature with."""
     size: pulumi.Output[int]
@@ -66,23 +71,8 @@ class WasmArtifact(pulumi.ComponentResource):
             # What cannot be signed is not pushed.
             opts=pulumi.ResourceOptions.merge(stored, pulumi.ResourceOptions(depends_on=[key])),
         )
-        signature = Signature(f"{name}-signature", args.repository, artifact.digest, key, opts=child)
-        self.signed = OciSignature(
-            f"{name}-signature-push",
-            repository=args.repository,
-            digest=artifact.digest,
-            signature=signature.signature,
-            bundle_signature=signature.bundle_signature,
-            opts=stored,
-        )
-        OciAttestation(
-            f"{name}-attestation",
-            repository=args.repository,
-            digest=artifact.digest,
-            build=build,
-            key=key,
-            opts=stored,
-        )
+        self.signed = _signed(self, name, args, (build, artifact), key)
+        self.key = key
         self.image = artifact.image
         self.public_key = key.public_key
         self.size = build.size
@@ -90,11 +80,11 @@ class WasmArtifact(pulumi.ComponentResource):
 
 
 class AgentArtifact(pulumi.ComponentResource):
-    """The node agent: compiled and pushed. A VM fetches it by digest and checks its sum."""
+    """The node agent: compiled, pushed, signed and attested. A VM fetches it by digest and checks all."""
 
     image: pulumi.Output[str]
     """REPOSITORY@DIGEST, known before it is pushed."""
-    pushed: pulumi.Resource
+    signed: pulumi.Resource
     """What a VM waits for."""
     sha256: pulumi.Output[str]
     """Sum of the binary, hex."""
@@ -114,6 +104,41 @@ class AgentArtifact(pulumi.ComponentResource):
             opts=stored,
         )
         self.image = artifact.image
-        self.pushed = artifact
+        self.signed = _signed(self, name, args, (build, artifact), args.key)
         self.sha256 = build.sha256
         self.register_outputs({"image": self.image, "sha256": self.sha256})
+
+
+def _signed(
+    parent: pulumi.Resource,
+    name: str,
+    args: WasmArtifactArgs | AgentArtifactArgs,
+    pushed: tuple[CargoBuild, OciArtifact],
+    key: SigningKey,
+) -> pulumi.Resource:
+    """Sign and attest what was built and pushed; give what is there once its signatures are."""
+    build, artifact = pushed
+    stored = pulumi.ResourceOptions(parent=parent, deleted_with=args.lifetime)
+    signature = Signature(
+        f"{name}-signature",
+        args.repository,
+        artifact.digest,
+        key,
+        opts=pulumi.ResourceOptions(parent=parent),
+    )
+    OciAttestation(
+        f"{name}-attestation",
+        repository=args.repository,
+        digest=artifact.digest,
+        build=build,
+        key=key,
+        opts=stored,
+    )
+    return OciSignature(
+        f"{name}-signature-push",
+        repository=args.repository,
+        digest=artifact.digest,
+        signature=signature.signature,
+        bundle_signature=signature.bundle_signature,
+        opts=stored,
+    )

@@ -147,7 +147,7 @@ class KrustletNode(pulumi.ComponentResource):
             )
         )
         # An agent that gets another key finds what is signed with it.
-        needs = [args.agent.pushed, args.artifact.signed, pull, binding, token, *firewalls]
+        needs = [args.agent.signed, args.artifact.signed, pull, binding, token, *firewalls]
         needs += args.cluster.way_out
         if args.node.pod_range:
             needs.append(self._allow_services())

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Turns a fresh VM into a Krustlet node: fetches the agent from the registry by digest, checks it, and runs it as a
-# service. Runs at every boot, and again whenever the metadata change, and ends the same each time. What it needs to know
+# Turns a fresh VM into a Krustlet node: fetches the agent from the registry by digest, checks its signature and its
+# sum, and runs it as a service. Runs at every boot, and again whenever the metadata change, and ends the same each time. What it needs to know
 # is in the VM's metadata attributes:
 #   krustlet-image REPOSITORY@DIGEST, krustlet-sha256, krustlet-bootstrap-kubeconfig, krustlet-verification-key,
 #   krustlet-node-labels, krustlet-max-pods, krustlet-app-port, and krustlet-pod-range where each pod has an address of
@@ -162,6 +162,36 @@ EOF
     return 1
 }
 
+# Every string value of a key of the layers, a line each.
+values() {
+    grep -o "\"$1\" *: *\"[^\"]*\"" "$scratch/layers" | sed 's/"$//; s/.*"//'
+}
+
+# is_signed KEY: whether one of the signatures that cosign 2 would find is the key's, and of this image. A registry may
+# be behind what was just pushed, so that whatever is wrong is asked for again.
+is_signed() {
+    authorize "$registry/manifests/$digest" || return 1
+    get "$scratch/signatures" --config - --max-filesize 1000000 \
+        --header 'Accept: application/vnd.oci.image.manifest.v1+json, */*' \
+        "$registry/manifests/sha256-${digest#sha256:}.sig" <<EOF || return 1
+$authorization
+EOF
+    tr -d '\n' <"$scratch/signatures" | sed 's/.*"layers"//' >"$scratch/layers"
+    values digest >"$scratch/payloads"
+    values dev.cosignproject.cosign/signature | paste "$scratch/payloads" - | head -n 8 >"$scratch/pairs"
+    while read -r payload signature; do
+        rm -f "$scratch/payload"
+        download "$scratch/payload" "${payload#sha256:}" "$registry/blobs/$payload" || return 1
+        echo "$signature" | openssl base64 -d -A >"$scratch/signature"
+        if [ "$(json_string docker-manifest-digest <"$scratch/payload")" = "$digest" ] &&
+            openssl dgst -sha256 -verify "$1" -signature "$scratch/signature" "$scratch/payload" >/dev/null 2>&1; then
+            return 0
+        fi
+    done <"$scratch/pairs"
+    echo "$image has no signature by the key of the VM's metadata" >&2
+    return 1
+}
+
 # A power cut may come at any time: what has its name is there as a whole, and stays.
 place() {
     chmod "$2" "$1.new"
@@ -192,7 +222,10 @@ install_agent() {
     *) scheme=https ;;
     esac
     registry=$scheme://$host/v2/${repository#*/}
+    command -v openssl >/dev/null || die "openssl is needed to check the agent's signature"
+    metadata instance/attributes/krustlet-verification-key >"$scratch/key"
     say "pulling $image"
+    patiently "the agent's signature" is_signed "$scratch/key"
     patiently "the agent's manifest" download "$scratch/manifest" "${digest#sha256:}" "$registry/manifests/$digest"
     grep -q "sha256:$wanted" "$scratch/manifest" || die "$image does not have the agent $wanted"
     mkdir -p "$PREFIX/bin"

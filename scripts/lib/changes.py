@@ -64,8 +64,11 @@ RESTARTED = replace("workload-pod") | SMOKE
 MOVED = replace("workload-prepare") | RESTARTED
 RECONFIGURED = update("node-vm", "node-registration") | SMOKE
 IMAGE = replace("app-push", "app-signature", "app-signature-push", "app-attestation")
-REGISTRY = replace("registry-repository", "registry-node-reader", "agent-push") | IMAGE | MOVED
+AGENT_IMAGE = replace("agent-push", "agent-signature", "agent-signature-push", "agent-attestation")
+REGISTRY = replace("registry-repository", "registry-node-reader") | AGENT_IMAGE | IMAGE | MOVED
 REGISTRY |= update("node-vm")
+SIGNED = replace("app-key", "app-signature", "agent-signature")
+SIGNED |= update("app-signature-push", "app-attestation", "agent-signature-push", "agent-attestation")
 JOINED = replace("node-vm", "node-registration") | MOVED
 # What is on a cluster, and the VM that is in its network.
 CLUSTER = (
@@ -167,16 +170,13 @@ CHANGES = (
     Change(
         "signingKey",
         "KEY",
-        replace("app-key", "app-signature") | update("app-signature-push", "app-attestation") | RECONFIGURED,
+        SIGNED | RECONFIGURED,
         note="the agent takes the new key while it runs, and starts nothing by the old one any more",
     ),
     Change(
         "signingKey",
         KMS,
-        replace("app-key", "app-signature")
-        | update("app-signature-push", "app-attestation")
-        | create("services-cloudkms")
-        | RECONFIGURED,
+        SIGNED | create("services-cloudkms") | RECONFIGURED,
         note="as KEY; no private key is in the state then",
     ),
     Change("signingKeyPassword", "unused", {}),

@@ -157,6 +157,13 @@ def check() -> None:
             "brew install curl" if MACOS else f"{apt} curl",
         ),
         Prerequisite(
+            # A node checks the agent's signature with it, which for localcloud is this machine.
+            "openssl",
+            _version("openssl", "version"),
+            (1, 1),
+            "brew install openssl" if MACOS else f"{apt} openssl",
+        ),
+        Prerequisite(
             "a C compiler",
             _compiler,
             (1,),

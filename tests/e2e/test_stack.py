@@ -66,16 +66,17 @@ def test_the_registry_gives_nothing_to_the_anonymous(stack: Stack) -> None:
     assert answer.status_code == 401
 
 
+@pytest.mark.parametrize("output", ["image", "agent_image"])
 @pytest.mark.parametrize("program", ["cosign", "cosign3"])
 def test_cosign_finds_the_signature_and_what_is_attested_valid(
-    program: str, stack: Stack, tmp_path: Path, peers: dict[str, str]
+    program: str, output: str, stack: Stack, tmp_path: Path, peers: dict[str, str]
 ) -> None:
     key, root = tmp_path / "cosign.pub", tmp_path / "trusted_root.json"
     key.write_text(stack.outputs()["public_key"])
     # cosign 2 would ask the internet for one.
     root.write_text('{"mediaType": "application/vnd.dev.sigstore.trustedroot+json;version=0.1"}')
     env = {**stack.env, **peers}
-    image = stack.outputs()["image"]
+    image = stack.outputs()[output]
     flags = ["--insecure-ignore-tlog=true", "--private-infrastructure=true", f"--trusted-root={root}"]
     cosign = Stack(stack.directory, env)
     cosign.run(program, "verify", *flags, "--key", str(key), image)

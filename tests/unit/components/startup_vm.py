@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from components.node import STARTUP_SCRIPT
+from components.providers.artifacts import signature_artifact, signature_tag
+from components.providers.signature import KeyPair, generate_key, sign
 
 # Longer than what a socket's buffers take, so that a break in the middle is one.
 AGENT = b"#!/bin/sh\n" + bytes(range(256)) * 400
@@ -23,6 +25,8 @@ MANIFEST = json.dumps({"layers": [{"digest": f"sha256:{SUM}"}]}).encode()
 DIGEST = f"sha256:{hashlib.sha256(MANIFEST).hexdigest()}"
 MANIFEST_PATH = f"/v2/p/r/krustlet/manifests/{DIGEST}"
 BLOB_PATH = f"/v2/p/r/krustlet/blobs/sha256:{SUM}"
+SIGNATURE_PATH = f"/v2/p/r/krustlet/manifests/{signature_tag(DIGEST)}"
+KEY = generate_key()
 ACCOUNT = "instance/service-accounts/default/token"
 
 STATUSES = ("401", "403", "404", "429", "500", "502", "503")
@@ -46,7 +50,8 @@ class Vm:
     """What the servers give, by path below their roots, and the directories that the script writes to.
 
     `faults` are the ways in which the next requests of a place fail, one after the other: `metadata`,
-    `account`, `challenge`, `token`, `manifest`, `blob`. `served` are the places that were asked.
+    `account`, `challenge`, `token`, `signature`, `payload`, `manifest`, `blob`. `served` are the places that
+    were asked.
     """
 
     root: Path
@@ -82,6 +87,17 @@ class Vm:
             check=False,
             timeout=300,
         )
+
+    def sign(self, *signed: tuple[KeyPair, str]) -> None:
+        """Put signatures, by their keys and digests, where cosign 2 looks for the agent's."""
+        layers = []
+        for key, digest in signed:
+            made = sign(key.private_key, "r/krustlet", digest)
+            pushed = signature_artifact(made.payload, made.signature)
+            layers += json.loads(pushed.manifest.content)["layers"]
+            for blob in pushed.blobs:
+                self.registry[f"/v2/p/r/krustlet/blobs/{blob.digest}"] = blob.content
+        self.registry[SIGNATURE_PATH] = json.dumps({"config": {}, "layers": layers}, indent=1).encode()
 
     def configuration(self) -> dict[str, str]:
         """What the agent finds in its environment."""
@@ -131,7 +147,8 @@ def new_vm(root: Path) -> Iterator[Vm]:
                 return "token", json.dumps({"token": "PULL"}).encode()
             if self.headers["Authorization"] != "Bearer PULL":
                 return "challenge", b""
-            return ("manifest" if "/manifests/" in path else "blob"), vm.registry.get(path, b"")
+            kinds = {MANIFEST_PATH: "manifest", SIGNATURE_PATH: "signature", BLOB_PATH: "blob"}
+            return kinds.get(path, "payload"), vm.registry.get(path, b"")
 
         def offset(self) -> int:
             return int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
@@ -194,11 +211,12 @@ def new_vm(root: Path) -> Iterator[Vm]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     vm.host = f"127.0.0.1:{server.server_port}"
     vm.registry |= {MANIFEST_PATH: MANIFEST, BLOB_PATH: AGENT}
+    vm.sign((KEY, DIGEST))
     vm.metadata |= {
         "instance/attributes/krustlet-image": f"{vm.host}/p/r/krustlet@{DIGEST}",
         "instance/attributes/krustlet-sha256": SUM,
         "instance/attributes/krustlet-bootstrap-kubeconfig": '{"token": "a"}',
-        "instance/attributes/krustlet-verification-key": "PUBLIC",
+        "instance/attributes/krustlet-verification-key": KEY.public_key.strip(),
         "instance/attributes/krustlet-node-labels": "a=b",
         "instance/attributes/krustlet-max-pods": "7",
         "instance/attributes/krustlet-app-port": "8080",

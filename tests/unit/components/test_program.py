@@ -86,6 +86,9 @@ def test_the_names_of_the_resources_are_these(program: Monitor) -> None:
         "app-attestation",
         "agent-build",
         "agent-push",
+        "agent-signature",
+        "agent-signature-push",
+        "agent-attestation",
         "cluster-network",
         "cluster-subnetwork",
         "cluster-cluster",
@@ -109,7 +112,13 @@ def test_the_names_of_the_resources_are_these(program: Monitor) -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["app-signature", "app-attestation", "node-token", "node-registration"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("app-signature", "app-attestation", "agent-signature", "agent-attestation"),
+        *("node-token", "node-registration"),
+    ],
+)
 def test_every_key_token_and_kubeconfig_among_the_inputs_is_a_secret(program: Monitor, name: str) -> None:
     resource = program.registered[name]
     held = KEYS & resource.inputs.keys()
@@ -129,7 +138,7 @@ def test_a_key_in_cloud_kms_is_named_and_no_private_key_is_anywhere(
     reference = "gcpkms://projects/a-project/locations/l/keyRings/r/cryptoKeys/k/cryptoKeyVersions/1"
     by_kms = program_with(signingKey=reference)
     assert by_kms.registered.keys() - program.registered.keys() == {"services-cloudkms"}
-    for name in ("app-key", "app-signature", "app-attestation"):
+    for name in ("app-key", "app-signature", "app-attestation", "agent-signature", "agent-attestation"):
         inputs = by_kms.registered[name].inputs
         assert inputs["kms_key"] == reference
         assert not {"private_key", "given"} & inputs.keys()
@@ -212,17 +221,18 @@ def test_no_path_of_this_machine_is_in_any_input(program: Monitor) -> None:
         assert "path" not in resource.inputs, name
 
 
-def test_what_is_attested_is_the_image_that_runs(program: Monitor) -> None:
-    attestation, push = program.registered["app-attestation"], program.registered["app-push"]
+@pytest.mark.parametrize("name", ["app", "agent"])
+def test_what_is_attested_is_the_image_that_runs(program: Monitor, name: str) -> None:
+    attestation, push = program.registered[f"{name}-attestation"], program.registered[f"{name}-push"]
     assert attestation.plain("repository") == push.plain("repository")
     assert attestation.plain("digest") == "sha256:" + "12" * 32
     assert attestation.plain("sha256") == push.plain("sha256")
-    assert "app-push" in attestation.dependencies, "a referrer needs its subject, and ends before it"
+    assert f"{name}-push" in attestation.dependencies, "a referrer needs its subject, and ends before it"
 
 
 def test_the_vm_starts_after_it_may_pull_and_ask_for_certificates(program: Monitor) -> None:
     needs = program.registered["node-vm"].dependencies
-    assert {"registry-node-reader", "node-bootstrap", "agent-push", "node-token"} <= set(needs)
+    assert {"registry-node-reader", "node-bootstrap", "agent-signature-push", "node-token"} <= set(needs)
 
 
 # What a VM and its disk are made of; another one of these is another VM.
@@ -367,8 +377,10 @@ def test_what_is_in_the_cluster_ends_with_it(program: Monitor) -> None:
 
 def test_what_is_in_the_registry_ends_with_it(program: Monitor) -> None:
     ends = {name for name, item in program.registered.items() if item.deleted_with == "registry-repository"}
-    own = {"app-attestation", "app-push", "app-signature-push"}
-    assert ends == {"registry-node-reader", "agent-push"} | own
+    own = {
+        f"{image}-{what}" for image in ("app", "agent") for what in ("attestation", "push", "signature-push")
+    }
+    assert ends == {"registry-node-reader"} | own
 
 
 def test_who_may_reach_the_api_server_is_said_or_everybody_may(

@@ -9,8 +9,9 @@ import pytest
 
 from tests.unit.components.startup_vm import AGENT, FAULTS, Vm, new_vm
 
-PLACES = ("metadata", "account", "challenge", "token", "manifest", "blob")
-# With these an attempt may go well, as far as anybody can tell: what has no digest is taken as it is.
+PLACES = ("metadata", "account", "challenge", "token", "signature", "payload", "manifest", "blob")
+# With these an attempt may go well, as far as anybody can tell: what has no digest is taken as it is, and
+# what is asked for from its beginning has no rest.
 UNNOTICED = {"whole", "other range", "cut off"}
 # What the metadata server says that there is not is not waited for.
 FINAL = {"metadata": {"404", "other bytes"}}
@@ -50,7 +51,9 @@ def test_each_time_it_is_said_what_is_waited_for_and_why(tmp_path: Path) -> None
         assert ("a role that was just given takes some minutes" in why) == (fault in ("401", "403"))
 
 
-@pytest.mark.parametrize("place", ["challenge", "account", "token", "manifest", "blob"])
+@pytest.mark.parametrize(
+    "place", ["challenge", "account", "token", "signature", "payload", "manifest", "blob"]
+)
 def test_what_does_not_come_in_time_ends_the_script_by_name_and_the_next_run_is_under_way(
     tmp_path: Path, place: str
 ) -> None:

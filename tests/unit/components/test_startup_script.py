@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import base64
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.unit.components.startup_vm import AGENT, BLOB_PATH, SUM, Vm, new_vm
+from components.providers.signature import generate_key
+from tests.unit.components.startup_vm import AGENT, BLOB_PATH, DIGEST, KEY, SIGNATURE_PATH, SUM, Vm, new_vm
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def test_a_boot_installs_the_agent_configures_it_and_starts_it(vm: Vm) -> None:
         "node.kubernetes.io/instance-type=e2-small",
     ]
     assert configuration["KRUSTLET_TRUSTED_REGISTRIES"] == vm.host
-    assert (vm.root / "etc/krustlet/verification.pem").read_text() == "PUBLIC\n"
+    assert (vm.root / "etc/krustlet/verification.pem").read_text() == KEY.public_key
     assert vm.systemctl() == [
         "daemon-reload",
         "daemon-reload",
@@ -119,6 +122,49 @@ def test_an_agent_that_is_not_the_one_meant_is_not_installed(vm: Vm) -> None:
     assert f"what the registry gives is not sha256:{SUM}" in boot.stderr
     assert vm.agent() is None
     assert not vm.was_started()
+
+
+OTHER = generate_key()
+
+
+def _altered(vm: Vm) -> None:
+    vm.sign((KEY, DIGEST))
+    manifest = json.loads(vm.registry[SIGNATURE_PATH])
+    (annotations,) = (layer["annotations"] for layer in manifest["layers"])
+    signature = bytearray(base64.b64decode(annotations["dev.cosignproject.cosign/signature"]))
+    signature[-1] ^= 1
+    annotations["dev.cosignproject.cosign/signature"] = base64.b64encode(signature).decode()
+    vm.registry[SIGNATURE_PATH] = json.dumps(manifest).encode()
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda vm: vm.registry.pop(SIGNATURE_PATH),
+        lambda vm: vm.sign(),
+        lambda vm: vm.sign((OTHER, DIGEST)),
+        lambda vm: vm.sign((KEY, f"sha256:{SUM}"), (OTHER, DIGEST)),
+        _altered,
+        lambda vm: vm.registry.update({SIGNATURE_PATH: b"{}"}),
+        lambda vm: vm.registry.update({SIGNATURE_PATH: b"\0" * 100}),
+    ],
+    ids=["none", "no layer", "another key", "another image", "altered", "no manifest", "garbage"],
+)
+def test_an_agent_that_the_key_did_not_sign_is_not_installed(vm: Vm, attack: Callable[[Vm], object]) -> None:
+    attack(vm)
+    boot = vm.boot(WAIT_SECONDS="0")
+    assert boot.returncode != 0
+    assert "krustlet: gave up on the agent's signature" in boot.stderr
+    assert vm.agent() is None
+    assert not vm.was_started()
+
+
+@pytest.mark.parametrize("others", [1, 7])
+def test_a_good_signature_counts_whatever_stands_beside_it(vm: Vm, others: int) -> None:
+    vm.sign(*[(OTHER, DIGEST)] * others, (KEY, DIGEST))
+    boot = vm.boot(WAIT_SECONDS="0")
+    assert boot.returncode == 0, boot.stderr
+    assert vm.agent() == AGENT
 
 
 @pytest.mark.parametrize(("port", "capability"), [("80", "CAP_NET_BIND_SERVICE"), ("8080", "")])

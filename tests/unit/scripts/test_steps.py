@@ -155,7 +155,7 @@ def test_what_is_missing_or_too_old_is_named_at_once_with_the_command_that_insta
         prerequisites.check()
     lines = str(caught.value).splitlines()
     assert lines[0] == "prerequisites:"
-    assert [line.split()[0] for line in lines[1:]] == ["Go", "Rust", "curl"]
+    assert [line.split()[0] for line in lines[1:]] == ["Go", "Rust", "curl", "openssl"]
     assert "Go 1.21 is too old, 1.26 is needed; to install: " in lines[1]
     assert "Rust through rustup is missing; to install: " in lines[2]
 
@@ -167,6 +167,7 @@ def test_a_machine_that_has_all_passes(tmp_path: Path, monkeypatch: pytest.Monke
         git="git version 2.43.0",
         rustup="rustup 1.28.2 (e4f3ad6f8 2025-04-28)",
         curl="curl 8.5.0 (x86_64-pc-linux-gnu)",
+        openssl="OpenSSL 3.0.13 30 Jan 2024",
         gcc="gcc",
     )
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin-of-nobody")
