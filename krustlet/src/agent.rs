@@ -16,7 +16,7 @@ use crate::node::{self, Keeper, Machine, NodeConfig, Readiness};
 use crate::panics::message_of;
 use crate::pod::context::NodeContext;
 use crate::pod::fields::PodFacts;
-use crate::pod::images::PullSecrets;
+use crate::pod::images::{Builders, PullSecrets};
 use crate::pod::roster::Roster;
 use crate::pod::sources::Objects;
 use crate::pod::volumes::HostPaths;
@@ -190,6 +190,7 @@ async fn serve(
     let context = Arc::new(NodeContext {
         objects: Objects::new(client.clone()),
         pull_secrets: PullSecrets::default(),
+        builders: Builders::new(&options.require_provenance),
         client,
         runtime,
         events: events.clone(),

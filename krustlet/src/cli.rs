@@ -7,7 +7,7 @@ use crate::pressure;
 use anyhow::{Context, bail, ensure};
 use clap::{Parser, ValueEnum};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
-use krustlet_runtime::{EgressConfig, IpNet, Ipv4Net, PublicKey, Verification};
+use krustlet_runtime::{Builder, EgressConfig, IpNet, Ipv4Net, PublicKey, Verification};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -111,6 +111,11 @@ pub struct Options {
     /// Run modules that nobody signed; for development only
     #[arg(long, env = "KRUSTLET_ALLOW_UNSIGNED", conflicts_with = "verification_keys")]
     allow_unsigned: bool,
+
+    /// Where modules must have SLSA provenance by a key that may sign them, and from which builder: NAMESPACE=BUILDER,…; `*` is
+    /// every namespace that is not named, and a builder that ends in `*` is the beginning of one
+    #[arg(long, env = "KRUSTLET_REQUIRE_PROVENANCE", value_delimiter = ',', value_parser = parse_builder, conflicts_with = "allow_unsigned")]
+    pub require_provenance: Vec<(String, Builder)>,
 
     /// Where registry credentials come from when a pod brings none
     #[arg(long, env = "KRUSTLET_REGISTRY_CREDENTIALS", value_enum, default_value_t = RegistryCredentials::None)]
@@ -251,6 +256,15 @@ fn parse_label(text: &str) -> Result<(String, String), String> {
     Ok((key.trim().to_owned(), value.trim().to_owned()))
 }
 
+fn parse_builder(text: &str) -> Result<(String, Builder), String> {
+    let (namespace, builder) = text.split_once('=').ok_or_else(|| format!("{text:?} is not NAMESPACE=BUILDER"))?;
+    let namespace = namespace.trim();
+    if namespace != "*" && (namespace.contains('.') || !is_dns_subdomain(namespace)) {
+        return Err(format!("{namespace:?} is neither a namespace nor `*`"));
+    }
+    Ok((namespace.to_owned(), builder.parse()?))
+}
+
 fn parse_duration(text: &str) -> Result<Duration, String> {
     limits::duration(text).ok_or_else(|| format!("{text:?} is no duration, such as 5m or 30s"))
 }
@@ -328,6 +342,20 @@ mod tests {
         let error = parse(&["--image-gc-high-threshold=80"]).image_gc().unwrap_err();
         assert!(error.to_string().contains("--image-gc-low-threshold 80"), "{error}");
         assert!(Options::try_parse_from(["krustlet", "--image-gc-high-threshold=101"]).is_err());
+    }
+
+    #[test]
+    fn builders_are_named_by_namespace_and_what_is_none_is_refused() {
+        let given = "prod=https://github.com/shop/*, *=urn:a=b";
+        let required = parse(&["--require-provenance", given]).require_provenance;
+        let shown: Vec<_> = required.iter().map(|(namespace, builder)| format!("{namespace}={builder}")).collect();
+        assert_eq!(shown, ["prod=https://github.com/shop/*", "*=urn:a=b"]);
+        for wrong in ["prod", "=urn:a", "Prod=urn:a", "a.b=urn:a", "prod=", "prod=a*b", "**=urn:a"] {
+            let flag = format!("--require-provenance={wrong}");
+            assert!(Options::try_parse_from(["krustlet", &flag]).is_err(), "{wrong}");
+        }
+        let unsigned = ["krustlet", "--allow-unsigned", "--require-provenance=*=urn:a"];
+        assert!(Options::try_parse_from(unsigned).is_err());
     }
 
     #[test]

@@ -287,7 +287,7 @@ mod tests {
     use crate::events::Recorder;
     use crate::memory::{self, Memory, PodsMemory};
     use crate::pod::fields::PodFacts;
-    use crate::pod::images::PullSecrets;
+    use crate::pod::images::{Builders, PullSecrets};
     use crate::pod::roster::Roster;
     use crate::pod::sources::Objects;
     use crate::pod::volumes::HostPaths;
@@ -320,6 +320,7 @@ mod tests {
             data_dir: directory.to_owned(),
             objects: Objects::new(client.clone()),
             pull_secrets: PullSecrets::default(),
+            builders: Builders::default(),
             client,
             host_paths: Arc::new(HostPaths { allowed: Vec::new(), data_dir: directory.to_owned() }),
             evictions: Arc::default(),

@@ -123,13 +123,16 @@ struct EnvelopeSignature {
     sig: String,
 }
 
+/// An in-toto statement, by a key that is trusted.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Statement {
+pub struct Statement {
     #[serde(rename = "_type")]
     kind: String,
     subject: Vec<StatementSubject>,
-    predicate_type: String,
+    pub predicate_type: String,
+    #[serde(default)]
+    pub predicate: serde_json::Value,
 }
 
 #[derive(Deserialize)]
@@ -139,6 +142,16 @@ struct StatementSubject {
 
 /// Checks that one of `keys` signed `manifest` by this bundle.
 pub fn verify(bundle: &[u8], manifest: &Digest, keys: &[PublicKey]) -> Result<(), String> {
+    let statement = statement(bundle, keys)?;
+    if statement.predicate_type != PREDICATE_TYPE {
+        let found = shown(&statement.predicate_type);
+        return Err(format!("is an attestation of type {found:?} and no signature, {PREDICATE_TYPE}"));
+    }
+    statement.is_about(manifest)
+}
+
+/// What one of `keys` says by this bundle.
+pub fn statement(bundle: &[u8], keys: &[PublicKey]) -> Result<Statement, String> {
     if bundle.len() as u64 > MAX_BUNDLE {
         return Err(format!("has {} bytes, more than the {MAX_BUNDLE} allowed", bundle.len()));
     }
@@ -151,35 +164,53 @@ pub fn verify(bundle: &[u8], manifest: &Digest, keys: &[PublicKey]) -> Result<()
     if bundle.verification_material.is_none_or(|material| material.public_key.is_none()) {
         return Err("was not made with a key (cosign sign --key), and this node trusts keys only".into());
     }
-    let [signature] = envelope.signatures.as_slice() else {
-        return Err(format!("has {} signatures, expected exactly one", envelope.signatures.len()));
-    };
-    if envelope.payload_type != PAYLOAD_TYPE {
-        return Err(format!("has payload type {:?}, expected {PAYLOAD_TYPE}", shown(&envelope.payload_type)));
+    envelope.statement(keys)
+}
+
+/// What one of `keys` says by a DSSE envelope alone.
+pub fn enveloped(envelope: &[u8], keys: &[PublicKey]) -> Result<Statement, String> {
+    if envelope.len() as u64 > MAX_BUNDLE {
+        return Err(format!("has {} bytes, more than the {MAX_BUNDLE} allowed", envelope.len()));
     }
-    let signature = der(&signature.sig).map_err(|error| format!("is malformed: {error}"))?;
-    let payload =
-        BASE64.decode(&envelope.payload).map_err(|error| format!("is malformed: its payload is no base64: {error}"))?;
-    if !is_signed_by(keys, &pre_authentication_encoding(&envelope.payload_type, &payload), &signature) {
-        return Err("was made by no key that this node trusts, or altered".into());
+    let envelope: Envelope =
+        serde_json::from_slice(envelope).map_err(|error| format!("is malformed: no DSSE envelope: {}", cut(&error)))?;
+    envelope.statement(keys)
+}
+
+impl Envelope {
+    fn statement(self, keys: &[PublicKey]) -> Result<Statement, String> {
+        let [signature] = self.signatures.as_slice() else {
+            return Err(format!("has {} signatures, expected exactly one", self.signatures.len()));
+        };
+        if self.payload_type != PAYLOAD_TYPE {
+            return Err(format!("has payload type {:?}, expected {PAYLOAD_TYPE}", shown(&self.payload_type)));
+        }
+        let signature = der(&signature.sig).map_err(|error| format!("is malformed: {error}"))?;
+        let payload =
+            BASE64.decode(&self.payload).map_err(|error| format!("is malformed: its payload is no base64: {error}"))?;
+        if !is_signed_by(keys, &pre_authentication_encoding(&self.payload_type, &payload), &signature) {
+            return Err("was made by no key that this node trusts, or altered".into());
+        }
+        let statement: Statement = serde_json::from_slice(&payload)
+            .map_err(|error| format!("is malformed: no in-toto statement: {}", cut(&error)))?;
+        if statement.kind != STATEMENT_TYPE {
+            return Err(format!("has statement type {:?}, expected {STATEMENT_TYPE}", shown(&statement.kind)));
+        }
+        Ok(statement)
     }
-    let statement: Statement = serde_json::from_slice(&payload)
-        .map_err(|error| format!("is malformed: no in-toto statement: {}", cut(&error)))?;
-    if statement.kind != STATEMENT_TYPE {
-        return Err(format!("has statement type {:?}, expected {STATEMENT_TYPE}", shown(&statement.kind)));
+}
+
+impl Statement {
+    pub fn is_about(&self, manifest: &Digest) -> Result<(), String> {
+        let mut digests = self.subject.iter().filter_map(|subject| subject.digest.get("sha256"));
+        if digests.clone().any(|digest| digest == manifest.hex()) {
+            return Ok(());
+        }
+        let found = digests
+            .next()
+            .map_or_else(|| "without a sha256 digest".to_owned(), |digest| format!("sha256:{}", shown(digest)));
+        Err(format!("is for another manifest, {found}"))
     }
-    if statement.predicate_type != PREDICATE_TYPE {
-        let found = shown(&statement.predicate_type);
-        return Err(format!("is an attestation of type {found:?} and no signature, {PREDICATE_TYPE}"));
-    }
-    let mut digests = statement.subject.iter().filter_map(|subject| subject.digest.get("sha256"));
-    if digests.clone().any(|digest| digest == manifest.hex()) {
-        return Ok(());
-    }
-    let found = digests
-        .next()
-        .map_or_else(|| "without a sha256 digest".to_owned(), |digest| format!("sha256:{}", shown(digest)));
-    Err(format!("is for another manifest, {found}"))
 }
 
 /// DSSE's PAE: what is signed.

@@ -41,6 +41,7 @@ mod name_service;
 mod open;
 mod precompiled;
 mod preview_1;
+mod provenance;
 mod public_key;
 mod pull;
 mod pull_places;
@@ -72,6 +73,7 @@ pub use logs::{LogFile, LogLimits, LogStream};
 pub use module::{Kind, Module};
 pub use mounts::Mount;
 pub use name_service::NameService;
+pub use provenance::Builder;
 pub use public_key::PublicKey;
 pub use pull_places::PullLimits;
 pub use registry::{OperatorsRegistries, PullPolicy};
@@ -235,7 +237,18 @@ impl Runtime {
 
     /// Has the image on this node, its digests, type and signature checked. One pull a digest, however many ask.
     pub async fn pull(&self, image: &str, policy: PullPolicy, secrets: &[RegistrySecret]) -> Result<Image, PullError> {
-        self.0.puller.pull(image, policy, secrets).await
+        self.pull_built_by(image, policy, secrets, &[]).await
+    }
+
+    /// The same of an image that one of `builders` built, where there are any.
+    pub async fn pull_built_by(
+        &self,
+        image: &str,
+        policy: PullPolicy,
+        secrets: &[RegistrySecret],
+        builders: &[Builder],
+    ) -> Result<Image, PullError> {
+        self.0.puller.pull(image, policy, secrets, builders).await
     }
 
     /// Compiles the image's module, once a digest however many ask, or takes it from the cache.

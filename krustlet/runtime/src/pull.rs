@@ -5,11 +5,12 @@ use crate::credentials::{CredentialSource, RegistrySecret};
 use crate::error::PullError;
 use crate::image_name::ImageName;
 use crate::metrics::Metrics;
+use crate::provenance::{self, Builder};
 use crate::pull_places::{Lost, Place, Places};
 use crate::pull_records::{PullRecords, PulledWith};
 use crate::registry::{FetchError, PullPolicy, RegistryClient, Session};
-use crate::signature::{self, Signed, Verification};
-use crate::signature_search::{self, NotSigned};
+use crate::signature::{self, MAX_SIGNATURES, Signed, Verification};
+use crate::signature_search::{self, NotSigned, Wanted};
 use crate::store::Store;
 use crate::{Image, SharedLocks};
 use bytes::Bytes;
@@ -43,7 +44,7 @@ pub struct Puller {
 enum Cached {
     Usable(Image),
     Missing,
-    /// Complete, but no key that is trusted now signed it.
+    /// Complete, but no key that is trusted now signed it, or nobody says that a builder who may has built it.
     Untrusted(String),
 }
 
@@ -51,6 +52,7 @@ enum Cached {
 enum Failure {
     Fetch(FetchError),
     Signature { cause: String, digest: Digest },
+    Provenance { cause: String, digest: Digest },
     Artifact(Refused),
     Store(io::Error),
 }
@@ -69,9 +71,15 @@ struct Resolved {
 }
 
 impl Puller {
-    pub async fn pull(&self, image: &str, policy: PullPolicy, secrets: &[RegistrySecret]) -> Result<Image, PullError> {
+    pub async fn pull(
+        &self,
+        image: &str,
+        policy: PullPolicy,
+        secrets: &[RegistrySecret],
+        builders: &[Builder],
+    ) -> Result<Image, PullError> {
         let started = Instant::now();
-        let result = self.pull_any(image, policy, secrets).await;
+        let result = self.pull_any(image, policy, secrets, builders).await;
         // A look at what is on the node is no pull that failed.
         if policy != PullPolicy::Never || result.is_ok() {
             self.metrics.pulled(&result, started.elapsed());
@@ -79,12 +87,18 @@ impl Puller {
         result
     }
 
-    async fn pull_any(&self, image: &str, policy: PullPolicy, secrets: &[RegistrySecret]) -> Result<Image, PullError> {
+    async fn pull_any(
+        &self,
+        image: &str,
+        policy: PullPolicy,
+        secrets: &[RegistrySecret],
+        builders: &[Builder],
+    ) -> Result<Image, PullError> {
         let name = ImageName::parse(image)
             .map_err(|cause| PullError::InvalidName { image: crate::artifact::shown(image), cause })?;
         let secrets = RegistrySecret::fitting(secrets, &name);
         if policy != PullPolicy::Always {
-            if let Some(cached) = self.find_on_node(&name, policy, &secrets).await? {
+            if let Some(cached) = self.find_on_node(&name, policy, &secrets, builders).await? {
                 return Ok(cached);
             }
             if policy == PullPolicy::Never {
@@ -98,11 +112,11 @@ impl Puller {
         };
         if policy != PullPolicy::Always
             && name.digest().is_some()
-            && let Some(cached) = self.find_on_node(&name, policy, &secrets).await?
+            && let Some(cached) = self.find_on_node(&name, policy, &secrets, builders).await?
         {
             return Ok(cached);
         }
-        self.fetch_from_registry(&name, &secrets).await
+        self.fetch_from_registry(&name, &secrets, builders).await
     }
 
     async fn lock(&self, name: &ImageName, digest: &Digest) -> tokio::sync::OwnedMutexGuard<()> {
@@ -115,6 +129,7 @@ impl Puller {
         name: &ImageName,
         policy: PullPolicy,
         secrets: &[&RegistrySecret],
+        builders: &[Builder],
     ) -> Result<Option<Image>, PullError> {
         let (store, wanted) = (self.store.clone(), name.clone());
         let digest = match name.digest() {
@@ -126,7 +141,7 @@ impl Puller {
         if !self.records.allows(&digest, name, secrets) {
             return Ok(None);
         }
-        match self.cached(name, &digest).await {
+        match self.cached(name, &digest, builders).await {
             Cached::Usable(image) => Ok(Some(image)),
             // The signature of a newly trusted key may be in the registry by now.
             Cached::Untrusted(cause) if policy == PullPolicy::Never => {
@@ -137,10 +152,10 @@ impl Puller {
         }
     }
 
-    /// Looks at the node's own copy: every digest and the signature are checked again.
-    async fn cached(&self, name: &ImageName, digest: &Digest) -> Cached {
+    /// Looks at the node's own copy: every digest, the signature and who built it are checked again.
+    async fn cached(&self, name: &ImageName, digest: &Digest, builders: &[Builder]) -> Cached {
         let (store, verification) = (self.store.clone(), self.verification.read().clone());
-        let (name, digest) = (name.clone(), digest.clone());
+        let (name, digest, builders) = (name.clone(), digest.clone(), builders.to_vec());
         blocking(move || {
             let Some(manifest) = store.read(&digest, MAX_MANIFEST) else { return Cached::Missing };
             let Ok(artifact) = Artifact::parse(&manifest) else { return Cached::Missing };
@@ -150,7 +165,8 @@ impl Puller {
             {
                 return Cached::Missing;
             }
-            match check(&verification, &digest, &store.signatures(&digest)) {
+            let checked = check(&verification, &digest, &store.signatures(&digest));
+            match checked.and_then(|()| built_by(&verification, &digest, &store, &builders)) {
                 Ok(()) => Cached::Usable(image(&name, &digest, &artifact, true)),
                 Err(cause) => Cached::Untrusted(cause),
             }
@@ -158,13 +174,18 @@ impl Puller {
         .await
     }
 
-    async fn fetch_from_registry(&self, name: &ImageName, secrets: &[&RegistrySecret]) -> Result<Image, PullError> {
+    async fn fetch_from_registry(
+        &self,
+        name: &ImageName,
+        secrets: &[&RegistrySecret],
+        builders: &[Builder],
+    ) -> Result<Image, PullError> {
         let node = self.credentials.credentials(name.registry()).await;
         let given = secrets.iter().take(MAX_LOGINS).copied();
         let attempts = given.map(Some).chain(node.as_ref().map(Some)).chain([None]);
         let mut refusal = None;
         for credentials in attempts {
-            match self.attempt(name, credentials).await {
+            match self.attempt(name, credentials, builders).await {
                 Ok(image) => return Ok(image),
                 // The first refusal is the telling one: later attempts bring less.
                 Err(Failure::Fetch(FetchError::Denied(cause))) => {
@@ -180,7 +201,12 @@ impl Puller {
         Err(Failure::Fetch(refusal).of(name))
     }
 
-    async fn attempt(&self, name: &ImageName, credentials: Option<&RegistrySecret>) -> Result<Image, Failure> {
+    async fn attempt(
+        &self,
+        name: &ImageName,
+        credentials: Option<&RegistrySecret>,
+        builders: &[Builder],
+    ) -> Result<Image, Failure> {
         let mut session = self.client.session(name, credentials);
         let limits = self.places.limits;
         // A lock comes before a place, always: those who wait for a lock with a place in hand could wait for one who waits
@@ -200,7 +226,7 @@ impl Puller {
         // right to what it stands for.
         let mine = self.records.knows(&digest, name);
         let left = limits.deadline.saturating_sub(began.elapsed());
-        let (manifest, artifact) = within(&place, left, self.documents(&mut session, resolved, mine)).await?;
+        let (manifest, artifact) = within(&place, left, self.documents(&mut session, resolved, mine, builders)).await?;
         let time = limits.deadline_for(artifact.module.size);
         let fetched = within(&place, time, self.module(&mut session, &artifact, mine)).await?;
         let (store, tag) = (self.store.clone(), name.clone());
@@ -256,8 +282,10 @@ impl Puller {
         session: &mut Session<'_>,
         resolved: Resolved,
         mine: bool,
+        builders: &[Builder],
     ) -> Result<(Bytes, Artifact), Failure> {
         self.verify(session, &resolved.digest).await?;
+        self.verify_builder(session, &resolved.digest, builders).await?;
         let (manifest, artifact) = match resolved.manifest {
             Some(small) => small,
             None => {
@@ -292,13 +320,46 @@ impl Puller {
         if signature::verify(digest, &known, keys).is_ok() {
             return Ok(());
         }
-        match signature_search::find(session, digest, keys).await {
+        match signature_search::find(session, digest, keys, Wanted::Signature).await {
             Ok(signed) => {
                 let (store, manifest) = (self.store.clone(), digest.clone());
                 blocking(move || store.write_signatures(&manifest, &[signed])).await.map_err(Failure::Store)
             }
             Err(NotSigned::Unknown(error)) => Err(error.into()),
             Err(NotSigned::Refused(cause)) => Err(Failure::Signature { cause, digest: digest.clone() }),
+        }
+    }
+
+    /// Checks who built it, where that is asked for.
+    async fn verify_builder(
+        &self,
+        session: &mut Session<'_>,
+        digest: &Digest,
+        builders: &[Builder],
+    ) -> Result<(), Failure> {
+        let verification = self.verification.read().clone();
+        let Verification::Keys(keys) = &*verification else { return Ok(()) };
+        let (store, manifest, named) = (self.store.clone(), digest.clone(), builders.to_vec());
+        let trusted = verification.clone();
+        if blocking(move || built_by(&trusted, &manifest, &store, &named)).await.is_ok() {
+            return Ok(());
+        }
+        match signature_search::find(session, digest, keys, Wanted::Provenance(builders)).await {
+            Ok(signed) => {
+                let (store, manifest) = (self.store.clone(), digest.clone());
+                // Another namespace may take another builder: the newest first, and no more than are looked at.
+                blocking(move || {
+                    let mut kept = store.provenance(&manifest);
+                    kept.retain(|known| *known != signed);
+                    kept.insert(0, signed);
+                    kept.truncate(MAX_SIGNATURES);
+                    store.write_provenance(&manifest, &kept)
+                })
+                .await
+                .map_err(Failure::Store)
+            }
+            Err(NotSigned::Unknown(error)) => Err(error.into()),
+            Err(NotSigned::Refused(cause)) => Err(Failure::Provenance { cause, digest: digest.clone() }),
         }
     }
 
@@ -358,6 +419,12 @@ fn check(verification: &Verification, digest: &Digest, signatures: &[Signed]) ->
     }
 }
 
+fn built_by(verification: &Verification, digest: &Digest, store: &Store, builders: &[Builder]) -> Result<(), String> {
+    // The usual case reads nothing.
+    let kept = if builders.is_empty() { Vec::new() } else { store.provenance(digest) };
+    provenance::verify(verification, digest, &kept, builders)
+}
+
 fn image(name: &ImageName, digest: &Digest, artifact: &Artifact, cached: bool) -> Image {
     Image {
         reference: name.pinned(digest),
@@ -375,6 +442,10 @@ impl Failure {
         match self {
             Self::Signature { cause, digest } => {
                 let remedy = signature::remedy(&name.pinned(&digest));
+                PullError::Signature { image, cause: format!("{}; {remedy}", cut(&cause)) }
+            }
+            Self::Provenance { cause, digest } => {
+                let remedy = provenance::remedy(&name.pinned(&digest));
                 PullError::Signature { image, cause: format!("{}; {remedy}", cut(&cause)) }
             }
             Self::Artifact(refused) => {

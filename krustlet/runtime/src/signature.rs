@@ -55,6 +55,10 @@ pub enum Signed {
     Bundle {
         bundle: String,
     },
+    /// Of cosign 2's attestations, which are no signatures.
+    Envelope {
+        envelope: String,
+    },
 }
 
 /// What a signature manifest holds.
@@ -81,6 +85,7 @@ impl Signed {
     pub fn check(&self, manifest: &Digest, keys: &[PublicKey]) -> Result<(), String> {
         match self {
             Self::Bundle { bundle } => bundle::verify(bundle.as_bytes(), manifest, keys),
+            Self::Envelope { .. } => Err("is an attestation and no signature".into()),
             Self::Simple { payload, signature } => match signed_manifest(payload, signature, keys) {
                 Ok(Some(digest)) if digest == *manifest => Ok(()),
                 Ok(Some(digest)) => Err(format!("is for another manifest, {digest}")),
@@ -202,7 +207,7 @@ mod tests {
     fn signature_of(signed: &Signed) -> String {
         match signed {
             Signed::Simple { signature, .. } => signature.clone(),
-            Signed::Bundle { .. } => String::new(),
+            Signed::Bundle { .. } | Signed::Envelope { .. } => String::new(),
         }
     }
 

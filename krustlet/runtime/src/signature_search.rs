@@ -1,13 +1,15 @@
-//! Where an image's signatures are looked for, and why none of those found counts.
+//! Where an image's signatures and provenance are looked for, and why none of those found counts.
 //!
-//! First the tag of cosign 2, then the referrers: by the registry's API, else by the tag that clients keep where there is none.
+//! First the tags of cosign 2, then the referrers: by the registry's API, else by the tag that clients keep where there is none.
 //! The first good one counts, whatever stands beside it; everything that is asked for has a bound.
 
 use crate::artifact::{Descriptor, Digest};
 use crate::bundle::{self, Listed};
+use crate::provenance::{self, Builder};
 use crate::public_key::PublicKey;
 use crate::registry::{FetchError, Session};
 use crate::signature::{self, Signed};
+use bytes::Bytes;
 
 /// What fits in a pod's status.
 const MAX_REASONS: usize = 4;
@@ -25,9 +27,27 @@ impl From<FetchError> for NotSigned {
     }
 }
 
-pub async fn find(session: &mut Session<'_>, manifest: &Digest, keys: &[PublicKey]) -> Result<Signed, NotSigned> {
-    let mut search = Search { session, manifest, keys, is_signed: false, reasons: Vec::new(), more: 0, unknown: None };
-    if let Some(signed) = search.tag().await? {
+/// What is looked for.
+#[derive(Debug, Clone, Copy)]
+pub enum Wanted<'a> {
+    Signature,
+    /// That one of these built it.
+    Provenance(&'a [Builder]),
+}
+
+pub async fn find(
+    session: &mut Session<'_>,
+    manifest: &Digest,
+    keys: &[PublicKey],
+    wanted: Wanted<'_>,
+) -> Result<Signed, NotSigned> {
+    let mut search =
+        Search { session, manifest, keys, wanted, is_signed: false, reasons: Vec::new(), more: 0, unknown: None };
+    let at_tag = match wanted {
+        Wanted::Signature => search.signature_tag().await?,
+        Wanted::Provenance(_) => search.attestation_tag().await?,
+    };
+    if let Some(signed) = at_tag {
         return Ok(signed);
     }
     if let Some(signed) = search.referrers().await? {
@@ -40,7 +60,8 @@ struct Search<'a, 'b> {
     session: &'a mut Session<'b>,
     manifest: &'a Digest,
     keys: &'a [PublicKey],
-    /// Whether there is anything that is meant as a signature.
+    wanted: Wanted<'a>,
+    /// Whether there is anything that is meant as what is looked for.
     is_signed: bool,
     reasons: Vec<String>,
     more: usize,
@@ -48,14 +69,39 @@ struct Search<'a, 'b> {
 }
 
 impl Search<'_, '_> {
-    /// cosign 2's: a tag that is made of the digest.
-    async fn tag(&mut self) -> Result<Option<Signed>, FetchError> {
-        let tag = signature::tag(self.manifest);
-        let document = match self.session.manifest(&tag, signature::MAX_SIGNATURE_MANIFEST).await {
-            Ok((document, _)) => document,
-            Err(FetchError::NotFound(_)) => return Ok(None),
-            Err(error) => return self.refuse_unread(&format!("tag {tag}"), error).map(|()| None),
+    async fn tag(&mut self, tag: &str) -> Result<Option<Bytes>, FetchError> {
+        match self.session.manifest(tag, signature::MAX_SIGNATURE_MANIFEST).await {
+            Ok((document, _)) => Ok(Some(document)),
+            Err(FetchError::NotFound(_)) => Ok(None),
+            Err(error) => self.refuse_unread(&format!("tag {tag}"), error).map(|()| None),
+        }
+    }
+
+    /// cosign 2's attestations: a tag that is made of the digest, and an envelope a layer.
+    async fn attestation_tag(&mut self) -> Result<Option<Signed>, FetchError> {
+        let tag = provenance::tag(self.manifest);
+        let Some(document) = self.tag(&tag).await? else { return Ok(None) };
+        let layers = match provenance::layers(&document) {
+            Ok(layers) => layers,
+            Err(cause) => {
+                self.refuse(format!("its tag {tag} {cause}"));
+                return Ok(None);
+            }
         };
+        for layer in layers {
+            let Some(envelope) = self.text("attestation", &layer).await else { continue };
+            let signed = Signed::Envelope { envelope };
+            if self.counts(&format!("attestation {} at tag {tag}", layer.digest), &signed) {
+                return Ok(Some(signed));
+            }
+        }
+        Ok(None)
+    }
+
+    /// cosign 2's signatures: a tag that is made of the digest.
+    async fn signature_tag(&mut self) -> Result<Option<Signed>, FetchError> {
+        let tag = signature::tag(self.manifest);
+        let Some(document) = self.tag(&tag).await? else { return Ok(None) };
         self.is_signed = true;
         let layers = match signature::layers(&document) {
             Ok(layers) => layers,
@@ -70,9 +116,8 @@ impl Search<'_, '_> {
         for layer in layers.signatures {
             if let Some(payload) = self.blob("signature payload", &layer.payload).await {
                 let signed = Signed::simple(&payload, layer.signature);
-                match signed.check(self.manifest, self.keys) {
-                    Ok(()) => return Ok(Some(signed)),
-                    Err(cause) => self.refuse(format!("its signature at tag {tag} {cause}")),
+                if self.counts(&format!("signature at tag {tag}"), &signed) {
+                    return Ok(Some(signed));
                 }
             }
         }
@@ -156,21 +201,28 @@ impl Search<'_, '_> {
                 return None;
             }
         };
-        self.is_signed = true;
-        let signed = match String::from_utf8(self.blob("bundle", &layer).await?) {
-            Ok(bundle) => Signed::Bundle { bundle },
-            Err(_) => {
-                self.refuse(format!("its bundle {} is malformed: no UTF-8", layer.digest));
-                return None;
-            }
+        self.is_signed |= matches!(self.wanted, Wanted::Signature);
+        let signed = Signed::Bundle { bundle: self.text("bundle", &layer).await? };
+        self.counts(&format!("bundle {}", layer.digest), &signed).then_some(signed)
+    }
+
+    /// Whether this is what is looked for, and good; what is something else is passed over.
+    fn counts(&mut self, what: &str, signed: &Signed) -> bool {
+        let checked = match self.wanted {
+            Wanted::Signature => signed.check(self.manifest, self.keys).map(|()| true),
+            Wanted::Provenance(builders) => provenance::check(signed, self.manifest, self.keys, builders),
         };
-        match signed.check(self.manifest, self.keys) {
-            Ok(()) => Some(signed),
-            Err(cause) => {
-                self.refuse(format!("its bundle {} {cause}", layer.digest));
-                None
-            }
-        }
+        checked.unwrap_or_else(|cause| {
+            self.is_signed = true;
+            self.refuse(format!("its {what} {cause}"));
+            false
+        })
+    }
+
+    async fn text(&mut self, what: &str, layer: &Descriptor) -> Option<String> {
+        String::from_utf8(self.blob(what, layer).await?)
+            .inspect_err(|_| self.refuse(format!("its {what} {} is malformed: no UTF-8", layer.digest)))
+            .ok()
     }
 
     async fn blob(&mut self, what: &str, blob: &Descriptor) -> Option<Vec<u8>> {
@@ -215,15 +267,19 @@ impl Search<'_, '_> {
         if let Some(error) = self.unknown {
             return NotSigned::Unknown(error);
         }
+        let (absent, tag) = match self.wanted {
+            Wanted::Signature => ("it is not signed: ", signature::tag(self.manifest)),
+            Wanted::Provenance(_) => ("nothing says who built it: ", provenance::tag(self.manifest)),
+        };
         if self.reasons.is_empty() {
+            let kind = if matches!(self.wanted, Wanted::Signature) { "" } else { " with SLSA provenance" };
             return NotSigned::Refused(format!(
-                "it is not signed: manifest {} has no tag {} and no Sigstore bundle among its referrers",
+                "{absent}manifest {} has no tag {tag} and no Sigstore bundle{kind} among its referrers",
                 self.manifest,
-                signature::tag(self.manifest)
             ));
         }
         let more = if self.more > 0 { format!("; and {} more", self.more) } else { String::new() };
-        let what = if self.is_signed { "" } else { "it is not signed: " };
+        let what = if self.is_signed { "" } else { absent };
         NotSigned::Refused(format!("{what}{}{more}", self.reasons.join("; ")))
     }
 }

@@ -45,7 +45,7 @@ impl Store {
     /// Opens the store in `root`, readable by this user alone, without what an earlier run left half-written.
     pub fn open(root: PathBuf) -> io::Result<Self> {
         let _ = fs::remove_dir_all(root.join("tmp"));
-        for name in ["blobs", "pulls", "signatures", "tags", "tmp"] {
+        for name in ["blobs", "provenance", "pulls", "signatures", "tags", "tmp"] {
             private_dir(&root.join(name))?;
         }
         private_dir(&root)?;
@@ -96,7 +96,16 @@ impl Store {
     }
 
     pub fn signatures(&self, manifest: &Digest) -> Vec<Signed> {
-        let path = self.root.join("signatures").join(manifest.hex());
+        self.signed("signatures", manifest)
+    }
+
+    /// What says who built it.
+    pub fn provenance(&self, manifest: &Digest) -> Vec<Signed> {
+        self.signed("provenance", manifest)
+    }
+
+    fn signed(&self, kind: &str, manifest: &Digest) -> Vec<Signed> {
+        let path = self.root.join(kind).join(manifest.hex());
         read_bounded(&path, MAX_SIGNATURES_FILE)
             .and_then(|content| serde_json::from_slice(&content).ok())
             .unwrap_or_default()
@@ -104,6 +113,10 @@ impl Store {
 
     pub fn write_signatures(&self, manifest: &Digest, signatures: &[Signed]) -> io::Result<()> {
         self.replace(&self.root.join("signatures").join(manifest.hex()), &serde_json::to_vec(signatures)?)
+    }
+
+    pub fn write_provenance(&self, manifest: &Digest, provenance: &[Signed]) -> io::Result<()> {
+        self.replace(&self.root.join("provenance").join(manifest.hex()), &serde_json::to_vec(provenance)?)
     }
 
     pub fn pull_record(&self, manifest: &Digest) -> Option<Vec<u8>> {
@@ -145,7 +158,7 @@ impl Store {
 
     /// Removes a blob, and what belongs to it if it is a manifest. Gives the bytes that are free now.
     pub fn remove(&self, digest: &Digest, size: u64) -> u64 {
-        for kind in ["pulls", "signatures"] {
+        for kind in ["provenance", "pulls", "signatures"] {
             let _ = fs::remove_file(self.root.join(kind).join(digest.hex()));
         }
         match fs::remove_file(self.blob_path(digest)) {

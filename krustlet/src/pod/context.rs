@@ -1,7 +1,7 @@
 //! What every pod of a node shares.
 
 use super::fields::PodFacts;
-use super::images::PullSecrets;
+use super::images::{Builders, PullSecrets};
 use super::roster::Roster;
 use super::sources::Objects;
 use super::uid;
@@ -26,6 +26,8 @@ pub struct NodeContext {
     pub data_dir: PathBuf,
     pub objects: Objects,
     pub pull_secrets: PullSecrets,
+    /// Who must have built what runs, by namespace.
+    pub builders: Builders,
     pub host_paths: Arc<HostPaths>,
     pub ports: Ports,
     pub roster: Arc<Roster>,

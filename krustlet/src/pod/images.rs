@@ -1,12 +1,13 @@
 //! Getting a container's image: pull policy, the pod's own registry secrets, and the Events that tell about it.
 
+use super::context::NodeContext;
 use super::namespace;
 use super::sources::while_forbidden;
 use crate::client::{describe, status_code};
 use crate::events::{Recorder, Severity};
 use crate::reasons::event;
 use k8s_openapi::api::core::v1::{Container, Pod, Secret};
-use krustlet_runtime::{DockerConfig, Image, PullError, PullPolicy, RegistrySecret, Runtime};
+use krustlet_runtime::{Builder, DockerConfig, Image, PullError, PullPolicy, RegistrySecret};
 use kube::api::Api;
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -44,6 +45,25 @@ impl PullSecrets {
     }
 }
 
+/// Who must have built the images of a namespace's pods.
+#[derive(Debug, Default)]
+pub struct Builders(HashMap<String, Vec<Builder>>);
+
+impl Builders {
+    pub fn new(required: &[(String, Builder)]) -> Self {
+        let mut by_namespace = HashMap::<String, Vec<Builder>>::new();
+        for (namespace, builder) in required {
+            by_namespace.entry(namespace.clone()).or_default().push(builder.clone());
+        }
+        Self(by_namespace)
+    }
+
+    /// Those that are named for it, else those for every namespace; none where nothing is asked for.
+    fn of(&self, namespace: &str) -> &[Builder] {
+        self.0.get(namespace).or_else(|| self.0.get("*")).map_or(&[], Vec::as_slice)
+    }
+}
+
 /// The policy that the container asks for; without one, as Kubernetes: always for the tag `latest`.
 pub fn policy(container: &Container) -> PullPolicy {
     match container.image_pull_policy.as_deref() {
@@ -60,14 +80,9 @@ pub fn policy(container: &Container) -> PullPolicy {
 }
 
 /// Has the container's image on the node, and the pod's right to it shown.
-pub async fn get(
-    client: &kube::Client,
-    runtime: &Runtime,
-    events: &Recorder,
-    known: &PullSecrets,
-    pod: &Pod,
-    container: &Container,
-) -> Result<Image, PullError> {
+pub async fn get(node: &NodeContext, pod: &Pod, container: &Container) -> Result<Image, PullError> {
+    let (runtime, events) = (&node.runtime, &node.events);
+    let builders = node.builders.of(namespace(pod));
     let name = container.image.as_deref().unwrap_or_default();
     let tell = |severity, reason, message: String| events.pod(pod, Some(&container.name), severity, reason, message);
     let policy = policy(container);
@@ -77,16 +92,16 @@ pub async fn get(
     };
     if policy != PullPolicy::Always {
         // The usual case costs no call to anybody: what is on the node for every pod was checked when it came.
-        match runtime.pull(name, PullPolicy::Never, &[]).await {
+        match runtime.pull_built_by(name, PullPolicy::Never, &[], builders).await {
             Ok(image) => return present(image),
             // Not here, or not for every pod, or without a signature that counts: the registry may have one by now.
             Err(PullError::NeverPull { .. } | PullError::Signature { .. }) => {}
             Err(error) => return Err(error),
         }
     }
-    let secrets = secrets(client, events, known, pod).await;
+    let secrets = secrets(&node.client, events, &node.pull_secrets, pod).await;
     if policy != PullPolicy::Always {
-        match runtime.pull(name, PullPolicy::Never, &secrets).await {
+        match runtime.pull_built_by(name, PullPolicy::Never, &secrets, builders).await {
             Ok(image) => return present(image),
             Err(PullError::NeverPull { .. } | PullError::Signature { .. }) if policy == PullPolicy::IfNotPresent => {}
             Err(error) => return Err(error),
@@ -94,7 +109,7 @@ pub async fn get(
     }
     tell(Severity::Normal, event::PULLING, format!("Pulling image {name:?}"));
     let begun = Instant::now();
-    let image = runtime.pull(name, policy, &secrets).await?;
+    let image = runtime.pull_built_by(name, policy, &secrets, builders).await?;
     let took = begun.elapsed();
     let message = if image.cached {
         format!("Image {name:?} is still {} in its registry, and already on this node", image.digest)
@@ -195,6 +210,18 @@ mod tests {
     #[test]
     fn a_secret_of_another_kind_is_refused_by_name_of_what_it_lacks() {
         assert!(credentials(&Secret::default()).err().unwrap().contains(".dockerconfigjson"));
+    }
+
+    #[test]
+    fn a_namespace_that_is_named_has_its_own_builders_and_others_those_of_all() {
+        let required = [("*", "urn:all"), ("prod", "urn:a"), ("prod", "urn:b")]
+            .map(|(namespace, builder)| (namespace.to_owned(), builder.parse().unwrap()));
+        let shown = |builders: &Builders, namespace| -> Vec<String> {
+            builders.of(namespace).iter().map(ToString::to_string).collect()
+        };
+        assert_eq!(shown(&Builders::new(&required), "prod"), ["urn:a", "urn:b"]);
+        assert_eq!(shown(&Builders::new(&required), "shop"), ["urn:all"]);
+        assert!(shown(&Builders::new(&required[1..]), "shop").is_empty());
     }
 
     #[tokio::test]

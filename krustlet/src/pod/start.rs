@@ -165,10 +165,7 @@ impl Start {
 
     async fn module(&self) -> Result<(Image, Module), Failure> {
         let node = &self.node;
-        let (events, secrets) = (&node.events, &node.pull_secrets);
-        let image = images::get(&node.client, &node.runtime, events, secrets, &self.pod, &self.container)
-            .await
-            .map_err(|error| Failure::pull(&error))?;
+        let image = images::get(node, &self.pod, &self.container).await.map_err(|error| Failure::pull(&error))?;
         let module = node.runtime.load(&image).await.map_err(|error| Failure::load(&error))?;
         Ok((image, module))
     }

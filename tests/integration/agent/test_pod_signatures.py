@@ -1,4 +1,4 @@
-"""Signatures in both of cosign's formats: whose count, and what a pod is told of those that do not."""
+"""Signatures and provenance in both of cosign's formats: whose count, and what a pod is told of others."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from tests.integration.agent.harness import Agent, Pod, Workspace, artifact
 from tests.load import load
 from tests.waiting import until
 
+PROVENANCE = "https://slsa.dev/provenance/v1"
+BUILDER = "https://builders.example/shop/up.yml@refs/heads/main"
 OFFLINE = ("--yes", "--use-signing-config=false", "--tlog-upload=false")
 # What is given to the registry in place of a signature.
 Attack = Callable[["Image"], None]
@@ -66,6 +68,17 @@ class Image:
         """As cosign 3 does it."""
         oci.push_bundle(self.repository, self.digest, bundle)
 
+    def attest(self, builder: str, *, at: str = "both", digest: str = "", key: str = "") -> None:
+        """Say at the tag of cosign 2, by a bundle or in both ways who built this image, or another one."""
+        predicate = artifacts.canonical({"buildDefinition": {}, "runDetails": {"builder": {"id": builder}}})
+        body = signature.statement(digest or self.digest, PROVENANCE, predicate)
+        signed = signature.sign_statement(key or self.key, body)
+        if at != "bundle":
+            envelope = artifacts.canonical(signature.envelope(body, signed))
+            oci.push_attestations(self.repository, self.digest, {PROVENANCE: envelope})
+        if at != "tag":
+            oci.push_bundle(self.repository, self.digest, signature.bundle(body, signed), PROVENANCE)
+
     def refer(self, subject: str, change: Callable[[dict[str, Any]], object] = lambda _: None) -> str:
         """Push a good bundle in an altered manifest that refers to `subject`, unlisted; give its digest."""
         described = referrers.subject_descriptor(self.client, subject)
@@ -84,14 +97,17 @@ class Image:
 
 
 @pytest.fixture
-def image(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Image]:
-    """Makes unsigned images."""
+def image(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Image]:
+    """Makes unsigned images, or ones that the trusted key signed."""
     monkeypatch.setenv("GOOGLE_OAUTH_ACCESS_TOKEN", space.cluster.cloud.token)
 
-    def make() -> Image:
+    def make(*, signed: bool = False) -> Image:
         module = artifact("http-guest", variant=space.unique("v"))
         name = space.registry.push("signed", module, space.unique("tag"), key=None)
-        return Image(space, name, space.registry.key.private_key)
+        made = Image(space, name, space.registry.key.private_key)
+        if signed:
+            made.sign_at_tag(made.signed())
+        return made
 
     return make
 
@@ -284,3 +300,80 @@ def test_other_keys_are_taken_while_the_node_runs_and_no_request_fails_meanwhile
     assert seen.failures == []
     assert agent.pid == run
     assert before.status().restart_count == 0
+
+
+@pytest.fixture
+def strict(
+    namespace: str, make_agent: Callable[..., Agent], make_workspace: Callable[[Agent], Workspace]
+) -> Workspace:
+    """A node that runs in the tests' namespace what one builder built."""
+    agent = make_agent("strict", f"--require-provenance={namespace}=https://builders.example/shop/*")
+    agent.start()
+    return make_workspace(agent)
+
+
+def test_what_the_builder_built_runs_whoever_attested_it_and_also_when_that_is_on_the_node_alone(
+    strict: Workspace, image: Callable[..., Image], cosign: Callable[..., None], tmp_path: Path
+) -> None:
+    by_cosign2, by_cosign3, at_tag, by_bundle = made = [image(signed=True) for _ in range(4)]
+    predicate = tmp_path / "provenance.json"
+    # What cosign itself asks for in provenance.
+    definition = {"buildType": "https://builders.example/type", "externalParameters": {"a": "b"}}
+    details = {"builder": {"id": BUILDER}}
+    predicate.write_text(json.dumps({"buildDefinition": definition, "runDetails": details}))
+    attest = ("attest", "--key", "cosign.key", *OFFLINE, "--type", "slsaprovenance1", "--predicate")
+    cosign("cosign", *attest, str(predicate), by_cosign2.name)
+    cosign("cosign3", *attest, str(predicate), by_cosign3.name)
+    at_tag.attest(BUILDER, at="tag")
+    by_bundle.attest(BUILDER, at="bundle")
+    for pod in [strict.serve(image=one.name) for one in made]:
+        pod.wait_ready()
+    client, tag = at_tag.client, artifacts.attestation_tag(at_tag.digest)
+    client.delete_artifact(client.manifest_digest(tag) or "", tag)
+    strict.serve(image=at_tag.name).wait_ready()
+
+
+def test_what_it_did_not_build_is_refused_with_the_reason_until_it_did(
+    strict: Workspace, image: Callable[..., Image]
+) -> None:
+    other = signature.generate_key().private_key
+    attacks: dict[str, Attack] = {
+        "nothing says who built it: manifest sha256:": lambda _: None,
+        'names the builder "urn:other"': lambda made: made.attest("urn:other"),
+        "was made by no key that this node trusts": lambda made: made.attest(BUILDER, key=other),
+        "is for another manifest": lambda made: made.attest(BUILDER, digest=_another(made)),
+    }
+    refused = []
+    for reason, attack in attacks.items():
+        made = image(signed=True)
+        attack(made)
+        refused.append((made, reason, strict.serve(image=made.name)))
+    for made, reason, pod in refused:
+        message = pod.wait_waiting("SignatureValidationFailed")
+        assert reason in message, message
+        assert "cosign attest" in message
+        made.attest(BUILDER)
+        pod.wait_ready(timeout=60)
+
+
+def test_a_node_asks_who_built_it_where_it_is_told_to_and_not_elsewhere(
+    make_agent: Callable[..., Agent],
+    make_workspace: Callable[[Agent], Workspace],
+    image: Callable[..., Image],
+    namespace: str,
+) -> None:
+    made = image(signed=True)
+    made.attest(BUILDER)
+    pods = []
+    for name, required in {
+        "elsewhere": "another-namespace=urn:none",
+        "by-name": f"*=urn:none,{namespace}={BUILDER}",
+        "everywhere": "*=urn:none",
+    }.items():
+        agent = make_agent(name, f"--require-provenance={required}")
+        agent.start()
+        pods.append(make_workspace(agent).serve(image=made.name))
+    for pod in pods[:2]:
+        pod.wait_ready()
+    message = pods[2].wait_waiting("SignatureValidationFailed")
+    assert f'names the builder "{BUILDER}", and the pod\'s namespace takes urn:none' in message
