@@ -85,6 +85,7 @@ impl Execution {
                 permanent: true,
             });
         }
+        module.check_memory(&spec, executor)?;
         let container = Arc::new(Container::new(spec, executor, None)?);
         module.charge(&container.spec.name, &container.tenant)?;
         let Some(taken) = container.tenant.instances.take(module.units()) else {

@@ -95,6 +95,15 @@ impl ContainerSpec {
             log,
         }
     }
+
+    pub(crate) fn memory_limit(&self, executor: &Executor) -> u64 {
+        self.memory_limit.unwrap_or(executor.default_memory)
+    }
+
+    /// The budget that its container's lies in.
+    pub(crate) fn parent_memory<'a>(&'a self, executor: &'a Executor) -> &'a Arc<Budget> {
+        self.pod_memory.as_ref().map_or(&executor.memory, |PodMemory(budget)| budget)
+    }
 }
 
 /// What a container has used up to now.
@@ -172,13 +181,10 @@ impl Container {
         // The mounts' own descriptors go with them: from here on there is one for each, whatever the number of instances.
         let filesystem = mounts::open(&mounts).map_err(|cause| create(cause, false))?;
         drop(mounts);
-        let bytes = spec.memory_limit.unwrap_or(executor.default_memory);
+        let bytes = spec.memory_limit(executor);
         let limit = match predecessor {
             Some(predecessor) => predecessor.limit.clone(),
-            None => {
-                let parent = spec.pod_memory.as_ref().map_or(&executor.memory, |PodMemory(budget)| budget);
-                Budget::within(parent, Scope::Container, bytes)
-            }
+            None => Budget::within(spec.parent_memory(executor), Scope::Container, bytes),
         };
         limit.set_limit(bytes);
         let memory = Budget::within(&limit, Scope::Container, u64::MAX);

@@ -229,6 +229,7 @@ impl Serving {
                 permanent: true,
             });
         };
+        module.check_memory(&spec, executor)?;
         let units = module.units();
         let container = Arc::new(Container::new(spec, executor, predecessor)?);
         module.charge(&container.spec.name, &container.tenant)?;

@@ -17,7 +17,7 @@ use wasmtime_wasi_http::p2::types::{
 };
 
 /// Table elements are pointers.
-const ELEMENT: usize = size_of::<usize>();
+pub const ELEMENT: usize = size_of::<usize>();
 /// An instance's own part of the node: its stack, its store, its handles to the world.
 pub const INSTANCE: u64 = 32 * 1024;
 /// Each call may leave as much as headers may take.

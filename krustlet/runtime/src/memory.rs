@@ -6,6 +6,7 @@
 //! kernel looks for a process to kill.
 
 use parking_lot::Mutex;
+use std::cmp::min_by_key;
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
@@ -92,6 +93,15 @@ impl Budget {
     /// What is in use beyond a smaller limit stays; nothing more is given out.
     pub fn set_limit(&self, limit: u64) {
         self.limit.store(limit, Ordering::Relaxed);
+    }
+
+    /// The least limit of this budget and those that it lies in, and whose it is.
+    pub fn least_limit(&self) -> (u64, Scope) {
+        let own = (self.limit(), self.scope);
+        match &self.parent {
+            Some(parent) => min_by_key(own, parent.least_limit(), |(limit, _)| *limit),
+            None => own,
+        }
     }
 
     /// Takes memory from this budget and those that it lies in: from all of them or from none.

@@ -5,11 +5,12 @@ use crate::compile::{CompileError, Compiler};
 use crate::engine::{MEMORIES, TABLES};
 use crate::error::{LoadError, StartError};
 use crate::executor::Executor;
-use crate::guest::{ComponentState, CoreState};
+use crate::guest::{ComponentState, ContainerSpec, CoreState};
 use crate::imports::{self, HANDLER, RUN, START};
 use crate::instance_size;
+use crate::limits::{ELEMENT, INSTANCE};
 use crate::linkers::Linkers;
-use crate::memory::Reservation;
+use crate::memory::{Reservation, Scope};
 use crate::metrics::Metrics;
 use crate::precompiled::{Cache, VerifiedCode};
 use crate::shares::Taken;
@@ -18,13 +19,14 @@ use crate::tenants::{CODE_UNIT, Tenant};
 use crate::trusted;
 use futures::future::{BoxFuture, FutureExt as _, WeakShared};
 use parking_lot::Mutex;
+use std::cmp::min_by_key;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 use tokio::sync::Semaphore;
-use wasmtime::UnknownImportError;
 use wasmtime::component::{Component, Linker};
+use wasmtime::{ResourcesRequired, UnknownImportError};
 use wasmtime_wasi::p2::bindings::CommandPre;
 use wasmtime_wasi_http::p2::bindings::ProxyPre;
 
@@ -33,6 +35,8 @@ const MAX_REFUSED: usize = 1000;
 
 /// While it is compiled, the agent holds a module and its code.
 const COMPILING_PER_BYTE: u64 = 8;
+/// https://www.w3.org/TR/wasm-core-2/#memory-instances
+const WASM_PAGE: u64 = 64 * 1024;
 /// Loaded code is there once as code and once as what memories begin with.
 const LOADED_PER_BYTE: u64 = 2;
 
@@ -106,14 +110,45 @@ impl Module {
         self.0.instance_bytes
     }
 
-    /// How many of the node's instances one of these counts for.
-    pub(crate) fn units(&self) -> usize {
-        let required = match self.code() {
+    /// Fails where the limits have no room for one instance.
+    pub(crate) fn check_memory(&self, spec: &ContainerSpec, executor: &Executor) -> Result<(), StartError> {
+        let container = (spec.memory_limit(executor), Scope::Container);
+        let (limit, scope) = min_by_key(container, spec.parent_memory(executor).least_limit(), |(limit, _)| *limit);
+        let needed = self.initial_bytes();
+        if needed <= limit {
+            return Ok(());
+        }
+        Err(StartError::Config {
+            container: spec.name.clone(),
+            cause: format!(
+                "the memory limit of the {scope} is {limit} bytes, and an instance of its module begins with {needed}; \
+                 raise resources.limits.memory"
+            ),
+        })
+    }
+
+    /// What an instance begins with. Of several memories or tables only the largest is known.
+    fn initial_bytes(&self) -> u64 {
+        let largest = self.resources_required().map(|required| {
+            let memory = required.max_initial_memory_size.unwrap_or_default().saturating_mul(WASM_PAGE);
+            let table = required.max_initial_table_size.unwrap_or_default().saturating_mul(ELEMENT as u64);
+            memory.saturating_add(table)
+        });
+        (INSTANCE + self.instance_bytes()).saturating_add(largest.unwrap_or_default())
+    }
+
+    /// None where a component imports a module, which no component here can.
+    fn resources_required(&self) -> Option<ResourcesRequired> {
+        match self.code() {
             Code::HttpProxy(guest) => guest.instance_pre().component().resources_required(),
             Code::Command(guest) => guest.instance_pre().component().resources_required(),
             Code::CoreModule(guest) => Some(guest.module().resources_required()),
-        };
-        // It is not known where a component imports a module, which no component here can.
+        }
+    }
+
+    /// How many of the node's instances one of these counts for.
+    pub(crate) fn units(&self) -> usize {
+        let required = self.resources_required();
         let (memories, tables) = required.map_or((1, 1), |required| (required.num_memories, required.num_tables));
         (memories + 1).div_ceil(MEMORIES).max(tables.div_ceil(TABLES)).max(1) as usize
     }

@@ -109,12 +109,51 @@ async fn what_each_instance_keeps_of_its_module_is_the_memory_of_its_container()
         let run = async |limit| {
             let mut spec = node.spec("command");
             spec.memory_limit = Some(limit);
-            node.runtime.run(&module, spec).await.unwrap().wait().await
+            node.runtime.run(&module, spec).await
         };
-        let exit = run(too_little).await;
-        assert_eq!((exit.code, exit.reason), (137, ExitReason::OutOfMemory), "{}", exit.message);
-        assert_eq!(run(enough).await.code, 0);
+        assert_eq!(run(too_little).await.unwrap_err().reason(), "CreateContainerConfigError");
+        assert_eq!(run(enough).await.unwrap().wait().await.code, 0);
     }
+}
+
+#[tokio::test]
+async fn what_begins_with_more_memory_than_its_limit_is_refused_and_limit_and_need_are_named() {
+    let node = Node::trusting_anyone().await;
+    let command = node.wat(r#"(module (memory 16) (func (export "_start")))"#).await;
+    let table = node.wat(r#"(module (table 90000 funcref) (func (export "_start")))"#).await;
+    let component = node
+        .wat(
+            r#"(component
+            (core module $code (memory 16) (func (export "run") (result i32) (i32.const 0)))
+            (core instance $code (instantiate $code))
+            (func $run (result (result)) (canon lift (core func $code "run")))
+            (instance $cli (export "run" (func $run)))
+            (export "wasi:cli/run@0.2.0" (instance $cli)))"#,
+        )
+        .await;
+    let refused = |message: String, whose: &str, needed: u64| {
+        let named = message.split_once("begins with ").unwrap().1.split(';').next().unwrap().parse().unwrap();
+        assert!((needed..needed + MIB / 2).contains(&named), "{message}");
+        assert!(message.contains(&format!("the memory limit of the {whose} is 1024 bytes")), "{message}");
+    };
+    for (module, needed) in [(&command, MIB), (&table, 90_000 * 8), (&component, MIB)] {
+        let mut spec = node.spec("command");
+        spec.memory_limit = Some(1024);
+        refused(node.runtime.run(module, spec).await.unwrap_err().to_string(), "container", needed);
+        let mut spec = node.spec("command");
+        spec.pod_memory = Some(node.runtime.pod_memory("uid", 1024));
+        refused(node.runtime.run(module, spec).await.unwrap_err().to_string(), "pod", needed);
+        let mut spec = node.spec("command");
+        spec.memory_limit = Some(needed + MIB / 2);
+        assert_eq!(node.runtime.run(module, spec).await.unwrap().wait().await.code, 0);
+    }
+    let (server, mut spec) = served(&node, |_| {}).await;
+    spec.memory_limit = Some(1024);
+    let module = node.module(&http_guest("changed")).await;
+    let served = node.runtime.serve(&module, spec.clone(), &[any_port()]).await;
+    refused(served.unwrap_err().to_string(), "container", 64 * 1024);
+    refused(server.swap(&module, spec).await.unwrap_err().to_string(), "container", 64 * 1024);
+    assert_eq!(get(server.local_addr(), "/version").await.body, "version", "a swap that is refused changes nothing");
 }
 
 #[tokio::test(flavor = "multi_thread")]

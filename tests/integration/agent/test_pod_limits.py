@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -31,6 +32,18 @@ def test_a_command_that_takes_more_memory_than_the_limit_is_oom_killed(space: Wo
     assert (end.exit_code, end.reason) == (137, "OOMKilled")
     assert str(32 * MIB) in end.message
     assert pod.logs().startswith("before\n")
+
+
+def test_a_limit_below_what_a_module_begins_with_is_refused_by_an_event_that_names_limit_and_need(
+    space: Workspace,
+) -> None:
+    limits = {"limits": {"memory": "1Ki"}}
+    for pod in (space.serve(resources=limits), space.run("print", "x", resources=limits)):
+        message = pod.wait_waiting("CreateContainerConfigError")
+        found = re.search(r"memory limit of the container is 1024 bytes, .* begins with (\d+)", message)
+        assert found, message
+        assert int(found[1]) > 64 * 1024
+        pod.wait_event("Failed", found[0])
 
 
 def test_a_table_counts_against_the_memory_limit(space: Workspace) -> None:
