@@ -313,8 +313,8 @@ fn stop_signal() -> anyhow::Result<CancellationToken> {
 }
 
 /// Makes the data directory, for this user alone, and takes it: two agents in one would spoil each other's pods. An agent
-/// that was killed a moment ago is given `patience` to be gone.
-async fn take_data_dir(path: &Path, patience: Duration) -> anyhow::Result<File> {
+/// that was killed a moment ago is given `timeout` to be gone.
+async fn take_data_dir(path: &Path, timeout: Duration) -> anyhow::Result<File> {
     use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
     let make = || -> std::io::Result<File> {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
@@ -331,7 +331,7 @@ async fn take_data_dir(path: &Path, patience: Duration) -> anyhow::Result<File> 
         let result = file.lock().map(|()| file);
         let _ = sender.send(result);
     });
-    match tokio::time::timeout(patience, locked).await {
+    match tokio::time::timeout(timeout, locked).await {
         Ok(Ok(Ok(file))) => Ok(file),
         _ => {
             bail!("another krustlet uses the data directory {}; stop it, or choose another --data-dir", path.display())

@@ -40,7 +40,8 @@ struct Inner {
 #[derive(Default)]
 struct Slot {
     known: tokio::sync::Mutex<Option<Known>>,
-    turn: AtomicUsize,
+    /// Round robin.
+    next: AtomicUsize,
 }
 
 struct Known {
@@ -81,9 +82,8 @@ impl Services {
         let slot = self.slot(&key);
         let backends = self.backends(&slot, &key).await?;
         let ready = backends.ready(port)?;
-        let turn = slot.turn.fetch_add(1, Ordering::Relaxed);
-        let next = ready.get(turn.checked_rem(ready.len()).unwrap_or_default()).copied();
-        next.ok_or_else(|| format!("Service {}/{} has no endpoint that is ready", key.0, key.1))
+        let index = slot.next.fetch_add(1, Ordering::Relaxed).checked_rem(ready.len()).unwrap_or_default();
+        ready.get(index).copied().ok_or_else(|| format!("Service {}/{} has no endpoint that is ready", key.0, key.1))
     }
 
     fn slot(&self, key: &(String, String)) -> Arc<Slot> {

@@ -470,7 +470,7 @@ mod tests {
     const TOO_LONG: Duration = Duration::from_secs(10);
 
     /// One connection and all the time in the world; each test shortens what it is about.
-    const PATIENT: Limits = Limits {
+    const NO_TIMEOUT: Limits = Limits {
         connections: 1,
         queue: 1024,
         untaken: 1024,
@@ -547,7 +547,7 @@ mod tests {
             "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
             "GET /version HTTP/1.1\r\nhost: guest\r\n\r\n",
         ] {
-            let node = served(PATIENT);
+            let node = served(NO_TIMEOUT);
             let mut idle = node.connect(begin).await;
             if begin.ends_with("guest\r\n\r\n") {
                 let mut answer = [0; 12];
@@ -559,7 +559,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_one_that_is_idle_for_longest_gives_way_and_none_that_is_busy() {
-        let node = served(Limits { connections: 3, ..PATIENT });
+        let node = served(Limits { connections: 3, ..NO_TIMEOUT });
         let ask = "GET /version HTTP/1.1\r\nhost: guest\r\n\r\n";
         let mut answer = [0; 12];
         let mut busy = node.connect("GET /wait HTTP/1.1\r\nhost: guest\r\n\r\n").await;
@@ -583,14 +583,14 @@ mod tests {
 
     #[tokio::test]
     async fn a_new_connection_gets_its_room_as_soon_as_one_that_was_busy_is_idle() {
-        let node = served(PATIENT);
+        let node = served(NO_TIMEOUT);
         let _kept = node.connect("GET /wait HTTP/1.1\r\nhost: guest\r\n\r\n").await;
         assert!(node.get("/version").await.ends_with("VERSION"));
     }
 
     #[tokio::test]
     async fn a_connection_that_is_idle_stays_for_as_long_as_there_is_room() {
-        let limits = Limits { connections: 10, read_header_timeout: SHORT, take_timeout: SHORT, ..PATIENT };
+        let limits = Limits { connections: 10, read_header_timeout: SHORT, take_timeout: SHORT, ..NO_TIMEOUT };
         let node = served(limits);
         let (mut http_2, _connection) = node.http_2(65_535).await;
         let mut http_1 = node.connect("").await;
@@ -615,14 +615,14 @@ mod tests {
     #[tokio::test]
     async fn a_head_that_is_not_whole_in_time_costs_its_client_the_connection() {
         for begin in ["GET /version HTTP/1.1\r\nhost: gue", "G", "PRI * HTTP/2.0\r\n"] {
-            let node = served(Limits { connections: 10, read_header_timeout: SHORT, ..PATIENT });
+            let node = served(Limits { connections: 10, read_header_timeout: SHORT, ..NO_TIMEOUT });
             let mut stalled = node.connect(begin).await;
             let mut answer = Vec::new();
             let closed = tokio::time::timeout(TOO_LONG, stalled.read_to_end(&mut answer)).await;
             assert!(closed.is_ok(), "{begin:?}");
         }
         // Nor does it help to send a byte now and then, or to have sent a request before.
-        let node = served(Limits { connections: 10, read_header_timeout: SHORT, ..PATIENT });
+        let node = served(Limits { connections: 10, read_header_timeout: SHORT, ..NO_TIMEOUT });
         let mut slow = node.connect("GET /version HTTP/1.1\r\nhost: guest\r\n\r\nGET / HTTP/1.1\r\n").await;
         let began = Instant::now();
         while slow.write_all(b"a: b\r\n").await.is_ok() {
@@ -633,7 +633,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_does_not_read_its_answer_loses_its_connection_and_its_guest() {
-        for limits in [Limits { write_timeout: SHORT, ..PATIENT }, Limits { take_timeout: SHORT, ..PATIENT }] {
+        for limits in [Limits { write_timeout: SHORT, ..NO_TIMEOUT }, Limits { take_timeout: SHORT, ..NO_TIMEOUT }] {
             let node = served(limits);
             let _deaf = node.connect("GET /flood HTTP/1.1\r\nhost: guest\r\n\r\n").await;
             assert!(node.get("/version").await.ends_with("VERSION"), "{limits:?}");
@@ -643,7 +643,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_http_2_client_that_answers_pings_and_reads_nothing_loses_its_connection_and_its_guest() {
-        let node = served(Limits { take_timeout: SHORT, read_header_timeout: SHORT / 4, ..PATIENT });
+        let node = served(Limits { take_timeout: SHORT, read_header_timeout: SHORT / 4, ..NO_TIMEOUT });
         let (mut sender, connection) = node.http_2(65_535).await;
         let unread = sender.send_request(request("/flood")).await.unwrap();
         assert!(node.get("/version").await.ends_with("VERSION"));
@@ -654,7 +654,7 @@ mod tests {
 
     #[tokio::test]
     async fn answers_that_nobody_takes_are_limited_in_number() {
-        let node = served(Limits { untaken: 2, ..PATIENT });
+        let node = served(Limits { untaken: 2, ..NO_TIMEOUT });
         // Its window has no room for a single byte.
         let (mut sender, _connection) = node.http_2(0).await;
         let first = sender.send_request(request("/version")).await.unwrap();
@@ -674,7 +674,7 @@ mod tests {
 
     #[tokio::test]
     async fn answers_that_nobody_takes_are_limited_in_size() {
-        let node = served(Limits { untaken_bytes: 14, ..PATIENT });
+        let node = served(Limits { untaken_bytes: 14, ..NO_TIMEOUT });
         let (mut sender, _connection) = node.http_2(0).await;
         let kept: Vec<_> = [
             sender.send_request(request("/version")).await.unwrap(),
@@ -697,7 +697,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_guest_that_takes_its_time_is_no_slow_client() {
-        let node = served(Limits { take_timeout: SHORT, ..PATIENT });
+        let node = served(Limits { take_timeout: SHORT, ..NO_TIMEOUT });
         assert!(node.get("/wait").await.ends_with("VERSION"));
         let (mut sender, _connection) = node.http_2(65_535).await;
         let response = sender.send_request(request("/wait")).await.unwrap();
@@ -706,7 +706,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_sends_nothing_does_not_hold_up_the_end() {
-        let node = served(Limits { connections: 10, ..PATIENT });
+        let node = served(Limits { connections: 10, ..NO_TIMEOUT });
         let _silent = [node.connect("").await, node.connect("PRI * ").await];
         // Connections are accepted in their order.
         assert!(node.get("/version").await.ends_with("VERSION"));

@@ -743,8 +743,8 @@ mod tests {
 
     impl crate::NameService for Endpoints {
         fn endpoint(&self, name: &str, _: u16) -> Option<BoxFuture<'static, Result<SocketAddr, String>>> {
-            let turn = self.1.fetch_add(1, Ordering::SeqCst);
-            let endpoint = self.0.get(turn % self.0.len().max(1)).copied().ok_or_else(|| "nobody is there".to_owned());
+            let call = self.1.fetch_add(1, Ordering::SeqCst);
+            let endpoint = self.0.get(call % self.0.len().max(1)).copied().ok_or_else(|| "nobody is there".to_owned());
             (name == "app.shop.svc").then(|| Box::pin(std::future::ready(endpoint)) as BoxFuture<'static, _>)
         }
     }

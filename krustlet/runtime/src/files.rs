@@ -39,18 +39,18 @@ impl OpenFiles {
         self.open.push((file, taken));
     }
 
-    /// Waits for the turn to list a directory, if it is one; gives what the list will take, None if that is too much.
+    /// Waits for the permit to list a directory, if it is one; gives what the list will take, None if that is too much.
     pub fn size_of_list(
         &self,
         directory: Option<Arc<File>>,
     ) -> impl Future<Output = io::Result<(Option<u64>, OwnedSemaphorePermit)>> + use<> {
-        let turns = self.tenant.listings.clone();
+        let listings = self.tenant.listings.clone();
         async move {
-            let turn = turns.acquire_owned().await.map_err(io::Error::other)?;
+            let permit = listings.acquire_owned().await.map_err(io::Error::other)?;
             let measured = tokio::task::spawn_blocking(move || {
                 // What cannot be read is not listed either, which WASI's implementation says in its own words.
                 let size = directory.map_or(Some(0), |directory| measure(&directory).unwrap_or(Some(0)));
-                (size, turn)
+                (size, permit)
             });
             measured.await.map_err(io::Error::other)
         }

@@ -112,10 +112,10 @@ mod tests {
         let guest = wat::parse_str(include_str!("../tests/guest.wat")).unwrap();
         let command = wat::parse_str(r#"(module (memory 1) (func (export "_start") (loop (br 0))))"#).unwrap();
         let mut random = Random::new(3);
-        let mut turn = 0_usize;
+        let mut round = 0_usize;
         cases(200, || {
-            turn += 1;
-            super::module(&random.mutate(if turn.is_multiple_of(3) { &guest } else { &command }));
+            round += 1;
+            super::module(&random.mutate(if round.is_multiple_of(3) { &guest } else { &command }));
         });
     }
 }

@@ -218,12 +218,12 @@ fn limit_lists(linker: &mut Linker<ComponentState>) -> wasmtime::Result<()> {
                     Descriptor::Dir(opened) => Some(opened.dir.clone()),
                     Descriptor::File(_) => None,
                 };
-                let (size, turn) = state.open_files.size_of_list(opened).await?;
+                let (size, permit) = state.open_files.size_of_list(opened).await?;
                 let Some(size) = size else { return Ok((Err(ErrorCode::InsufficientMemory),)) };
                 let memory = state.limiter.reserve(size)?;
                 let mut files = state.filesystem();
                 let listed = files.read_directory(directory).await;
-                drop(turn);
+                drop(permit);
                 match listed {
                     Ok(list) => {
                         let mut lists = std::mem::take(&mut state.open_files.lists);

@@ -12,8 +12,8 @@ use tokio::time::Instant;
 
 /// A status that only says that the pod is on its way waits this long for something better to say, and the next such one
 /// twice as long, up to the most.
-const PATIENCE: Duration = Duration::from_millis(300);
-const MAX_PATIENCE: Duration = Duration::from_secs(5);
+const MIN_DELAY: Duration = Duration::from_millis(300);
+const MAX_DELAY: Duration = Duration::from_secs(5);
 /// How long after another hand changed our status it is written again, at the soonest.
 const AFTER_OVERWRITE: Duration = Duration::from_secs(1);
 /// How long the watch may take to say that a pod is gone whose status could not be written for that reason.
@@ -27,8 +27,8 @@ pub struct Publisher {
     version: u64,
     writing: bool,
     not_before: Option<Instant>,
-    patience: Duration,
-    patience_ends: Option<Instant>,
+    delay: Duration,
+    delayed_until: Option<Instant>,
     backoff: Backoff,
     jitter: Jitter,
 }
@@ -40,8 +40,8 @@ impl Publisher {
             version: 0,
             writing: false,
             not_before: None,
-            patience: PATIENCE,
-            patience_ends: None,
+            delay: MIN_DELAY,
+            delayed_until: None,
             backoff: Backoff::api(),
             jitter,
         }
@@ -69,21 +69,21 @@ impl Publisher {
         }
         self.not_before = None;
         if self.has_told(status) {
-            self.patience_ends = None;
+            self.delayed_until = None;
             return false;
         }
-        if may_wait && now < *self.patience_ends.get_or_insert(now + self.patience) {
+        if may_wait && now < *self.delayed_until.get_or_insert(now + self.delay) {
             return false;
         }
-        self.patience = if may_wait { (self.patience * 2).min(MAX_PATIENCE) } else { PATIENCE };
-        self.patience_ends = None;
+        self.delay = if may_wait { (self.delay * 2).min(MAX_DELAY) } else { MIN_DELAY };
+        self.delayed_until = None;
         self.writing = true;
         true
     }
 
     /// Ends the wait for something better to say, from the moment that there is something to say.
     pub fn hurry(&mut self, now: Instant) {
-        self.patience_ends = Some(now);
+        self.delayed_until = Some(now);
     }
 
     /// A write has ended: with the pod's new resource version, or an HTTP status if the API server gave one.
@@ -119,7 +119,7 @@ impl Publisher {
     /// When [`Self::begin`] may have another answer even if nothing happens.
     pub fn deadline(&self) -> Option<Instant> {
         // Before the former nothing is written, however little the latter leaves.
-        if self.writing { None } else { self.not_before.or(self.patience_ends) }
+        if self.writing { None } else { self.not_before.or(self.delayed_until) }
     }
 }
 
@@ -191,11 +191,11 @@ mod tests {
         let now = Instant::now();
         let mut publisher = fresh();
         assert!(!publisher.begin(&status("Pending"), true, now));
-        assert_eq!(publisher.deadline(), Some(now + PATIENCE));
+        assert_eq!(publisher.deadline(), Some(now + MIN_DELAY));
         let mut quick = fresh();
         assert!(!quick.begin(&status("Pending"), true, now));
-        assert!(quick.begin(&status("Running"), false, now + PATIENCE / 2));
-        assert!(publisher.begin(&status("Pending"), true, now + PATIENCE));
+        assert!(quick.begin(&status("Running"), false, now + MIN_DELAY / 2));
+        assert!(publisher.begin(&status("Pending"), true, now + MIN_DELAY));
     }
 
     #[test]

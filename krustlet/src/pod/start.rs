@@ -77,7 +77,7 @@ impl Start {
             self.volumes.get_or_try_init(prepare).await.map_err(|error| Failure::volumes(&error))
         };
         let environment = async {
-            let _turn = match Wanted::by_environment(&self.container).count() {
+            let _reading = match Wanted::by_environment(&self.container).count() {
                 0..=FEW_OBJECTS => None,
                 _ => Some(self.reading.lock().await),
             };
