@@ -10,6 +10,7 @@ use crate::pressure::{Resource, Signals, Starved, bytes};
 use crate::trees::{self, Usage};
 use crate::view::View as _;
 use k8s_openapi::api::core::v1::{Container, Pod, ResourceRequirements};
+use krustlet_runtime::Stats;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -192,7 +193,8 @@ pub struct Consumption {
 }
 
 impl Consumption {
-    fn of_memory(pod: &Pod, used: impl Fn(&str) -> u64) -> Self {
+    /// `code` is what was loaded for the pod and no container has alone.
+    fn of_memory(pod: &Pod, used: impl Fn(&str) -> u64, code: u64) -> Self {
         let spec = pod.spec.iter().flat_map(containers);
         let containers: Vec<_> = spec
             .map(|(_, container)| {
@@ -200,7 +202,7 @@ impl Consumption {
                 (container.name.clone(), used(&container.name), request)
             })
             .collect();
-        let used = containers.iter().map(|(_, used, _)| used).sum();
+        let used = containers.iter().map(|(_, used, _)| used).sum::<u64>().saturating_add(code);
         let request = of_pod(pod, Resource::Memory, Kind::Request).unwrap_or(0);
         Self { used, more: false, request, containers }
     }
@@ -295,13 +297,15 @@ impl Evictor {
     /// What the pods hold that hold enough.
     fn memory(&self) -> Vec<(Arc<Pod>, Consumption)> {
         let usage = self.roster.usage();
-        let mut by_pod: HashMap<&str, HashMap<&str, u64>> = HashMap::new();
+        let mut by_pod: HashMap<&str, HashMap<&str, &Stats>> = HashMap::new();
         for used in &usage {
-            by_pod.entry(&used.pod_uid).or_default().insert(&used.container, used.stats.memory_bytes);
+            by_pod.entry(&used.pod_uid).or_default().insert(&used.container, &used.stats);
         }
         let pods = self.active().into_iter().filter_map(|pod| {
-            let used = by_pod.get(uid(&pod))?;
-            let taken = Consumption::of_memory(&pod, |container| used.get(container).copied().unwrap_or(0));
+            let stats = by_pod.get(uid(&pod))?;
+            let code = stats.values().map(|stats| stats.code_bytes).max().unwrap_or(0);
+            let used = |container: &str| stats.get(container).map_or(0, |stats| stats.memory_bytes);
+            let taken = Consumption::of_memory(&pod, used, code);
             Some((pod, taken))
         });
         pods.filter(|(_, taken)| taken.used >= WORTHWHILE).collect()
@@ -460,7 +464,7 @@ mod tests {
         );
         assert!(message.contains("Container app was using 7, request is 0"), "{message}");
         let starved = Starved { resource: Resource::Memory, ..STARVED };
-        let message = low_on(starved, &Consumption::of_memory(&pod, |_| 5));
+        let message = low_on(starved, &Consumption::of_memory(&pod, |_| 5, 0));
         assert!(
             message.contains("Container app was using 5, request is 0, has larger consumption of memory"),
             "{message}"
@@ -475,10 +479,23 @@ mod tests {
             "initContainers": [{"name": "init", "resources": requests("9")}],
             "containers": [{"resources": requests("3")}, {"name": "b", "resources": requests("4")}],
         });
-        assert_eq!(Consumption::of_memory(&pod(spec.clone()), |_| 1).request, 9);
+        assert_eq!(Consumption::of_memory(&pod(spec.clone()), |_| 1, 0).request, 9);
         spec["resources"] = requests("100");
-        let taken = Consumption::of_memory(&pod(spec), |_| 1);
+        let taken = Consumption::of_memory(&pod(spec), |_| 1, 0);
         assert_eq!((taken.request, taken.used), (100, 3));
+    }
+
+    #[test]
+    fn the_code_that_was_loaded_for_a_pod_is_the_pods_memory_and_no_containers() {
+        let with_code = |name: &str, code| {
+            let mut pod = pod(json!({"containers": [{}, {"name": "b"}]}));
+            pod.metadata.name = Some(name.into());
+            let taken = Consumption::of_memory(&pod, |_| 5, code);
+            (Arc::new(pod), taken)
+        };
+        let order = rank(vec![with_code("shares", 0), with_code("large", 1000)]);
+        assert_eq!(order.iter().map(|(_, taken)| taken.used).collect::<Vec<_>>(), [1010, 10]);
+        assert!(order[0].1.containers.iter().all(|(_, used, _)| *used == 5));
     }
 
     /// Pods with any priority, request and usage: of each two neighbours in the order, the kubelet would take the first.

@@ -141,6 +141,7 @@ impl Execution {
             requests: 0,
             in_flight: 0,
             memory_bytes: self.container.memory.used(),
+            code_bytes: self.container.tenant.code_bytes(),
             cpu_time: self.container.cpu.used(),
         }
     }

@@ -28,7 +28,7 @@ use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
 /// Handles (streams, headers, files, …) that one instance may hold at a time.
 pub const MAX_RESOURCES: usize = 4 * 1024;
 /// The same with those that a component's own parts give each other.
-const MAX_HANDLES: usize = 4 * MAX_RESOURCES;
+pub const MAX_HANDLES: usize = 4 * MAX_RESOURCES;
 /// Random bytes for one call.
 const MAX_RANDOM: u64 = 1024 * 1024;
 /// What one call may copy out of the guest into the node's memory.
@@ -115,6 +115,8 @@ pub struct Stats {
     pub in_flight: u64,
     /// Bytes that the live instances make the node hold.
     pub memory_bytes: u64,
+    /// Bytes of code that were loaded for its pod, whichever of the containers runs it.
+    pub code_bytes: u64,
     /// Time spent executing the guest.
     pub cpu_time: Duration,
 }

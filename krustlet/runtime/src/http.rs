@@ -197,6 +197,7 @@ impl HttpServer {
             requests: self.server.requests.load(Ordering::Relaxed),
             in_flight: self.server.admission.running() as u64,
             memory_bytes,
+            code_bytes: current.container.tenant.code_bytes(),
             cpu_time: cpu_time + *ended,
         }
     }

@@ -81,8 +81,7 @@ impl Share {
         self.pool.guaranteed + self.pool.shared.div_ceil(2)
     }
 
-    #[cfg(test)]
-    fn used(&self) -> usize {
+    pub fn used(&self) -> usize {
         self.used.load(Ordering::SeqCst)
     }
 

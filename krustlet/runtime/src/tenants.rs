@@ -32,6 +32,13 @@ pub struct Tenant {
     pub lookups: Arc<Semaphore>,
 }
 
+impl Tenant {
+    /// Bytes of code that were loaded for it.
+    pub fn code_bytes(&self) -> u64 {
+        self.code.used() as u64 * CODE_UNIT
+    }
+}
+
 /// The pods of one node.
 pub struct Tenants {
     instances: Arc<Pool>,

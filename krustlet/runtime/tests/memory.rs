@@ -83,6 +83,15 @@ async fn the_nodes_own_budget_ends_what_no_limit_does() {
 }
 
 #[tokio::test]
+async fn the_code_of_a_module_is_the_pods_that_it_was_loaded_for() {
+    let node = Node::trusting_anyone().await;
+    let (first, _) = served(&node, |_| {}).await;
+    let (second, _) = served(&node, |spec| spec.name = "default/other/app".into()).await;
+    assert!(first.stats().code_bytes > 0);
+    assert_eq!(second.stats().code_bytes, 0, "it finds it loaded");
+}
+
+#[tokio::test]
 async fn a_swap_gives_the_container_no_second_limit() {
     let node = Node::trusting_anyone().await;
     let (server, spec) = served(&node, |spec| spec.memory_limit = Some(HELD + 8 * MIB)).await;
