@@ -6,6 +6,7 @@
 //! much than too little.
 
 use crate::engine::{CORE_INSTANCES, MAX_CONTEXT};
+use crate::guest::MAX_HANDLES;
 use wasmparser::{
     BinaryReaderError, CanonicalFunction, ComponentAlias, ComponentExternalKind, ComponentOuterAliasKind,
     ComponentTypeRef, ElementItems, ElementKind, Encoding, ExternalKind, Instance, Parser, Payload, TypeRef,
@@ -22,6 +23,11 @@ const ITEM: u64 = 48;
 const ELEMENT: u64 = 16;
 /// A function that is lifted or lowered, with its part of what wasmtime puts between two components.
 const CANONICAL_FUNCTION: u64 = 512;
+/// A handle in its table, which may have room for twice as many.
+const HANDLE: u64 = 2 * 24;
+
+/// Part of what is kept with compiled code: another number where another size is told.
+pub const REVISION: u32 = 1;
 
 /// Bytes of one instance's own parts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -48,6 +54,8 @@ struct Scope {
     referred: u64,
     // Of a component: its modules by index, none for what is not its own.
     modules: Vec<Option<Size>>,
+    /// It has functions that take and give handles.
+    functional: bool,
 }
 
 /// What one instance of this takes. Fails for what is no module.
@@ -57,6 +65,7 @@ pub fn of(wasm: &[u8]) -> Result<u64, BinaryReaderError> {
     // Of all modules together, where it is not known which of them an instance is of.
     let mut any = Size::default();
     let (mut components, mut instances, mut unknown) = (0_u64, 0_u64, 0_u64);
+    let (mut parts, mut own_resources) = (0_u64, false);
     for payload in Parser::new(0).parse_all(wasm) {
         let payload = payload?;
         if let Payload::Version { encoding, .. } = payload {
@@ -68,6 +77,7 @@ pub fn of(wasm: &[u8]) -> Result<u64, BinaryReaderError> {
         if let Payload::End(_) = payload {
             let Some(scope) = open.pop() else { continue };
             let size = scope.finish();
+            parts += u64::from(scope.functional);
             match open.last_mut() {
                 Some(parent) if !scope.component => {
                     any.add(size);
@@ -97,15 +107,26 @@ pub fn of(wasm: &[u8]) -> Result<u64, BinaryReaderError> {
                     }
                 }
             }
+            Payload::ComponentCanonicalSection(section) => {
+                for function in section {
+                    own_resources |= matches!(function?, CanonicalFunction::ResourceNew { .. });
+                    scope.functional = true;
+                    scope.size.context += CANONICAL_FUNCTION;
+                }
+            }
             payload => scope.read(payload)?,
         }
     }
     // A component that is there once may have several instances, and these again.
-    if unknown > 0 || instances > components {
+    let several = unknown > 0 || instances > components;
+    if several {
         let most = u64::from(CORE_INSTANCES);
         total = Size { context: MAX_CONTEXT as u64, elements: any.elements.saturating_mul(most) };
     }
-    Ok(total.context.min(MAX_CONTEXT as u64).saturating_add(total.elements))
+    // Handles to the host's resources are counted while there are any. A guest's own it makes, and its parts give each other,
+    // without a call that could count them.
+    let handles = if own_resources || several || parts > 1 { MAX_HANDLES as u64 * HANDLE } else { 0 };
+    Ok(total.context.min(MAX_CONTEXT as u64).saturating_add(total.elements).saturating_add(handles))
 }
 
 impl Scope {
@@ -167,12 +188,6 @@ impl Scope {
                     if module {
                         self.modules.push(None);
                     }
-                }
-            }
-            Payload::ComponentCanonicalSection(section) => {
-                for function in section {
-                    let _: CanonicalFunction = function?;
-                    self.size.context += CANONICAL_FUNCTION;
                 }
             }
             _ => {}
@@ -241,6 +256,20 @@ mod tests {
             "(component (core module $m {passive}) (core instance (instantiate $m)) (core instance (instantiate $m)))"
         );
         assert!(size(&twice) > 2 * 16_000 && size(&twice) < 2 * one + 2000);
+    }
+
+    #[test]
+    fn handles_are_counted_where_a_guest_makes_its_own_or_has_parts_that_give_each_other_some() {
+        let most = MAX_HANDLES as u64 * HANDLE;
+        let run = r#"(core module $m (func (export "run"))) (core instance $i (instantiate $m))
+            (func (export "run") (canon lift (core func $i "run")))"#;
+        let bundle = r#"(component $c (import "a" (func $f)) (export "b" (func $f)))"#;
+        assert!(size(&format!("(component {run})")) < most);
+        assert!(size(&format!("(component {bundle} {run})")) < most, "as toolchains do it for each interface");
+        let own = "(type $r (resource (rep i32))) (core func $new (canon resource.new $r))";
+        assert!(size(&format!("(component {own} {run})")) >= most);
+        let part = format!("(component $c {run}) (instance (instantiate $c))");
+        assert!(size(&format!("(component {part} {run})")) >= most);
     }
 
     #[test]

@@ -55,7 +55,7 @@ impl VerifiedCode {
 pub struct Cache {
     root: PathBuf,
     key: [u8; 32],
-    /// wasmtime's version, what is put into modules before it, and every setting that shapes the code, hashed.
+    /// wasmtime's version, what is put into modules before it and told of their instances, and every setting that shapes the code, hashed.
     compatibility: String,
     counter: AtomicU64,
 }
@@ -67,6 +67,7 @@ impl Cache {
         let mut hasher = Sha256Hasher(Sha256::new());
         crate::WASMTIME_VERSION.hash(&mut hasher);
         crate::yield_points::REVISION.hash(&mut hasher);
+        crate::instance_size::REVISION.hash(&mut hasher);
         engine.precompile_compatibility_hash().hash(&mut hasher);
         let compatibility = Digest::finish(hasher.0).hex().get(..16).unwrap_or_default().to_owned();
         let cache = Self { root, key, compatibility, counter: AtomicU64::new(0) };
