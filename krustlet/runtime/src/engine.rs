@@ -24,8 +24,8 @@ const KEEP_RESIDENT: usize = 1024 * 1024;
 const KEEP_RESIDENT_BLIND: usize = 64 * 1024;
 /// The same for a table: the functions of an ordinary guest.
 const KEEP_TABLE: usize = 16 * 1024;
-/// The same for a stack: what an ordinary guest touches of it.
-const KEEP_STACK: usize = 32 * 1024;
+/// The same for a stack: twice what an ordinary guest touches of it. More is cleared at each request for nothing.
+const KEEP_STACK: usize = 16 * 1024;
 const PAGE: usize = 4096;
 /// The first Linux with the PAGEMAP_SCAN ioctl.
 const PAGEMAP_SCAN: (u32, u32) = (6, 7);
