@@ -132,11 +132,14 @@ class Diff:
 
 @dataclass(frozen=True)
 class Resource:
-    """What a request is about. `timeout` in seconds, 0 where the user set none."""
+    """What a request is about. `timeout` in seconds, 0 where the user set none; `ignored` are the properties
+    whose changes an update leaves alone (ignoreChanges).
+    """
 
     urn: str
     resource_id: str = ""
     timeout: float = 0
+    ignored: tuple[str, ...] = ()
 
     @property
     def type(self) -> str:
@@ -376,7 +379,7 @@ class _Servicer(provider_pb2_grpc.ResourceProviderServicer):
 
     @_guarded
     def Update(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
-        resource = Resource(request.urn, request.id, request.timeout)
+        resource = Resource(request.urn, request.id, request.timeout, tuple(request.ignoreChanges))
         state, old = from_struct(request.olds), from_struct(request.old_inputs)
         new = from_struct(request.news)
         updated = self.provider.update(resource, state, old, new, preview=request.preview)

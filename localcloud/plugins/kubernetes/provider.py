@@ -12,7 +12,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 from localcloud.plugins.kubernetes import ready, rules
@@ -56,6 +55,7 @@ from localcloud.plugins.values import (
 _AUTONAMED = "pulumi.com/autonamed"
 _SKIP_AWAIT = "pulumi.com/skipAwait"
 _TIMEOUT = "pulumi.com/timeoutSeconds"
+_MANAGER = "pulumi-kubernetes-"
 _PATCH_FORCE = "pulumi.com/patchForce"
 _PROPAGATION = "pulumi.com/deletionPropagationPolicy"
 _DELETE_SECONDS = 600
@@ -286,11 +286,10 @@ class KubernetesProvider(Provider):
         """Applies the object anew and waits until it is up."""
         kind, manifest = self._kind(resource.type), plain(new)
         if preview:
-            apply = partial(self._apply, kind, manifest, resource, dry_run=True)
-            return self._preview(kind, new, apply)
+            return self._preview(kind, new, lambda: self._apply_anew(kind, manifest, resource, dry_run=True))
         deadline = time.monotonic() + self._seconds(resource, manifest, ready.default_timeout_seconds(kind))
         try:
-            live = self._apply(kind, manifest, resource, dry_run=False)
+            live = self._apply_anew(kind, manifest, resource, dry_run=False)
         except ApiError as error:
             raise ProviderError(f"{_label(kind, manifest)} was not updated: {_explained(error)}") from error
         with kept(resource.resource_id, _state(live, new), new):
@@ -373,9 +372,28 @@ class KubernetesProvider(Provider):
                 "(or upsertExistingObjects / PULUMI_K8S_UPSERT_EXISTING_OBJECTS)"
             )
 
-    def _apply(self, kind: Kind, manifest: Object, resource: Resource, *, dry_run: bool) -> Object:
+    def _apply(
+        self, kind: Kind, manifest: Object, resource: Resource, *, dry_run: bool, manager: str = ""
+    ) -> Object:
         force = self._options.get("enablePatchForce", False) or _annotated(manifest, _PATCH_FORCE) == "true"
-        return self._cluster.apply(kind, manifest, _manager(resource), force=force, dry_run=dry_run)
+        manager = manager or _manager(resource)
+        return self._cluster.apply(kind, manifest, manager, force=force, dry_run=dry_run)
+
+    def _apply_anew(self, kind: Kind, manifest: Object, resource: Resource, *, dry_run: bool) -> Object:
+        """Applies as whoever applied it before, because another name of the resource (an alias) is no other
+        owner of its fields; and with what is there in place of what the user has ignored.
+        """
+        metadata = manifest["metadata"]
+        live = self._cluster.get(kind, metadata.get("namespace"), metadata["name"]) or {}
+        for path in resource.ignored:
+            _keep(manifest, live, path.split("."))
+        applied = [
+            str(entry["manager"])
+            for entry in (live.get("metadata") or {}).get("managedFields", [])
+            if entry.get("operation") == "Apply" and str(entry.get("manager")).startswith(_MANAGER)
+        ]
+        manager = applied[0] if len(applied) == 1 else _manager(resource)
+        return self._apply(kind, manifest, resource, dry_run=dry_run, manager=manager)
 
     def _apply_soon(self, kind: Kind, manifest: Object, resource: Resource) -> Object:
         """Applies, trying again for a while what only needs a moment after a new namespace."""
@@ -515,9 +533,18 @@ def _inputs_of(live: Object) -> Properties:
     return {k: v for k, v in live.items() if k != "status"} | {"metadata": metadata}
 
 
+def _keep(manifest: Object, live: Object, path: list[str]) -> None:
+    """Put what is at a path of the live object into the manifest, where that has something there."""
+    *parents, last = path
+    for name in parents:
+        manifest, live = manifest.get(name) or {}, live.get(name) or {}
+    if last in manifest and last in live:
+        manifest[last] = live[last]
+
+
 def _manager(resource: Resource) -> str:
     """The field manager of a resource, by which its object can be told from anybody else's."""
-    return f"pulumi-kubernetes-{hashlib.sha256(resource.urn.encode()).hexdigest()[:8]}"
+    return f"{_MANAGER}{hashlib.sha256(resource.urn.encode()).hexdigest()[:8]}"
 
 
 def _annotated(manifest: Object, annotation: str) -> str:

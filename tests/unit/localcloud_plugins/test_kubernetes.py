@@ -1,6 +1,7 @@
 """The kubernetes stand-in's rules: checks, names, what replaces, what is ready, kubeconfigs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from localcloud.plugins.kubernetes import ready
 from localcloud.plugins.kubernetes.cluster import ApiError, Kind, Object, Unreachable, read_kubeconfig
-from localcloud.plugins.kubernetes.provider import KubernetesProvider
+from localcloud.plugins.kubernetes.provider import KubernetesProvider, _manager
 from localcloud.plugins.protocol import InitFailedError, ProviderError, Resource
 from localcloud.plugins.values import UNKNOWN, Properties, Secret
 
@@ -373,3 +374,32 @@ def test_a_deployment_says_what_its_pods_say() -> None:
         "pod web-1: container c: [InvalidImage]",
         "pod web-1: PodScheduled is not true",
     )
+
+
+@pytest.mark.parametrize(
+    ("managers", "taken"),
+    [
+        ([{"manager": "pulumi-kubernetes-0a0a0a0a", "operation": "Apply"}], "pulumi-kubernetes-0a0a0a0a"),
+        ([{"manager": "kubectl", "operation": "Apply"}], _manager(RESOURCE)),
+        ([{"manager": "pulumi-kubernetes-0a0a0a0a", "operation": "Update"}], _manager(RESOURCE)),
+    ],
+)
+def test_an_object_is_updated_by_who_applied_it_when_its_resource_had_another_name(
+    managers: list[Object], taken: str
+) -> None:
+    cluster, new = OneCluster(), pod(image="a")
+    cluster.live = {**new, "metadata": {**new["metadata"], "managedFields": managers}}
+    cluster.next = [is_ready(new)]
+    provider(cluster).update(RESOURCE, {}, new, new, preview=False)
+    provider(cluster).update(RESOURCE, {}, new, new, preview=True)
+    assert cluster.applied == [(taken, False), (taken, True)]
+
+
+def test_what_is_ignored_stays_as_it_is_and_what_is_not_there_is_not_made_up() -> None:
+    cluster = OneCluster()
+    cluster.live = {"metadata": {"name": "web"}, "spec": {"replicas": 7, "paused": True}}
+    new = {"metadata": {"name": "web", "namespace": "demo"}, "spec": {"replicas": 2}}
+    ignoring = replace(RESOURCE, ignored=("spec.replicas", "spec.paused", "spec.strategy.type"))
+    state = provider(cluster).update(ignoring, {}, new, new, preview=True)
+    assert state["spec"] == {"replicas": 7}
+    assert provider(cluster).update(RESOURCE, {}, new, new, preview=True)["spec"] == {"replicas": 2}
