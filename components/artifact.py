@@ -15,18 +15,12 @@ from components.providers.signature import Signature, SigningKey
 
 @dataclass(frozen=True)
 class WasmArtifactArgs:
-    """`repository` is HOST[:PORT]/PATH; what is in it ends with `lifetime`: nobody has to delete it first.
-
-    What signs is the key version in Cloud KMS that `kms_key` names (`gcpkms://…`), or `signing_key` (PEM);
-    without either a key is generated and kept in the state.
-    """
+    """`repository` is HOST[:PORT]/PATH; what is in it ends with `lifetime`: nobody has to delete it first."""
 
     crate: str
     repository: pulumi.Input[str]
     lifetime: pulumi.Resource
-    signing_key: pulumi.Input[str] | None = None
-    signing_key_password: pulumi.Input[str] | None = None
-    kms_key: str | None = None
+    key: SigningKey
 
 
 @dataclass(frozen=True)
@@ -50,9 +44,6 @@ class WasmArtifact(pulumi.ComponentResource):
     """REPOSITORY@DIGEST, known before it is pushed."""
     signed: pulumi.Resource
     """What a pod waits for: without its signature in the registry the node would refuse the image."""
-    key: SigningKey
-    public_key: pulumi.Output[str]
-    """PEM; what the node checks the signature with."""
     size: pulumi.Output[int]
     """Bytes of the component."""
 
@@ -61,7 +52,6 @@ class WasmArtifact(pulumi.ComponentResource):
         child = pulumi.ResourceOptions(parent=self)
         stored = pulumi.ResourceOptions(parent=self, deleted_with=args.lifetime)
         build = CargoBuild(f"{name}-build", args.crate, WASM_TARGET, opts=child)
-        key = SigningKey(f"{name}-key", args.signing_key, args.signing_key_password, args.kms_key, opts=child)
         artifact = OciArtifact(
             f"{name}-push",
             repository=args.repository,
@@ -69,14 +59,12 @@ class WasmArtifact(pulumi.ComponentResource):
             sha256=build.sha256,
             annotations=build.annotations,
             # What cannot be signed is not pushed.
-            opts=pulumi.ResourceOptions.merge(stored, pulumi.ResourceOptions(depends_on=[key])),
+            opts=pulumi.ResourceOptions.merge(stored, pulumi.ResourceOptions(depends_on=[args.key])),
         )
-        self.signed = _signed(self, name, args, (build, artifact), key)
-        self.key = key
+        self.signed = _signed(self, name, args, (build, artifact))
         self.image = artifact.image
-        self.public_key = key.public_key
         self.size = build.size
-        self.register_outputs({"image": self.image, "public_key": self.public_key, "size": self.size})
+        self.register_outputs({"image": self.image, "size": self.size})
 
 
 class AgentArtifact(pulumi.ComponentResource):
@@ -104,7 +92,7 @@ class AgentArtifact(pulumi.ComponentResource):
             opts=stored,
         )
         self.image = artifact.image
-        self.signed = _signed(self, name, args, (build, artifact), args.key)
+        self.signed = _signed(self, name, args, (build, artifact))
         self.sha256 = build.sha256
         self.register_outputs({"image": self.image, "sha256": self.sha256})
 
@@ -114,7 +102,6 @@ def _signed(
     name: str,
     args: WasmArtifactArgs | AgentArtifactArgs,
     pushed: tuple[CargoBuild, OciArtifact],
-    key: SigningKey,
 ) -> pulumi.Resource:
     """Sign and attest what was built and pushed; give what is there once its signatures are."""
     build, artifact = pushed
@@ -123,7 +110,7 @@ def _signed(
         f"{name}-signature",
         args.repository,
         artifact.digest,
-        key,
+        args.key,
         opts=pulumi.ResourceOptions(parent=parent),
     )
     OciAttestation(
@@ -131,7 +118,7 @@ def _signed(
         repository=args.repository,
         digest=artifact.digest,
         build=build,
-        key=key,
+        key=args.key,
         opts=stored,
     )
     return OciSignature(

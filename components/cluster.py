@@ -1,4 +1,4 @@
-"""KubernetesCluster: a network of its own, a zonal GKE cluster in it, and the way to talk to that cluster."""
+"""KubernetesCluster: a network of its own, a zonal GKE cluster in it, the way to talk to it, a namespace."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ class KubernetesClusterArgs:
     zone: str
     cluster: ClusterConfig
     network: NetworkConfig
+    namespace: str
     services: ProjectServices
 
 
@@ -111,6 +112,16 @@ def _lasting_ranges(network: NetworkConfig) -> list[str]:
     return ["secondaryIpRanges[0]", "secondaryIpRanges[1]", "secondaryIpRanges[2].ipCidrRange"]
 
 
+def _pod_security(host_port: bool) -> dict[str, str]:
+    """Give the labels of the namespace: a component needs none of what the strictest of Kubernetes' standards
+    forbids. A port of the node's, though, all but the loosest forbid, and then the strictest is noted only.
+    """
+    standard = "pod-security.kubernetes.io"
+    if host_port:
+        return {f"{standard}/enforce": "privileged", f"{standard}/audit": "restricted"}
+    return {f"{standard}/enforce": "restricted"}
+
+
 class KubernetesCluster(pulumi.ComponentResource):
     """A GKE cluster in a network of its own."""
 
@@ -128,6 +139,8 @@ class KubernetesCluster(pulumi.ComponentResource):
     control_plane_ranges: list[str]
     """Where the control plane's requests to a node come from."""
     provider: kubernetes.Provider
+    namespace: pulumi.Output[str]
+    """Where the apps are."""
     lifetime: pulumi.Resource
     """What all in the cluster ends with (`deleted_with`): nobody is asked who may be gone already."""
 
@@ -249,6 +262,23 @@ class KubernetesCluster(pulumi.ComponentResource):
             ),
             opts=pulumi.ResourceOptions(parent=self),
         )
+        namespace = kubernetes.core.v1.Namespace(
+            f"{name}-namespace",
+            metadata={"name": args.namespace, "labels": _pod_security(bool(args.network.wasm_pods))},
+            opts=pulumi.ResourceOptions(
+                parent=self,
+                provider=self.provider,
+                deleted_with=cluster,
+                # Once it was the only app's own.
+                aliases=[
+                    pulumi.Alias(
+                        name="workload-namespace",
+                        parent=pulumi.create_urn("workload", "awesome-wasm:workload:WasmPod"),
+                    )
+                ],
+            ),
+        )
+        self.namespace = namespace.metadata.name
         self.register_outputs(
             {
                 "name": self.name,

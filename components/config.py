@@ -5,19 +5,15 @@ Types, defaults and descriptions of the keys are in Pulumi.yaml; the rules that 
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import re
-from collections.abc import Callable
+import shlex
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
 
 import pulumi
-from pulumi.runtime.config import CONFIG, get_config_env
+from pulumi.runtime.config import CONFIG, get_config_env, is_config_secret
 
-from components.providers.kms import KmsError, is_reference, version_name
-from components.providers.signature import SignatureError, read_key
+from components.reader import NAME_RULE, Reader
 
 # Registries that answer to Container Registry's old names, and the location that each must have. Source:
 # Artifact Registry's documentation, "Transition from Container Registry".
@@ -48,16 +44,18 @@ _CPU = re.compile(r"[1-9][0-9]*m|[1-9][0-9]*(\.[0-9]+)?|0\.[0-9]*[1-9][0-9]*")
 _TIME_OF_DAY = re.compile(r"|([01][0-9]|2[0-3]):[0-5][0-9]")
 _RUST_TARGET = re.compile(r"|[a-z0-9_.]+(-[a-z0-9_.]+){1,3}")
 _WORD = re.compile(r"[A-Za-z0-9._/-]+")
-NAME_RULE = (
-    "a lower-case letter, then up to 62 lower-case letters, digits and hyphens, not ending in a hyphen"
-)
-
-
-class ConfigError(pulumi.RunError):
-    """A value cannot be used; the CLI shows the message, which is one line, and no traceback."""
-
-    def __init__(self, key: str, given: object, allowed: str) -> None:
-        super().__init__(f"configuration {key}: {given!r} was given; allowed: {allowed}")
+# What an app has where it does not say otherwise; the first one needs no name and no crate either.
+_APP = {"port": 8080, "memoryLimit": "64Mi", "cpuLimit": "500m", "environment": {}, "allowedHosts": []}
+_FIRST_APP = {"name": "primorial", "crate": "wasm_app", **_APP}
+_AUTOSCALING = {"minReplicas": 1, "cpu": 80}
+# Keys of the time when there was one app, and the field of it that each is now.
+_FORMER = {
+    "appName": "name",
+    "appCrate": "crate",
+    "appPort": "port",
+    "memoryLimit": "memoryLimit",
+    "cpuLimit": "cpuLimit",
+}
 
 
 @dataclass(frozen=True)
@@ -126,15 +124,27 @@ class NodeConfig:
 
 
 @dataclass(frozen=True)
-class AppConfig:
-    """The WebAssembly app and its pod."""
+class AutoscalingConfig:
+    """How many pods an app has; `cpu` is how much of its limit each of them is to use, percent."""
 
-    crate: str
+    min_replicas: int
+    max_replicas: int
+    cpu: int
+
+
+@dataclass(frozen=True)
+class AppConfig:
+    """A WebAssembly app. `replicas` is None of a single pod, which is on its port at the node's address."""
+
     name: str
+    crate: str
     port: int
-    namespace: str
     memory_limit: str
     cpu_limit: str
+    environment: dict[str, str]
+    allowed_hosts: tuple[str, ...]
+    replicas: int | None
+    autoscaling: AutoscalingConfig | None
 
 
 @dataclass(frozen=True)
@@ -149,162 +159,26 @@ class StackConfig:
     network: NetworkConfig
     cluster: ClusterConfig
     node: NodeConfig
-    app: AppConfig
+    namespace: str
+    apps: tuple[AppConfig, ...]
     signing_key: pulumi.Output[str] | None
     signing_key_password: pulumi.Output[str] | None
     kms_key: str | None
 
 
-class _Reader:
-    """Reads keys of one namespace and names them in errors as `pulumi config set` does."""
-
-    def __init__(self, config: pulumi.Config, prefix: str = "") -> None:
-        self._config = config
-        self._prefix = prefix
-        self._read = set[str]()
-
-    def check_names(self) -> None:
-        """Refuse a key that nobody has read: its value would be lost without a word."""
-        prefix = f"{self._config.name}:"
-        given = {*CONFIG.get(), *get_config_env()}
-        for key in sorted(key.removeprefix(prefix) for key in given if key.startswith(prefix)):
-            if key not in self._read:
-                # By the letters alone, so that memorylimit is memoryLimit.
-                spelled = {known.lower(): known for known in self._read}
-                near = difflib.get_close_matches(key.lower(), spelled, n=1)
-                hint = f"did you mean {spelled[near[0]]}? " if near else ""
-                raise pulumi.RunError(
-                    f"configuration {key}: there is no such key; {hint}`pulumi config rm {key}` removes it"
-                )
-
-    def _given(self, key: str, get: Callable[[str], Any], allowed: str) -> Any:
-        self._read.add(key)
-        try:
-            value = get(key)
-        except (pulumi.ConfigTypeError, ValueError):
-            raise self.error(key, self._config.get(key), allowed) from None
-        if value is None:
-            raise self.error(key, None, allowed)
-        return value
-
-    def error(self, key: str, given: object, allowed: str) -> ConfigError:
-        return ConfigError(f"{self._prefix}{key}", given, allowed)
-
-    def text(self, key: str, pattern: re.Pattern[str], allowed: str) -> str:
-        value = cast(str, self._given(key, self._config.get, allowed))
-        if not pattern.fullmatch(value):
-            raise self.error(key, value, allowed)
-        return value
-
-    def one_of(self, key: str, values: tuple[str, ...]) -> str:
-        allowed = ", ".join(values)
-        value = cast(str, self._given(key, self._config.get, allowed))
-        if value not in values:
-            raise self.error(key, value, allowed)
-        return value
-
-    def integer(self, key: str, least: int, most: int) -> int:
-        allowed = f"a whole number from {least} to {most}"
-        value = cast(int, self._given(key, self._config.get_int, allowed))
-        if not least <= value <= most:
-            raise self.error(key, value, allowed)
-        return value
-
-    def boolean(self, key: str) -> bool:
-        return cast(bool, self._given(key, self._config.get_bool, "true or false"))
-
-    def network(self, key: str, longest: int) -> str:
-        allowed = f"a private IPv4 network, as in 10.0.0.0/16, with a prefix of at most {longest} bits"
-        value = cast(str, self._given(key, self._config.get, allowed))
-        try:
-            network = ipaddress.IPv4Network(value)
-        except ValueError:
-            raise self.error(key, value, allowed) from None
-        if not network.is_private or network.prefixlen > longest:
-            raise self.error(key, value, allowed)
-        # Google takes neither for a network, and Kubernetes neither for an endpoint of a Service.
-        if network.is_loopback or network.is_link_local:
-            raise self.error(key, value, f"{allowed}, and neither loopback nor link-local")
-        return value
-
-    def networks(self, key: str) -> tuple[str, ...]:
-        # A firewall rule of Google's takes the one or the other.
-        allowed = "a list of networks in CIDR form, at least one, all of IPv4 or all of IPv6"
-        values = self._given(key, self._config.get_object, allowed)
-        if not isinstance(values, list) or not values:
-            raise self.error(key, values, allowed)
-        versions = set()
-        for value in values:
-            try:
-                # A number would be taken for an address.
-                versions.add(ipaddress.ip_network(str(value)).version)
-            except ValueError:
-                raise self.error(key, value, allowed) from None
-        if len(versions) > 1:
-            raise self.error(key, values, allowed)
-        return tuple(values)
-
-    def cidrs(self, key: str) -> tuple[str, ...]:
-        allowed = "a list of IPv4 networks in CIDR form, or an empty one"
-        values = self._given(key, self._config.get_object, allowed)
-        if not isinstance(values, list):
-            raise self.error(key, values, allowed)
-        for value in values:
-            try:
-                ipaddress.IPv4Network(str(value))  # a number would be taken for an address
-            except ValueError:
-                raise self.error(key, value, allowed) from None
-        return tuple(values)
-
-    def crate(self, key: str) -> str:
-        allowed = "a directory with a Cargo.toml, relative to Pulumi.yaml"
-        value = cast(str, self._given(key, self._config.get, allowed))
-        if not (Path(value) / "Cargo.toml").is_file():
-            raise self.error(key, value, allowed)
-        return value
-
-    def refuse(self, key: str, allowed: str) -> None:
-        """Take no value, which may be a secret, for a key."""
-        if self._config.get(key):
-            raise self.error(key, "[a value]", allowed)
-
-    def secret(self, key: str) -> pulumi.Output[str] | None:
-        self._read.add(key)
-        return self._config.get_secret(key) if self._config.get(key) else None
-
-    def kms_key(self, key: str) -> str | None:
-        """Give the reference of a key in Cloud KMS, where that is the key."""
-        reference = self._config.get(key) or ""
-        if not is_reference(reference):
-            return None
-        try:
-            version_name(reference)
-        except KmsError as error:
-            raise self.error(key, reference, str(error)) from None
-        return reference
-
-    def check_signing_key(self, key: str, password: str) -> None:
-        """Read the key, and show nothing of it or of what went wrong inside it."""
-        pem = self._config.get(key)
-        if not pem:
-            return
-        try:
-            read_key(pem, self._config.get(password) or "")
-        except SignatureError as error:
-            raise self.error(key, "[secret]", str(error)) from None
-
-
 def load() -> StackConfig:
     """Read and check the configuration. Raises ConfigError for the first value that cannot be used."""
-    keys = _Reader(pulumi.Config())
+    config = pulumi.Config()
+    keys = Reader(config)
+    _refuse_former(config)
     max_pods = keys.integer("maxPods", 1, 10000)
     network = _network(keys, max_pods)
     kms_key = keys.kms_key("signingKey")
     if kms_key is None:
         keys.check_signing_key("signingKey", "signingKeyPassword")
     signing_key, signing_key_password = keys.secret("signingKey"), keys.secret("signingKeyPassword")
-    config = StackConfig(
-        google=_google(_Reader(pulumi.Config("gcp"), "gcp:"), keys.boolean("enableServices")),
+    loaded = StackConfig(
+        google=_google(Reader(pulumi.Config("gcp"), "gcp:"), keys.boolean("enableServices")),
         registry=_registry(keys),
         network=network,
         cluster=ClusterConfig(
@@ -331,23 +205,99 @@ def load() -> StackConfig:
             ),
             bootstrap=keys.one_of("bootstrap", (BY_IDENTITY, BY_TOKEN)),
         ),
-        app=AppConfig(
-            crate=keys.crate("appCrate"),
-            name=keys.text("appName", _DNS_LABEL, NAME_RULE),
-            port=_app_port(keys),
-            namespace=_namespace(keys),
-            memory_limit=keys.text("memoryLimit", _MEMORY, "an amount of bytes, as in 64Mi"),
-            cpu_limit=keys.text("cpuLimit", _CPU, "an amount of CPUs, as in 500m or 1"),
-        ),
+        namespace=_namespace(keys),
+        apps=read_apps(keys, network),
         signing_key=None if kms_key else signing_key,
         signing_key_password=None if kms_key else signing_key_password,
         kms_key=kms_key,
     )
-    keys.check_names()
-    return config
+    given = (name.partition(":") for name in {*CONFIG.get(), *get_config_env()})
+    keys.check_names(key for namespace, _, key in given if namespace == config.name)
+    return loaded
 
 
-def _namespace(keys: _Reader) -> str:
+def _refuse_former(config: pulumi.Config) -> None:
+    """Say what takes the place of a key that is no longer one."""
+    for key, field in _FORMER.items():
+        if (value := config.get(key)) is not None:
+            instead = f"pulumi config set --path 'apps[0].{field}' {' '.join(shlex.quote(value).split())}"
+            raise pulumi.RunError(
+                f"configuration {key}: it is apps[0].{field} now; `{instead}`, then `pulumi config rm {key}`"
+            )
+
+
+def read_apps(keys: Reader, network: NetworkConfig) -> tuple[AppConfig, ...]:
+    """Read the apps. Names are one app's each, and so are ports at the node's address."""
+    if is_config_secret(f"{pulumi.get_project()}:apps"):
+        raise keys.error("apps", "[secret]", "plain values, because everybody sees them who sees the pods")
+    values = keys.items("apps", "a list of apps, at least one")
+    if not values:
+        raise keys.error("apps", values, "at least one app")
+    apps: list[AppConfig] = []
+    for number, value in enumerate(values):
+        prefix = f"apps[{number}]"
+        fields = keys.fields(prefix, value, _APP if number else _FIRST_APP, "an object, as in {name: …}")
+        app = _app(fields, network)
+        fields.check_names(value)
+        for other, earlier in enumerate(apps):
+            if app.name == earlier.name:
+                raise fields.error("name", app.name, f"a name apart from that of apps[{other}]")
+            if app.port == earlier.port and app.replicas is None and earlier.replicas is None:
+                raise fields.error(
+                    "port", app.port, f"a port of the node's that apps[{other}] does not have, or replicas"
+                )
+        apps.append(app)
+    return tuple(apps)
+
+
+def _app(fields: Reader, network: NetworkConfig) -> AppConfig:
+    name = fields.text("name", _DNS_LABEL, NAME_RULE)
+    if name == AGENT_IMAGE:
+        raise fields.error("name", name, "any but that, which is the name of the node agent's image")
+    autoscaling = _autoscaling(fields)
+    app = AppConfig(
+        name=name,
+        crate=fields.crate("crate"),
+        port=fields.integer("port", 1, 65535),
+        memory_limit=fields.text("memoryLimit", _MEMORY, "an amount of bytes, as in 64Mi"),
+        cpu_limit=fields.text("cpuLimit", _CPU, "an amount of CPUs, as in 500m or 1"),
+        environment=fields.environment("environment"),
+        allowed_hosts=fields.hosts("allowedHosts"),
+        replicas=_replicas(fields, autoscaling),
+        autoscaling=autoscaling,
+    )
+    if app.replicas is not None and not network.wasm_pods:
+        given = "autoscaling" if fields.optional("replicas") is None else "replicas"
+        needed = "nothing without wasmPodCidr, by which each pod has an address of its own"
+        raise fields.error(given, fields.optional(given), needed)
+    if app.replicas is None and app.port == AGENT_PORT:
+        raise fields.error("port", app.port, f"any port but {AGENT_PORT}, which is the node agent's own")
+    return app
+
+
+def _replicas(fields: Reader, autoscaling: AutoscalingConfig | None) -> int | None:
+    """Give with how many pods an app begins, None where it is a single one that nobody makes again."""
+    if fields.optional("replicas") is None:
+        return autoscaling.min_replicas if autoscaling else None
+    if autoscaling:
+        return fields.integer("replicas", autoscaling.min_replicas, autoscaling.max_replicas)
+    return fields.integer("replicas", 1, MOST_REPLICAS)
+
+
+def _autoscaling(fields: Reader) -> AutoscalingConfig | None:
+    value = fields.optional("autoscaling")
+    if value is None:
+        return None
+    limits = fields.fields("autoscaling", value, _AUTOSCALING, "an object, as in {maxReplicas: 10}")
+    least = limits.integer("minReplicas", 1, MOST_REPLICAS)
+    found = AutoscalingConfig(
+        least, limits.integer("maxReplicas", least, MOST_REPLICAS), limits.integer("cpu", 1, 100)
+    )
+    limits.check_names(value)
+    return found
+
+
+def _namespace(keys: Reader) -> str:
     name = keys.text("namespace", _DNS_LABEL, NAME_RULE)
     if _NOT_OURS.fullmatch(name):
         raise keys.error(
@@ -356,7 +306,7 @@ def _namespace(keys: _Reader) -> str:
     return name
 
 
-def _google(keys: _Reader, enable_services: bool) -> GoogleConfig:
+def _google(keys: Reader, enable_services: bool) -> GoogleConfig:
     for key, instead in _CREDENTIALS.items():
         keys.refuse(key, f"nothing, because it would reach the gcp plugin alone; {instead}")
     project = keys.text("project", _PROJECT, "the id of a Google Cloud project")
@@ -367,7 +317,7 @@ def _google(keys: _Reader, enable_services: bool) -> GoogleConfig:
     return GoogleConfig(project, region, zone, enable_services)
 
 
-def _registry(keys: _Reader) -> RegistryConfig:
+def _registry(keys: Reader) -> RegistryConfig:
     name = keys.one_of("registryName", tuple(GCR_LOCATIONS)) if _is_gcr(keys) else _registry_name(keys)
     location = keys.text("registryLocation", _LOCATION, "a region or us, europe, asia")
     if name in GCR_LOCATIONS and location != GCR_LOCATIONS[name]:
@@ -377,11 +327,11 @@ def _registry(keys: _Reader) -> RegistryConfig:
     return RegistryConfig(name, location)
 
 
-def _is_gcr(keys: _Reader) -> bool:
+def _is_gcr(keys: Reader) -> bool:
     return keys.text("registryName", re.compile(".*"), "a name").endswith("gcr.io")
 
 
-def _registry_name(keys: _Reader) -> str:
+def _registry_name(keys: Reader) -> str:
     return keys.text("registryName", _DNS_LABEL, f"{NAME_RULE}; or {', '.join(GCR_LOCATIONS)}")
 
 
@@ -392,7 +342,7 @@ def _pod_prefix(max_pods: int) -> int:
     return min(24, 32 - (2 * max_pods - 1).bit_length())
 
 
-def _network(keys: _Reader, max_pods: int) -> NetworkConfig:
+def _network(keys: Reader, max_pods: int) -> NetworkConfig:
     named = {
         "networkCidr": keys.network("networkCidr", 29),
         "podCidr": keys.network("podCidr", 24),
@@ -418,12 +368,8 @@ def _network(keys: _Reader, max_pods: int) -> NetworkConfig:
     )
 
 
-def _app_port(keys: _Reader) -> int:
-    port = keys.integer("appPort", 1, 65535)
-    if port == AGENT_PORT:
-        raise keys.error("appPort", port, f"any port but {AGENT_PORT}, which is the node agent's own")
-    return port
-
-
 # The kubelet's port, where the API server looks for logs.
 AGENT_PORT = 10250
+# What the agent's image is called in the stack's registry, beside the apps'.
+AGENT_IMAGE = "krustlet"
+MOST_REPLICAS = 10000

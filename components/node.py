@@ -15,10 +15,11 @@ import pulumi_kubernetes as kubernetes
 
 from components.artifact import AgentArtifact, WasmArtifact
 from components.cluster import WASM_PODS_RANGE, KubernetesCluster, kubeconfig
-from components.config import AGENT_PORT, BY_IDENTITY, BY_TOKEN, NetworkConfig, NodeConfig
+from components.config import AGENT_PORT, BY_IDENTITY, BY_TOKEN, AppConfig, NetworkConfig, NodeConfig
 from components.project import ProjectServices
 from components.providers.certificates import BOOTSTRAP_GROUP
 from components.providers.registration import CONFIGURATION_LABEL, BootstrapToken, NodeRegistration
+from components.providers.signature import SigningKey
 from components.registry import ContainerRegistry
 
 INTERNAL = "INTERNAL"
@@ -36,18 +37,19 @@ FIRST_UNPRIVILEGED_PORT = 1024
 
 @dataclass(frozen=True)
 class KrustletNodeArgs:
-    """The VM, the cluster that it joins, the agent that it runs, and the artifact whose signer it trusts."""
+    """The VM, the cluster that it joins, the agent that it runs, the apps, and the key that it trusts."""
 
     project: str
     region: str
     zone: str
     node: NodeConfig
-    app_port: int
+    apps: tuple[AppConfig, ...]
     network: NetworkConfig
     cluster: KubernetesCluster
     registry: ContainerRegistry
     agent: AgentArtifact
-    artifact: WasmArtifact
+    artifacts: tuple[WasmArtifact, ...]
+    signing_key: SigningKey
     services: ProjectServices
 
 
@@ -116,6 +118,9 @@ class KrustletNode(pulumi.ComponentResource):
         self.pods_have_addresses = bool(args.node.pod_range)
         # Where zone or region changes, what is made anew with its name begins with the cluster: two that
         # delete before they create at once would each end what the other one still needs.
+        # In order, so that the order of the apps says nothing.
+        self._node_ports = sorted(app.port for app in args.apps if app.replicas is None)
+        self._lowest_port = min(app.port for app in args.apps)
         self._after_cluster = [*args.services.enabled, args.cluster.lifetime]
         account = gcp.serviceaccount.Account(
             f"{name}-account",
@@ -141,13 +146,14 @@ class KrustletNode(pulumi.ComponentResource):
                 agent,
                 args.node.machine_type,
                 args.node.max_pods,
-                args.app_port,
+                self._lowest_port,
                 bootstrap=args.node.bootstrap,
                 pod_range=args.node.pod_range,
             )
         )
         # An agent that gets another key finds what is signed with it.
-        needs = [args.agent.signed, args.artifact.signed, pull, binding, token, *firewalls]
+        signed = [artifact.signed for artifact in args.artifacts]
+        needs = [args.agent.signed, *signed, pull, binding, token, *firewalls]
         needs += args.cluster.way_out
         if args.node.pod_range:
             needs.append(self._allow_services())
@@ -158,20 +164,20 @@ class KrustletNode(pulumi.ComponentResource):
         self.register_outputs({"name": self.name, "address": self.address})
 
     def _firewalls(self, account: gcp.serviceaccount.Account) -> list[pulumi.Resource]:
-        """Open the app's port to whom the configuration names, and the agent's to the control plane alone.
+        """Open the apps' ports to whom the configuration names, and the agent's to the control plane alone.
 
         Pods that have addresses of their own are open to the cluster's, as one another's are on any node.
         """
         sources = [*self._args.network.sources]
         world = [source for source in sources if ipaddress.ip_network(source).prefixlen == 0]
-        if world and self._args.network.external_ip:
-            port = self._args.app_port
-            pulumi.log.info(f"open to the world: the app's port {port} (sourceRanges limits it)", self)
+        ports = [str(port) for port in self._node_ports]
+        if world and ports and self._args.network.external_ip:
+            what = f"the app's port {ports[0]}" if len(ports) == 1 else f"the apps' ports {', '.join(ports)}"
+            pulumi.log.info(f"open to the world: {what} (sourceRanges limits it)", self)
         cluster = self._args.cluster.control_plane_ranges
-        found = [
-            self._firewall("app", account, [str(self._args.app_port)], sources),
-            self._firewall("agent", account, [str(AGENT_PORT)], cluster),
-        ]
+        found = [self._firewall("agent", account, [str(AGENT_PORT)], cluster)]
+        if ports:
+            found.append(self._firewall("app", account, ports, sources))
         if self._args.node.pod_range:
             pods = [self._args.network.wasm_pods]
             found.append(self._firewall("pods", account, [], cluster, pods))
@@ -316,12 +322,12 @@ class KrustletNode(pulumi.ComponentResource):
                 "krustlet-image": args.agent.image,
                 "krustlet-sha256": args.agent.sha256,
                 "krustlet-bootstrap-kubeconfig": bootstrap,
-                "krustlet-verification-key": args.artifact.public_key,
+                "krustlet-verification-key": args.signing_key.public_key,
                 "krustlet-node-labels": pulumi.Output.concat(
                     f"krustlet.dev/runtime=wasmtime,{CONFIGURATION_LABEL}=", self._configuration
                 ),
                 "krustlet-max-pods": str(args.node.max_pods),
-                "krustlet-app-port": str(args.app_port),
+                "krustlet-app-port": str(self._lowest_port),
                 **pods,
                 "startup-script": STARTUP_SCRIPT.read_text(),
             },
@@ -356,7 +362,7 @@ class KrustletNode(pulumi.ComponentResource):
             hostnames=hostnames(args.node.name, args.project, args.zone),
             addresses=[instance.network_interfaces[0].network_ip, address.address],
             configuration=self._configuration,
-            verification_keys=args.artifact.public_key.apply(fingerprint),
+            verification_keys=args.signing_key.public_key.apply(fingerprint),
             token=token.token,
             account="" if args.node.bootstrap == BY_TOKEN else account.email,
             kubeconfig=args.cluster.kubeconfig,

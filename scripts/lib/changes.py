@@ -67,15 +67,22 @@ IMAGE = replace("app-push", "app-signature", "app-signature-push", "app-attestat
 AGENT_IMAGE = replace("agent-push", "agent-signature", "agent-signature-push", "agent-attestation")
 REGISTRY = replace("registry-repository", "registry-node-reader") | AGENT_IMAGE | IMAGE | MOVED
 REGISTRY |= update("node-vm")
-SIGNED = replace("app-key", "app-signature", "agent-signature")
+SIGNED = replace("signing-key", "app-signature", "agent-signature")
 SIGNED |= update("app-signature-push", "app-attestation", "agent-signature-push", "agent-attestation")
 JOINED = replace("node-vm", "node-registration") | MOVED
 # What is on a cluster, and the VM that is in its network.
 CLUSTER = (
     replace("cluster-cluster", "cluster-pool", "cluster-provider", "node-token", "node-bootstrap")
-    | replace("node-disk", "workload-namespace")
+    | replace("node-disk", "cluster-namespace")
     | JOINED
 )
+
+# With addresses for pods.
+RANGED = update("cluster-subnetwork", "cluster-namespace", "node-vm", "node-registration")
+RANGED |= create("node-pods-firewall", "node-proxier")
+# In place of the pod.
+REPLICATED = create("workload-deployment", "workload-service", "workload-disruption-budget")
+REPLICATED |= delete("workload-pod", "workload-smoke-test", "node-app-firewall")
 
 SERVICES = (
     *("services-cloudresourcemanager", "services-compute", "services-container"),
@@ -84,21 +91,52 @@ SERVICES = (
 
 CHANGES = (
     Change("enableServices", "false", delete(*SERVICES), note="the APIs stay enabled"),
-    Change("appCrate", "wasm_app", {}, note="another crate is another image"),
-    Change("appName", "another", IMAGE | MOVED, POD),
+    Change("apps[0].crate", "wasm_app", {}, note="another crate is another image"),
+    Change("apps[0].name", "another", IMAGE | MOVED, POD),
     Change(
-        "appPort", "8081", update("node-app-firewall", "node-vm") | RESTARTED, POD, note="the URL is another"
+        "apps[0].port",
+        "8081",
+        update("node-app-firewall", "node-vm") | RESTARTED,
+        POD,
+        note="the URL is another",
     ),
     Change(
-        "appPort",
+        "apps[0].port",
         "80",
         update("node-app-firewall", "node-vm", "node-registration") | RESTARTED,
         AGENT,
         note="below 1024 the agent gets the capability for it",
     ),
-    Change("namespace", "another", replace("workload-namespace") | MOVED, POD),
-    Change("memoryLimit", "32Mi", RESTARTED, POD),
-    Change("cpuLimit", "250m", RESTARTED, POD),
+    Change("namespace", "another", replace("cluster-namespace") | MOVED, POD),
+    Change("apps[0].memoryLimit", "32Mi", RESTARTED, POD),
+    Change("apps[0].cpuLimit", "250m", RESTARTED, POD),
+    Change("apps[0].environment", '{"LEVEL": "3"}', RESTARTED, POD),
+    Change("apps[0].allowedHosts", '["api.example.com"]', RESTARTED, POD),
+    Change(
+        "apps[0].replicas",
+        "3",
+        RANGED | REPLICATED,
+        AGENT,
+        note="another number later is an update of `workload-deployment` alone; the URL is another",
+        also=(("wasmPodCidr", "10.70.0.0/16"),),
+    ),
+    Change(
+        "apps[0].autoscaling",
+        '{"maxReplicas": "3"}',
+        RANGED | REPLICATED | create("workload-autoscaler"),
+        AGENT,
+        note="as replicas",
+        also=(("wasmPodCidr", "10.70.0.0/16"),),
+    ),
+    Change(
+        "apps",
+        '[{"name": "primorial"}, {"name": "second", "crate": "wasm_app", "port": "8090"}]',
+        create(*(f"app-second-{part}" for part in ("build", "push", "signature")))
+        | create("app-second-signature-push", "app-second-attestation")
+        | create(*(f"workload-second-{part}" for part in ("prepare", "pod", "smoke-test")))
+        | update("node-app-firewall"),
+        note="taken out again, it is deleted, and the first stays as it is",
+    ),
     Change("sourceRanges", '["127.0.0.0/8"]', update("node-app-firewall")),
     Change("agentCrate", "krustlet", {}, note="another agent is an update of the VM, as maxPods"),
     Change("agentTarget", "HOST", {}, note="this machine's own, said by name"),
@@ -158,10 +196,7 @@ CHANGES = (
     Change(
         "wasmPodCidr",
         "10.70.0.0/16",
-        update("cluster-subnetwork", "workload-namespace")
-        | create("node-pods-firewall", "node-proxier")
-        | RECONFIGURED
-        | RESTARTED,
+        RANGED | RESTARTED,
         AGENT,
         note="another one after that, or none, is as podCidr",
     ),

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from scripts.lib import (
     clean,
@@ -174,8 +175,19 @@ def _up(plan: str | None) -> None:
         verified = program("verify", ["--wait", "60"], env)
     if verified != 0:
         raise StepError("the stack is up, but scripts/verify found a fault; see the table above")
-    url = outputs["url"]
-    print(f'\nUp. Try:\n  curl {url}/primorial/30\n  eval "$(./scripts/env)"   # pulumi, kubectl by hand')
+    print("\nUp. Try:", *_how_to_ask(str(outputs["url"])), sep="\n  ")
+
+
+def _how_to_ask(url: str) -> tuple[str, ...]:
+    """Give how the app is asked: at the node's address, or a Service from a port of this machine's."""
+    environment = 'eval "$(./scripts/env)"   # pulumi, kubectl by hand'
+    parts = urlsplit(url)
+    name, _, rest = (parts.hostname or "").partition(".")
+    namespace, _, domain = rest.partition(".")
+    if domain != "svc":
+        return f"curl {url}/primorial/30", environment
+    forward = f"kubectl port-forward --namespace {namespace} service/{name} :{parts.port}"
+    return environment, f"{forward}   # and curl http://127.0.0.1:PORT/primorial/30, the port that it says"
 
 
 def bundle(arguments: list[str]) -> int:

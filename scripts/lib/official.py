@@ -34,7 +34,7 @@ _OWN = re.compile(
     r"LOCALCLOUD_HOME|KUBECONFIG|PULUMI_(BACKEND_URL|HOME|STACK)|GOOGLE_\w+|CLOUDSDK_\w+"
     r"|PULUMI_DISABLE_AUTOMATIC_PLUGIN_ACQUISITION"
 )
-_CHANGE = ("memoryLimit", "96Mi")
+_CHANGE = ("apps[0].memoryLimit", "96Mi")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ STEPS: tuple[tuple[str, list[str]], ...] = (
     (
         f"an update: {_CHANGE[0]}",
         _in_environment(
-            f"pulumi config set --stack local {_CHANGE[0]} {_CHANGE[1]}",
+            f"pulumi config set --stack local --path '{_CHANGE[0]}' {_CHANGE[1]}",
             "pulumi up --stack local --non-interactive --yes",
         ),
     ),

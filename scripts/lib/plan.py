@@ -26,7 +26,9 @@ _OPS = {"create": "created", "import": "created", "update": "updated", "replace"
 _OPS |= dict.fromkeys(_ENDED, "deleted")
 KINDS = ("created", "updated", "replaced", "deleted")
 # Without one of these there is no app.
-_NEEDED = ("workload-namespace", "workload-pod", "node-vm", "node-registration", "cluster-cluster")
+_NEEDED = ("cluster-namespace", "node-vm", "node-registration", "cluster-cluster")
+# The pod of a stack's only app, or of one among several.
+_POD = re.compile(r"(workload-(?:.+-)?)pod")
 _DOWNTIMES = (NONE, POD, AGENT, BOOT, VM, ALL)
 
 
@@ -236,15 +238,21 @@ def _applies(change: Change, plan: Mapping[str, str], changed: set[str], steps: 
     return True
 
 
+def _is_needed(name: str, plan: Mapping[str, str]) -> bool:
+    """Whether there is no app without it; a pod may give way to a Deployment."""
+    pod = _POD.fullmatch(name)
+    return name in _NEEDED or (pod is not None and plan.get(f"{pod[1]}deployment") != "create")
+
+
 def downtime(steps: list[Step], changed: set[str]) -> str:
     """How long the app is away, by the table of docs/changes.md: the longest of what is planned."""
     verbs = {"updated": "update", "replaced": "replace", "created": "create", "deleted": "delete"}
     plan = {step.name: verbs[step.kind] for step in steps if step.kind in verbs}
     found = [change.downtime for change in CHANGES if _applies(change, plan, changed, steps)]
-    if any(step.kind == "deleted" and step.name in _NEEDED for step in steps):
+    if any(step.kind == "deleted" and _is_needed(step.name, plan) for step in steps):
         return "for good: what it runs on is deleted"
     longest = max(map(_DOWNTIMES.index, found), default=0)
-    if plan.get("workload-pod") == "replace":
+    if any(kind == "replace" and _POD.fullmatch(name) for name, kind in plan.items()):
         longest = max(longest, _DOWNTIMES.index(POD))
     return _DOWNTIMES[longest]
 
@@ -334,11 +342,11 @@ def read(
 
 
 # What the app waits for; the rest of what is replaced is made beside it.
-_SERVING = ("workload-pod", "node-vm", "node-registration", "node-disk", "cluster-", "workload-namespace")
+_SERVING = ("node-vm", "node-registration", "node-disk", "cluster-")
 
 
 def _downtime_of(step: Step, report: Report) -> str:
-    return report.downtime if step.name.startswith(_SERVING) else NONE
+    return report.downtime if step.name.startswith(_SERVING) or _POD.fullmatch(step.name) else NONE
 
 
 PRICED_ON = "January 2025"

@@ -157,7 +157,7 @@ def _has_lost_its_cluster(env: Mapping[str, str], resources: list[dict[str, Any]
 
 
 def _check_port(env: Mapping[str, str]) -> None:
-    """Raises StepError when another program keeps the app from its port on every address of this machine."""
+    """Raises StepError when another program keeps an app from its port on every address of this machine."""
     shown = subprocess.run(
         ["pulumi", "config", "--json", "--stack", STACK],
         cwd=paths.REPOSITORY,
@@ -166,15 +166,20 @@ def _check_port(env: Mapping[str, str]) -> None:
         check=False,
     )
     settings = json.loads(shown.stdout) if shown.returncode == 0 and shown.stdout else {}
-    port = str(settings.get("awesome-wasm:appPort", {}).get("value", DEFAULT_PORT))
-    if not port.isdecimal():
-        return  # the program says what is wrong with it
-    reason = ports.refusal(int(port))
-    if reason:
-        raise StepError(
-            f"port {port}, where the app is to answer, {reason}; for another one:\n"
-            f'  eval "$(./scripts/env)" && pulumi config set appPort PORT --stack {STACK}'
-        )
+    apps = settings.get("awesome-wasm:apps", {}).get("objectValue") or [{}]
+    for number, app in enumerate(apps):
+        if not isinstance(app, dict) or "replicas" in app or "autoscaling" in app:
+            continue
+        port = str(app.get("port", DEFAULT_PORT))
+        if not port.isdecimal():
+            continue  # the program says what is wrong with it
+        reason = ports.refusal(int(port))
+        if reason:
+            raise StepError(
+                f"port {port}, where an app is to answer, {reason}; for another one:\n"
+                f'  eval "$(./scripts/env)" && '
+                f"pulumi config set --path 'apps[{number}].port' PORT --stack {STACK}"
+            )
 
 
 def up(log: Log, env: Mapping[str, str], plan: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Checks a running stack from outside: node, pod, artifact, signature, answers; by the stack's outputs alone.
+"""Checks a running stack from outside: node, pods, artifacts, signatures, answers; by its outputs alone.
 
 What the app should answer is computed here, the manifest is asked for with a plain HTTP client, and the
 signature is checked with a general cryptography library: none of the program's own code is used.
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import kubernetes
 import requests
@@ -35,7 +36,7 @@ SIGNATURE_ANNOTATION = "dev.cosignproject.cosign/signature"
 BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 ATTESTED = {"https://slsa.dev/provenance/v1", "https://cyclonedx.org/bom"}
 SIGNED = "https://sigstore.dev/cosign/sign/v1"
-OUTPUTS = ("url", "image", "public_key", "kubeconfig", "node", "namespace", "pod", "wasm_bytes")
+OUTPUTS = ("urls", "image", "images", "public_key", "kubeconfig", "node", "namespace", "wasm_bytes")
 PRIMORIALS = (1, 2, 30, 97, 1000)
 FACTORED = (1, 2, 360, 6469693230, 2**61 - 1, 18446744073709551557, 2**64 - 1)
 REFUSED = (
@@ -181,28 +182,81 @@ def access_token() -> str:
 
 
 class Stack:
-    """A stack by its outputs, and one check a method; each gives what it saw or raises VerifyError."""
+    """A stack by its outputs, and the checks of it; each gives what it saw or raises VerifyError."""
 
     def __init__(self, outputs: dict[str, Any]) -> None:
         missing = [name for name in OUTPUTS if not outputs.get(name)]
         expect(not missing, f"the stack has no output {', '.join(missing)}: is it up?")
         self._outputs = outputs
-        self._url = str(outputs["url"]).rstrip("/")
-        self._image = str(outputs["image"])
         given = outputs["kubeconfig"]
         loaded = json.loads(given) if isinstance(given, str) else given
         try:
-            api = kubernetes.config.new_client_from_config_dict(loaded, persist_config=False)
+            self._api = kubernetes.config.new_client_from_config_dict(loaded, persist_config=False)
         except kubernetes.config.ConfigException as error:
             raise VerifyError(f"the output kubeconfig: {error}") from None
-        self._core = kubernetes.client.CoreV1Api(api)
+
+    def checks(self) -> dict[str, Callable[[], str]]:
+        """Give the checks by name, in the order that makes the first failure the telling one."""
+        found = {"node is Ready, wasm32-wasi": self.node}
+        names = list(self._outputs["urls"])
+        for name in names:
+            checks = App(name, self._outputs, self._api).checks()
+            found |= {f"{name}: {what}" if len(names) > 1 else what: do for what, do in checks.items()}
+        return found
+
+    def node(self) -> str:
+        """Check the Node's condition, labels and taints."""
+        node: Any = kubernetes.client.CoreV1Api(self._api).read_node(self._outputs["node"])
+        ready = {item.type: item.status for item in node.status.conditions or []}.get("Ready")
+        expect(ready == "True", f"Ready is {ready}")
+        architecture = (node.metadata.labels or {}).get("kubernetes.io/arch")
+        expect(architecture == "wasm32-wasi", f"kubernetes.io/arch is {architecture}")
+        taints = {(taint.key, taint.value, taint.effect) for taint in node.spec.taints or []}
+        for effect in ("NoSchedule", "NoExecute"):
+            taint = ("kubernetes.io/arch", "wasm32-wasi", effect)
+            expect(taint in taints, f"the taint kubernetes.io/arch=wasm32-wasi:{effect} is missing")
+        return f"{node.metadata.name}, {node.status.node_info.container_runtime_version}"
+
+
+def through_the_api(
+    api: kubernetes.client.ApiClient, namespace: str, url: str
+) -> tuple[str, requests.Session]:
+    """Give where the API server passes requests on to a Service, and a client that may ask there."""
+    configuration, parts = api.configuration, urlsplit(url)
+    session = requests.Session()
+    # What the environment says of proxies and of authorities is not about this server.
+    session.trust_env = False
+    session.verify = configuration.ssl_ca_cert or True
+    if configuration.cert_file:
+        session.cert = (configuration.cert_file, configuration.key_file)
+    for credential in configuration.auth_settings().values():
+        session.headers[credential["key"]] = credential["value"]
+    service = f"{(parts.hostname or '').partition('.')[0]}:{parts.port}"
+    return f"{configuration.host}/api/v1/namespaces/{namespace}/services/{service}/proxy", session
+
+
+class App:
+    """An app of a stack's, and one check a method; one within the cluster is asked through the API server."""
+
+    def __init__(self, name: str, outputs: dict[str, Any], api: kubernetes.client.ApiClient) -> None:
+        self._name, self._outputs, self._api = name, outputs, api
+        self._url, self._session = str(outputs["urls"][name]).rstrip("/"), requests.Session()
+        self._image = str(outputs["images"][name])
         self._registry: Registry | None = None
+        self._is_replicated = (urlsplit(self._url).hostname or "").endswith(".svc")
+        if self._is_replicated:
+            self._base, self._session = through_the_api(api, str(outputs["namespace"]), self._url)
+        else:
+            self._base = self._url
 
     def checks(self) -> dict[str, Callable[[], str]]:
         """Give the checks by name, in the order that makes the first failure the telling one."""
         return {
-            "node is Ready, wasm32-wasi": self.node,
-            "pod is Ready with the pushed digest": self.pod,
+            **(
+                {"pods are Ready with the pushed digest": self.replicas}
+                if self._is_replicated
+                else {"pod is Ready with the pushed digest": self.pod}
+            ),
             "manifest is what its digest says": self.manifest,
             "signature is valid for the public key": self.signature,
             "attestations are valid for the public key": self.attestations,
@@ -220,22 +274,29 @@ class Stack:
             self._registry = Registry(self._image)
         return self._registry
 
-    def node(self) -> str:
-        """Check the Node's condition, labels and taints."""
-        node: Any = self._core.read_node(self._outputs["node"])
-        ready = {item.type: item.status for item in node.status.conditions or []}.get("Ready")
-        expect(ready == "True", f"Ready is {ready}")
-        architecture = (node.metadata.labels or {}).get("kubernetes.io/arch")
-        expect(architecture == "wasm32-wasi", f"kubernetes.io/arch is {architecture}")
-        taints = {(taint.key, taint.value, taint.effect) for taint in node.spec.taints or []}
-        for effect in ("NoSchedule", "NoExecute"):
-            taint = ("kubernetes.io/arch", "wasm32-wasi", effect)
-            expect(taint in taints, f"the taint kubernetes.io/arch=wasm32-wasi:{effect} is missing")
-        return f"{node.metadata.name}, {node.status.node_info.container_runtime_version}"
-
     def pod(self) -> str:
         """Check that the pod is Ready, on this node, and runs exactly the image that was pushed."""
-        pod: Any = self._core.read_namespaced_pod(self._outputs["pod"], self._outputs["namespace"])
+        core = kubernetes.client.CoreV1Api(self._api)
+        return self._is_ready(core.read_namespaced_pod(self._name, self._outputs["namespace"]))
+
+    def replicas(self) -> str:
+        """Check that all replicas are up to date and available, and each pod as the one pod of an app."""
+        where = (self._name, self._outputs["namespace"])
+        deployment: Any = kubernetes.client.AppsV1Api(self._api).read_namespaced_deployment(*where)
+        wanted, status = deployment.spec.replicas, deployment.status
+        seen = (status.replicas, status.updated_replicas, status.available_replicas)
+        expect(seen == (wanted,) * 3, f"of {wanted} there, up to date and available are {seen}")
+        selector = ",".join(f"{key}={value}" for key, value in deployment.spec.selector.match_labels.items())
+        pods: list[Any] = (
+            kubernetes.client.CoreV1Api(self._api)
+            .list_namespaced_pod(where[1], label_selector=selector)
+            .items
+        )
+        found = [self._is_ready(pod) for pod in pods if pod.metadata.deletion_timestamp is None]
+        expect(len(found) == wanted, f"it has {len(found)} pods, not {wanted}")
+        return f"{wanted} of {where[1]}/{where[0]}, {found[0].rpartition(' ')[2]}"
+
+    def _is_ready(self, pod: Any) -> str:
         ready = {item.type: item.status for item in pod.status.conditions or []}.get("Ready")
         expect(ready == "True", f"Ready is {ready}, phase {pod.status.phase}")
         expect(pod.spec.node_name == self._outputs["node"], f"it runs on {pod.spec.node_name}")
@@ -260,7 +321,8 @@ class Stack:
         expect(config["layerDigests"] == [layers[0]["digest"]], f"its config names {config['layerDigests']}")
         wasm = self.registry.blob(layers[0]["digest"])
         expect(wasm.startswith(b"\0asm\x0d\0\x01\0"), "its layer is no WebAssembly component")
-        expect(len(wasm) == int(self._outputs["wasm_bytes"]), f"it has {len(wasm)} bytes")
+        if self._image == self._outputs["image"]:
+            expect(len(wasm) == int(self._outputs["wasm_bytes"]), f"it has {len(wasm)} bytes")
         return f"{self._image}, {len(wasm)} bytes"
 
     def _key(self) -> ec.EllipticCurvePublicKey:
@@ -322,7 +384,7 @@ class Stack:
         return str(statement["predicateType"])
 
     def _get(self, path: str) -> requests.Response:
-        return requests.get(f"{self._url}{path}", timeout=TIMEOUT, allow_redirects=False)
+        return self._session.get(f"{self._base}{path}", timeout=TIMEOUT, allow_redirects=False)
 
     def primorials(self) -> str:
         """Compare n#, its digits and its primes with what is computed here."""
@@ -352,7 +414,7 @@ class Stack:
         for path in REFUSED:
             _expect_error(self._get(path), path, 400)
         _expect_error(self._get("/no/such/path"), "/no/such/path", 404)
-        posted = requests.post(f"{self._url}/primorial/30", data="x", timeout=TIMEOUT)
+        posted = self._session.post(f"{self._base}/primorial/30", data="x", timeout=TIMEOUT)
         _expect_error(posted, "POST /primorial/30", 405)
         return f"{len(REFUSED) + 2} requests"
 

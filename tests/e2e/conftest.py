@@ -59,12 +59,10 @@ class Stack:
         """Set a row of the table of changes, and what has to change with it, by `pulumi config set`."""
         for key, value in settings(self, change).items():
             how = ("--secret", *options) if "signing" in key and "://" not in value else options
-            if value.startswith("["):
-                for number, item in enumerate(json.loads(value)):
-                    self.run("pulumi", "config", "set", "--path", f"{key}[{number}]", item, *how)
-            elif value.startswith("{"):
-                for name, item in json.loads(value).items():
-                    self.run("pulumi", "config", "set", "--path", f"{key}.{name}", item, *how)
+            if value.startswith(("[", "{")) or "[" in key:
+                parsed = json.loads(value) if value.startswith(("[", "{")) else value
+                for path, item in leaves(key, parsed):
+                    self.run("pulumi", "config", "set", "--path", path, item, *how)
             else:
                 self.run("pulumi", "config", "set", *how, key, text=value)
 
@@ -87,6 +85,20 @@ class Stack:
     def get(self, path: str) -> requests.Response:
         """An HTTP request to the pod."""
         return requests.get(f"{self.outputs()['url']}{path}", timeout=10)
+
+
+def leaves(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    """The texts in a value by their paths."""
+    if isinstance(value, str):
+        yield path, value
+        return
+    named = (
+        ((f"{path}[{number}]", item) for number, item in enumerate(value))
+        if isinstance(value, list)
+        else ((f"{path}.{name}", item) for name, item in value.items())
+    )
+    for inner, item in named:
+        yield from leaves(inner, item)
 
 
 def settings(stack: Stack, change: Change) -> dict[str, str]:

@@ -10,13 +10,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import requests
 
-from scripts.lib.changes import CHANGES
-from tests.e2e.conftest import Stack, running
+from scripts.lib.changes import CHANGES, create, update
+from tests.e2e.conftest import Stack, leaves, running
 from tests.e2e.test_changes import Client, preview, up
 from tests.load import Follower
 from tests.waiting import until
@@ -116,60 +117,38 @@ def test_the_app_is_where_it_was_and_has_an_address_of_its_own_too(ranged: Stack
     assert asked.strip() == "yes"
 
 
-def manifests(image: str) -> str:
-    """Three replicas, and the Service before them."""
-    labels = {"app": "replicated"}
-    health = {"httpGet": {"path": "/healthz", "port": "http"}, "periodSeconds": 1}
-    container = {
-        "name": "app",
-        "image": image,
-        "ports": [{"name": "http", "containerPort": 8080}],
-        "readinessProbe": health,
-        "resources": {"limits": {"memory": "64Mi", "cpu": "500m"}, "requests": {"cpu": "10m"}},
-    }
-    key, value = "kubernetes.io/arch", "wasm32-wasi"
-    spec = {
-        "automountServiceAccountToken": False,
-        "nodeSelector": {key: value},
-        "tolerations": [{"key": key, "operator": "Equal", "value": value}],
-        "containers": [container],
-    }
-    template = {"metadata": {"labels": labels}, "spec": spec}
-    deployment = {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": {"name": "replicated"},
-        "spec": {"replicas": REPLICAS, "selector": {"matchLabels": labels}, "template": template},
-    }
-    service = {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": {"name": "replicated"},
-        "spec": {"selector": labels, "ports": [{"port": 80, "targetPort": "http"}]},
-    }
-    return json.dumps({"apiVersion": "v1", "kind": "List", "items": [deployment, service]})
+SECOND = {"name": "second", "crate": "wasm_app", "port": "8080", "replicas": str(REPLICAS)}
+OF_SECOND = "app.kubernetes.io/name=second"
 
 
 def rolled_out(stack: Stack) -> None:
-    stack.kubectl("rollout", "status", "deployment/replicated", "--timeout=60s")
+    stack.kubectl("rollout", "status", "deployment/second", "--namespace=wasm", "--timeout=60s")
 
 
 @pytest.fixture(scope="module")
 def deployed(ranged: Stack) -> Stack:
-    """A Deployment and its Service, applied as anybody applies them, which stay to the end."""
-    ranged.kubectl("apply", "-f", "-", text=manifests(ranged.outputs()["image"]))
-    rolled_out(ranged)
+    """The same stack with a second app, on the port of the first: three replicas, by configuration alone."""
+    for path, value in leaves("apps", [{"name": "primorial"}, SECOND]):
+        ranged.run("pulumi", "config", "set", "--path", path, value)
+    wanted = create(
+        *(f"app-second-{part}" for part in ("build", "push", "signature", "signature-push", "attestation")),
+        *(f"workload-second-{part}" for part in ("prepare", "deployment", "service", "disruption-budget")),
+    )
+    assert preview(ranged) == wanted
+    assert up(ranged) == wanted
     return ranged
 
 
 def replicas(stack: Stack) -> list[dict[str, Any]]:
-    items: list[dict[str, Any]] = stack.kubectl_json("get", "pods", "--selector=app=replicated")["items"]
+    listed = stack.kubectl_json("get", "pods", "--namespace=wasm", f"--selector={OF_SECOND}")
+    items: list[dict[str, Any]] = listed["items"]
     return items
 
 
 def endpoints(stack: Stack) -> list[str]:
     """The ready endpoints of the Service."""
-    slices = stack.kubectl_json("get", "endpointslices", "--selector=kubernetes.io/service-name=replicated")
+    of_service = ("--namespace=wasm", "--selector=kubernetes.io/service-name=second")
+    slices = stack.kubectl_json("get", "endpointslices", *of_service)
     return [
         f"{endpoint['addresses'][0]}:{item['ports'][0]['port']}"
         for item in slices["items"]
@@ -199,7 +178,7 @@ def test_three_replicas_are_ready_on_one_node_at_three_addresses_and_all_of_a_se
 def test_no_request_fails_while_all_of_them_are_replaced(deployed: Stack) -> None:
     before = {pod["metadata"]["uid"] for pod in replicas(deployed)}
     with follower(deployed) as client:
-        deployed.kubectl("rollout", "restart", "deployment/replicated")
+        deployed.kubectl("rollout", "restart", "deployment/second", "--namespace=wasm")
         rolled_out(deployed)
         until(
             lambda: before.isdisjoint(pod["metadata"]["uid"] for pod in replicas(deployed)),
@@ -208,6 +187,77 @@ def test_no_request_fails_while_all_of_them_are_replaced(deployed: Stack) -> Non
         until(lambda: set(endpoints(deployed)) <= set(client.answers), "answers of the new ones")
     assert client.failures == []
     assert sum(client.answers.values()) > 100
+
+
+@contextmanager
+def forwarded(stack: Stack, *what: str) -> Iterator[str]:
+    """`kubectl port-forward`; gives the URL that it opens."""
+    with subprocess.Popen(
+        ["kubectl", "port-forward", *what],
+        cwd=stack.directory,
+        env=stack.env,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            # Forwarding from 127.0.0.1:PORT -> 8080
+            yield f"http://{process.stdout.readline().split()[2]}"
+        finally:
+            process.terminate()
+
+
+def test_every_app_is_verified_and_asked_from_outside(deployed: Stack) -> None:
+    outputs = deployed.outputs()
+    assert outputs["urls"] == {"primorial": outputs["url"], "second": "http://second.wasm.svc:8080"}
+    assert outputs["images"].keys() == outputs["urls"].keys()
+    checks = json.loads(deployed.run("./scripts/verify", "--json", "--wait", "60").stdout)["checks"]
+    names = {check["name"] for check in checks}
+    assert {"primorial: primorials are right", "second: primorials are right"} <= names
+    with forwarded(deployed, "--namespace=wasm", "service/second", ":8080") as url:
+        assert requests.get(f"{url}/primorial/30", timeout=10).json()["primorial"] == "6469693230"
+
+
+@pytest.mark.parametrize(("field", "value"), [("memoryLimit", "32Mi"), ("replicas", "1"), ("replicas", "3")])
+def test_replicas_are_changed_in_place_and_no_request_fails(deployed: Stack, field: str, value: str) -> None:
+    deployed.run("pulumi", "config", "set", "--path", f"apps[1].{field}", value)
+    with follower(deployed) as client:
+        assert up(deployed) == update("workload-second-deployment")
+        asked = sum(client.answers.values())
+        until(lambda: sum(client.answers.values()) > asked + 20, "answers of those that are there now")
+    assert client.failures == []
+    assert preview(deployed) == {}
+
+
+def test_an_autoscaler_has_the_say_of_how_many_there_are(deployed: Stack) -> None:
+    for path, value in leaves("apps[1].autoscaling", {"minReplicas": "2", "maxReplicas": "3"}):
+        deployed.run("pulumi", "config", "set", "--path", path, value)
+    assert up(deployed) == update("workload-second-deployment") | create("workload-second-autoscaler")
+    place = ("deployment/second", "--namespace=wasm")
+    # As it would: nobody here measures what pods use.
+    deployed.kubectl("scale", *place, "--replicas=2")
+    deployed.run("pulumi", "config", "set", "--path", "apps[1].cpuLimit", "250m")
+    assert up(deployed) == update("workload-second-deployment", "workload-second-autoscaler")
+    assert deployed.kubectl_json("get", *place)["spec"]["replicas"] == 2
+    assert preview(deployed, "--refresh") == {}
+
+
+def test_the_first_app_goes_and_the_second_stays_as_it_is_and_back(deployed: Stack) -> None:
+    before = {pod["metadata"]["uid"] for pod in replicas(deployed)}
+    deployed.run("pulumi", "config", "rm", "--path", "apps[0]")
+    with follower(deployed) as client:
+        plan = up(deployed)
+        until(lambda: len(client.answers) >= 2, "answers")
+    assert client.failures == []
+    assert set(plan.values()) == {"delete"}
+    assert {pod["metadata"]["uid"] for pod in replicas(deployed)} == before
+    assert preview(deployed) == {}
+    deployed.run("pulumi", "config", "rm", "apps")
+    deployed.run("./scripts/up")
+    assert preview(deployed) == {}
+    for kind in ("pods", "deployments", "services", "poddisruptionbudgets", "horizontalpodautoscalers"):
+        assert deployed.kubectl("get", kind, "--namespace=wasm", f"--selector={OF_SECOND}") == ""
+    assert deployed.outputs()["urls"] == {"primorial": deployed.outputs()["url"]}
 
 
 def test_localcloud_has_the_range_again_after_a_restart(ranged: Stack) -> None:

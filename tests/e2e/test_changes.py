@@ -38,7 +38,8 @@ def planned(steps: list[dict[str, Any]]) -> Plan:
     there = set()
     for step in steps:
         name, op = _name(step["urn"]), step["op"]
-        if op in ("same", "read", "refresh") or name in ("awesome-wasm-local", "awesome-wasm-dev"):
+        # What the program's components are is their resources.
+        if op in ("same", "read", "refresh") or step["type"].startswith(("awesome-wasm:", "pulumi:pulumi:")):
             continue
         kind = "replace" if "replac" in op else op
         if plan.get(name) != "replace":

@@ -51,7 +51,7 @@ def test_a_key_in_cloud_kms_takes_over_signs_what_changes_and_is_in_no_state(
     with load(f"{url}/healthz") as seen:
         assert up(stack) == plan
     assert seen.failures == []
-    assert plan["app-key"] == "replace"
+    assert plan["signing-key"] == "replace"
     public_key = json.loads(kms_of(stack).ask("GET", f"{kms.version_name(reference)}/publicKey").text)["pem"]
     assert stack.outputs()["public_key"] == public_key
     assert private_keys(stack) == []

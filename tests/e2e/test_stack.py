@@ -223,12 +223,12 @@ def held_by(stack: Stack) -> Iterator[Path]:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("awesome-wasm:appPort", "99999"), ("awesome-wasm:nodeName", "Not_A_Name")],
+    [("awesome-wasm:apps[0].port", "99999"), ("awesome-wasm:nodeName", "Not_A_Name")],
 )
 def test_a_wrong_setting_is_one_line_that_names_it(stack: Stack, key: str, value: str) -> None:
     try:
         # Which also writes it into the stack's file.
-        answer = stack.run("pulumi", "preview", "--config", f"{key}={value}", check=False)
+        answer = stack.run("pulumi", "preview", "--config-path", "--config", f"{key}={value}", check=False)
     finally:
         stack.run("git", "checkout", "--quiet", "Pulumi.local.yaml")
     printed = answer.stdout + answer.stderr

@@ -30,6 +30,7 @@ class Registered:
     replace_with: list[str] = field(default_factory=list)
     replace_on_changes: list[str] = field(default_factory=list)
     replacement_trigger: list[Any] = field(default_factory=list)
+    ignore_changes: list[str] = field(default_factory=list)
     aliases: list[str] = field(default_factory=list)
     deleted_with: str = ""
 
@@ -122,6 +123,7 @@ class Monitor(mocks.MockMonitor):
             [urn.rsplit("::", 1)[-1] for urn in request.replace_with],
             list(request.replaceOnChanges),
             rpc.deserialize_property(request.replacement_trigger.list_value),
+            list(request.ignoreChanges),
             [alias.spec.name for alias in request.aliases],
             request.deletedWith.rsplit("::", 1)[-1],
         )

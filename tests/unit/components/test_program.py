@@ -20,6 +20,12 @@ KEYS = {"private_key", "token", "kubeconfig", "given", "password"}
 
 
 Program = Callable[..., Monitor]
+SECOND = {"name": "second", "crate": "wasm_app"}
+
+
+def first(second: dict[str, Any] | None = None, **fields: object) -> str:
+    """Give the configuration of the default app with other fields, and of a second one behind it."""
+    return json.dumps([fields, *([{**SECOND, **second}] if second else [])])
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +64,7 @@ def test_every_component_is_a_child_of_the_stack_and_every_resource_of_a_compone
     for name, kind in components.items():
         assert program.registered[name].type == kind
     for resource in program.registered.values():
-        if resource.name in components or resource.type == "pulumi:pulumi:Stack":
+        if resource.name in (*components, "signing-key") or resource.type == "pulumi:pulumi:Stack":
             continue
         assert resource.parent in components, resource.name
         assert resource.name.startswith(f"{resource.parent}-"), resource.name
@@ -79,7 +85,7 @@ def test_the_names_of_the_resources_are_these(program: Monitor) -> None:
         "registry-repository",
         "registry-node-reader",
         "app-build",
-        "app-key",
+        "signing-key",
         "app-push",
         "app-signature",
         "app-signature-push",
@@ -105,7 +111,7 @@ def test_the_names_of_the_resources_are_these(program: Monitor) -> None:
         "node-disk",
         "node-vm",
         "node-registration",
-        "workload-namespace",
+        "cluster-namespace",
         "workload-prepare",
         "workload-pod",
         "workload-smoke-test",
@@ -128,7 +134,7 @@ def test_every_key_token_and_kubeconfig_among_the_inputs_is_a_secret(program: Mo
 
 
 def test_generated_keys_and_tokens_are_secret_outputs(program: Monitor) -> None:
-    assert "private_key" in program.registered["app-key"].secret_outputs
+    assert "private_key" in program.registered["signing-key"].secret_outputs
     assert "token" in program.registered["node-token"].secret_outputs
 
 
@@ -138,12 +144,12 @@ def test_a_key_in_cloud_kms_is_named_and_no_private_key_is_anywhere(
     reference = "gcpkms://projects/a-project/locations/l/keyRings/r/cryptoKeys/k/cryptoKeyVersions/1"
     by_kms = program_with(signingKey=reference)
     assert by_kms.registered.keys() - program.registered.keys() == {"services-cloudkms"}
-    for name in ("app-key", "app-signature", "app-attestation", "agent-signature", "agent-attestation"):
+    for name in ("signing-key", "app-signature", "app-attestation", "agent-signature", "agent-attestation"):
         inputs = by_kms.registered[name].inputs
         assert inputs["kms_key"] == reference
         assert not {"private_key", "given"} & inputs.keys()
         assert "kms_key" not in program.registered[name].inputs
-    assert "app-key" in by_kms.registered["app-push"].dependencies, "what cannot be signed is not pushed"
+    assert "signing-key" in by_kms.registered["app-push"].dependencies, "what cannot be signed is not pushed"
 
 
 def test_the_vm_joins_as_its_own_account_and_no_secret_is_in_its_metadata(program: Monitor) -> None:
@@ -200,7 +206,7 @@ def test_an_image_is_prepared_beside_the_pod_that_runs(program: Monitor, program
     assert [item["image"] for item in prepared.plain("spec")["containers"]] == [image]
     assert {"app-signature-push", "node-registration"} <= set(prepared.dependencies)
     assert "workload-prepare" in pod.dependencies
-    changed = program_with(memoryLimit="32Mi", appPort="8081").registered["workload-prepare"]
+    changed = program_with(apps=first(memoryLimit="32Mi", port=8081)).registered["workload-prepare"]
     assert changed.inputs == prepared.inputs, "only another image is prepared anew"
 
 
@@ -261,10 +267,11 @@ def told(program: Monitor) -> str:
     ("key", "value", "reaches_the_agent"),
     [
         ("maxPods", "7", True),
-        ("appPort", "80", True),
+        ("apps", '[{"port": 80}]', True),
         ("machineType", "e2-medium", True),
-        ("appPort", "8081", False),
-        ("appName", "another", False),
+        ("apps", '[{"port": 8081}]', False),
+        ("apps", '[{"name": "another"}]', False),
+        ("apps", '[{}, {"name": "second", "crate": "wasm_app", "port": 80}]', True),
         ("registryName", "another", False),
         ("diskSizeGb", "20", False),
         ("clusterNodes", "2", False),
@@ -344,7 +351,7 @@ def test_another_key_is_waited_for_by_the_name_that_openssl_has_for_it(
 def test_nothing_is_named_after_the_app_but_its_image_and_its_pod(
     program: Monitor, program_with: Program
 ) -> None:
-    changed = program_with(appName="another")
+    changed = program_with(apps=first(name="another"))
     before, after = (
         {name: item.inputs for name, item in found.registered.items() if item.type != "pulumi:pulumi:Stack"}
         for found in (program, changed)
@@ -364,9 +371,9 @@ def test_nothing_is_named_after_the_app_but_its_image_and_its_pod(
 
 @pytest.mark.parametrize("name", ["primorial", "agent", "app", "cluster"])
 def test_the_artifact_of_an_earlier_version_is_taken_over(program_with: Program, name: str) -> None:
-    artifact = program_with(appName=name).registered["app"]
+    artifact = program_with(apps=first(name=name)).registered["app"]
     assert artifact.type == "awesome-wasm:artifact:WasmArtifact"
-    assert artifact.aliases == [name]
+    assert name in artifact.aliases
 
 
 def test_what_is_in_the_cluster_ends_with_it(program: Monitor) -> None:
@@ -489,7 +496,7 @@ def test_the_app_stays_at_the_node_s_address_where_pods_have_their_own(
     assert ranged.outputs["workload"]["url"] == program.outputs["workload"]["url"]
     # All of Kubernetes' standards but the loosest forbid a port of the node's.
     standard = "pod-security.kubernetes.io"
-    labels = [run.registered["workload-namespace"].plain("metadata")["labels"] for run in (program, ranged)]
+    labels = [run.registered["cluster-namespace"].plain("metadata")["labels"] for run in (program, ranged)]
     assert labels == [
         {f"{standard}/enforce": "restricted"},
         {f"{standard}/enforce": "privileged", f"{standard}/audit": "restricted"},
@@ -525,4 +532,125 @@ def test_the_components_register_what_they_offer(program: Monitor) -> None:
     assert program.outputs["workload"]["url"] == "http://203.0.113.7:8080"
     assert program.outputs["node"] == {"name": "krustlet-1", "address": "203.0.113.7"}
     assert program.outputs["registry"] == {"url": "europe-west1-docker.pkg.dev/p/awesome-wasm"}
-    assert set(program.outputs["app"]) == {"image", "public_key", "size"}
+    assert set(program.outputs["app"]) == {"image", "size"}
+
+
+def test_a_second_app_has_its_name_in_its_resources_and_shares_key_namespace_and_node(
+    program: Monitor, program_with: Program
+) -> None:
+    two = program_with(apps=first(second={"port": 8090}))
+    per_app = {name for name in program.registered if name.startswith(("app-", "workload-"))}
+    assert two.registered.keys() - program.registered.keys() == {
+        name.replace("-", f"-{app}-", 1) for app in ("primorial", "second") for name in per_app
+    } | {f"{part}-{app}" for app in ("primorial", "second") for part in ("app", "workload")}
+    assert {"signing-key", "cluster-namespace"} <= two.registered.keys()
+    assert two.registered["node-app-firewall"].plain("allows") == [
+        {"protocol": "tcp", "ports": ["8080", "8090"]}
+    ]
+    assert {"app-primorial-signature-push", "app-second-signature-push"} <= set(
+        two.registered["node-vm"].dependencies
+    )
+    for app, port in (("primorial", 8080), ("second", 8090)):
+        pod = two.registered[f"workload-{app}-pod"]
+        assert pod.plain("metadata")["name"] == app
+        [container] = pod.plain("spec")["containers"]
+        assert container["ports"] == [{"name": "http", "containerPort": port, "protocol": "TCP"}]
+        assert container["image"].startswith(f"europe-west1-docker.pkg.dev/p/awesome-wasm/{app}@")
+    # What is said of the first is what was said of it alone.
+    for name in per_app:
+        alone, beside = program.registered[name], two.registered[name.replace("-", "-primorial-", 1)]
+        assert alone.inputs == beside.inputs
+
+
+def test_an_app_keeps_its_resources_when_another_comes_or_goes(program_with: Program) -> None:
+    two = program_with(apps=first(second={"port": 8090})).registered
+    assert two["app-primorial"].aliases == ["app"], "it was alone before the second one came"
+    assert two["app-second"].aliases == []
+    swapped = program_with(
+        apps=json.dumps([{**SECOND, "port": 8090}, {"name": "primorial", "crate": "wasm_app"}])
+    ).registered
+    assert swapped.keys() == two.keys(), "where it stands says nothing"
+    left = program_with(apps=json.dumps([{**SECOND, "port": 8090}])).registered
+    assert "app-second" in left["app"].aliases
+    assert "workload-second" in left["workload"].aliases
+
+
+def test_what_was_the_only_app_s_own_is_taken_over(program: Monitor) -> None:
+    assert program.registered["signing-key"].aliases == ["app-key", "primorial-key"]
+    assert program.registered["cluster-namespace"].aliases == ["workload-namespace"]
+
+
+def test_an_app_gets_its_environment_and_what_it_may_reach(program_with: Program) -> None:
+    told = program_with(
+        apps=first(environment={"B": "2", "A": 1}, allowedHosts=["a.example", "b.example:80"])
+    )
+    pod = told.registered["workload-pod"]
+    [container] = pod.plain("spec")["containers"]
+    assert container["env"] == [{"name": "A", "value": "1"}, {"name": "B", "value": "2"}]
+    assert pod.plain("metadata")["annotations"] == {"krustlet.dev/allowed-hosts": "a.example,b.example:80"}
+    assert pod.replace_on_changes == ["metadata.annotations"], "the agent reads them when the pod begins"
+
+
+RANGE = {"wasmPodCidr": "10.70.0.0/16"}
+
+
+def test_replicas_are_a_deployment_that_rolls_behind_a_service(
+    program: Monitor, program_with: Program
+) -> None:
+    replicated = program_with(apps=first(replicas=3), **RANGE)
+    kinds = {
+        name: item.type.split(":")[-1]
+        for name, item in replicated.registered.items()
+        if name.startswith("workload-")
+    }
+    assert kinds == {
+        "workload-prepare": "Pod",
+        "workload-deployment": "Deployment",
+        "workload-service": "Service",
+        "workload-disruption-budget": "PodDisruptionBudget",
+    }
+    spec = replicated.registered["workload-deployment"].plain("spec")
+    labels = {"app.kubernetes.io/name": "primorial"}
+    assert (spec["replicas"], spec["selector"]) == (3, {"matchLabels": labels})
+    assert spec["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": "25%"}
+    template = spec["template"]
+    assert template["metadata"]["labels"] == labels
+    [spread] = template["spec"]["topologySpreadConstraints"]
+    assert (spread["topologyKey"], spread["maxSkew"]) == ("kubernetes.io/hostname", 1)
+    # As the pod, but for the port of the node's.
+    pod = {key: value for key, value in template["spec"].items() if key != "topologySpreadConstraints"}
+    assert pod == program.registered["workload-pod"].plain("spec")
+    service = replicated.registered["workload-service"].plain("spec")
+    assert (service["selector"], service["ports"]) == (
+        labels,
+        [{"name": "http", "port": 8080, "targetPort": "http"}],
+    )
+    budget = replicated.registered["workload-disruption-budget"].plain("spec")
+    assert budget == {"maxUnavailable": 1, "selector": {"matchLabels": labels}}
+    assert replicated.outputs["workload"]["url"] == "http://primorial.wasm.svc:8080"
+    assert {"workload-prepare", "node-registration", "app-signature-push"} <= set(
+        replicated.registered["workload-deployment"].dependencies
+    )
+    # No port of the node's is open, and above all not every one.
+    assert "node-app-firewall" not in replicated.registered
+    assert "node-app-firewall" in program.registered
+
+
+def test_how_many_pods_there_are_is_the_autoscaler_s_affair_where_there_is_one(program_with: Program) -> None:
+    limits = {"minReplicas": 2, "maxReplicas": 10, "cpu": 60}
+    scaled = program_with(apps=first(autoscaling=limits, cpuLimit="1.5"), **RANGE).registered
+    spec = scaled["workload-autoscaler"].plain("spec")
+    assert (spec["minReplicas"], spec["maxReplicas"]) == (2, 10)
+    assert spec["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": "primorial"}
+    [metric] = spec["metrics"]
+    assert metric["resource"] == {"name": "cpu", "target": {"type": "AverageValue", "averageValue": "900m"}}
+    fixed = program_with(apps=first(replicas=2), **RANGE).registered
+    assert "workload-autoscaler" not in fixed
+    assert scaled["workload-deployment"].ignore_changes == ["spec.replicas"]
+    assert fixed["workload-deployment"].ignore_changes == []
+    # What it decided is taken back when it goes.
+    forced = [
+        item["workload-deployment"].plain("metadata")["annotations"].get("pulumi.com/patchForce")
+        for item in (scaled, fixed)
+    ]
+    assert forced == [None, "true"]

@@ -120,6 +120,10 @@ def _step(name: str, kind: str, *diff: str) -> Step:
             "the VM's boot",
         ),
         ([_step("workload-pod", "deleted")], "for good"),
+        ([_step("workload-second-pod", "deleted")], "for good"),
+        ([_step("workload-second-pod", "replaced")], "the port takes"),
+        ([_step("workload-pod", "deleted"), _step("workload-deployment", "created")], "none"),
+        ([_step("workload-deployment", "updated"), _step("workload-prepare", "replaced")], "none"),
         ([_step("cluster-nat", "deleted"), _step("node-address", "deleted")], "none"),
     ],
 )

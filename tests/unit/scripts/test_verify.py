@@ -9,6 +9,7 @@ from typing import NoReturn
 import pytest
 import requests
 import urllib3.exceptions
+from kubernetes.client import ApiClient, Configuration
 from kubernetes.client.exceptions import ApiException
 
 from scripts.lib import verify
@@ -70,3 +71,13 @@ def test_a_stack_that_is_not_up_is_said_to_be_so(
     report = json.loads(capsys.readouterr().out)
     assert report["passed"] is False
     assert "is it up?" in report["checks"][0]["detail"]
+
+
+def test_an_app_within_the_cluster_is_asked_through_the_api_server_as_the_user() -> None:
+    configuration = Configuration(host="https://192.0.2.1:443")
+    configuration.api_key, configuration.api_key_prefix = {"BearerToken": "T"}, {"BearerToken": "Bearer"}
+    configuration.ssl_ca_cert = "/ca.pem"
+    base, session = verify.through_the_api(ApiClient(configuration), "wasm", "http://second.wasm.svc:8090")
+    assert base == "https://192.0.2.1:443/api/v1/namespaces/wasm/services/second:8090/proxy"
+    assert session.headers["authorization"] == "Bearer T"
+    assert (session.verify, session.trust_env) == ("/ca.pem", False)
