@@ -89,7 +89,7 @@ class AgentArtifact(pulumi.ComponentResource):
             repository=args.repository,
             kind="agent",
             sha256=build.sha256,
-            opts=stored,
+            opts=pulumi.ResourceOptions.merge(stored, pulumi.ResourceOptions(depends_on=[args.key])),
         )
         self.image = artifact.image
         self.signed = _signed(self, name, args, (build, artifact))
