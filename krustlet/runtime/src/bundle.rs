@@ -16,6 +16,8 @@ pub const BUNDLE: &str = "application/vnd.dev.sigstore.bundle.v0.3+json";
 const BUNDLE_WITH_PARAMETER: &str = "application/vnd.dev.sigstore.bundle+json;version=0.3";
 const PAYLOAD_TYPE: &str = "application/vnd.in-toto+json";
 const STATEMENT_TYPE: &str = "https://in-toto.io/Statement/v1";
+/// Of cosign 2's attestations.
+const FORMER_STATEMENT_TYPE: &str = "https://in-toto.io/Statement/v0.1";
 /// What makes a statement a signature; others are attestations, which say something about the image and not to run it.
 const PREDICATE_TYPE: &str = "https://sigstore.dev/cosign/sign/v1";
 
@@ -143,6 +145,9 @@ struct StatementSubject {
 /// Checks that one of `keys` signed `manifest` by this bundle.
 pub fn verify(bundle: &[u8], manifest: &Digest, keys: &[PublicKey]) -> Result<(), String> {
     let statement = statement(bundle, keys)?;
+    if statement.kind != STATEMENT_TYPE {
+        return Err(statement.of_another_kind());
+    }
     if statement.predicate_type != PREDICATE_TYPE {
         let found = shown(&statement.predicate_type);
         return Err(format!("is an attestation of type {found:?} and no signature, {PREDICATE_TYPE}"));
@@ -193,14 +198,18 @@ impl Envelope {
         }
         let statement: Statement = serde_json::from_slice(&payload)
             .map_err(|error| format!("is malformed: no in-toto statement: {}", cut(&error)))?;
-        if statement.kind != STATEMENT_TYPE {
-            return Err(format!("has statement type {:?}, expected {STATEMENT_TYPE}", shown(&statement.kind)));
+        match statement.kind.as_str() {
+            STATEMENT_TYPE | FORMER_STATEMENT_TYPE => Ok(statement),
+            _ => Err(statement.of_another_kind()),
         }
-        Ok(statement)
     }
 }
 
 impl Statement {
+    fn of_another_kind(&self) -> String {
+        format!("has statement type {:?}, expected {STATEMENT_TYPE}", shown(&self.kind))
+    }
+
     pub fn is_about(&self, manifest: &Digest) -> Result<(), String> {
         let mut digests = self.subject.iter().filter_map(|subject| subject.digest.get("sha256"));
         if digests.clone().any(|digest| digest == manifest.hex()) {

@@ -148,6 +148,17 @@ mod tests {
         json!({"buildDefinition": {}, "runDetails": {"builder": {"id": id}}})
     }
 
+    #[test]
+    fn the_statement_may_be_of_the_former_kind_as_in_cosign_2() {
+        let former = String::from_utf8(statement(PREDICATE_TYPE, &built_by(ID))).unwrap();
+        for (kind, counts) in [("Statement/v0.1", true), ("Statement/v1", true), ("Statement/v2", false)] {
+            let statement = former.replace("Statement/v1", kind);
+            for signed in both(&Signer::new(1), statement.as_bytes()) {
+                assert_eq!(verified(&[signed], &[ID]).is_ok(), counts, "{kind}");
+            }
+        }
+    }
+
     fn both(signer: &Signer, statement: &[u8]) -> [Signed; 2] {
         let bundle = signer.bundle("application/vnd.in-toto+json", statement);
         let envelope = bundle["dsseEnvelope"].to_string();

@@ -352,8 +352,10 @@ def test_what_it_did_not_build_is_refused_with_the_reason_until_it_did(
         message = pod.wait_waiting("SignatureValidationFailed")
         assert reason in message, message
         assert "cosign attest" in message
+        pod.delete()
         made.attest(BUILDER)
-        pod.wait_ready(timeout=60)
+    for pod in [strict.serve(image=made.name) for made, _, _ in refused]:
+        pod.wait_ready()
 
 
 def test_a_node_asks_who_built_it_where_it_is_told_to_and_not_elsewhere(
