@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import yaml
 
+from components.config import AppConfig
 from scripts.lib.changes import CHANGES, DOCUMENT, rendered
 from tests.unit.conftest import REPOSITORY
 
@@ -11,9 +15,11 @@ from tests.unit.conftest import REPOSITORY
 ELSEWHERE = {"signingKey", "signingKeyPassword", "gcp:defaultLabels", "gcp:project", "gcp:region", "gcp:zone"}
 
 
-def test_every_key_has_a_row() -> None:
+def test_every_key_and_every_field_of_an_app_has_a_row() -> None:
     declared = yaml.safe_load((REPOSITORY / "Pulumi.yaml").read_text())["config"]
-    assert {change.key for change in CHANGES} == declared.keys() | ELSEWHERE
+    names = [field.name for field in dataclasses.fields(AppConfig)]
+    fields = {f"apps[0].{re.sub('_(.)', lambda found: found[1].upper(), name)}" for name in names}
+    assert {change.key for change in CHANGES} == declared.keys() | ELSEWHERE | fields
 
 
 def test_the_document_is_made_of_the_table() -> None:
