@@ -99,6 +99,7 @@ class WasmPod(pulumi.ComponentResource):
                 url,
                 uid,
                 args.node.registration.uid,
+                args.node.registration.instance,
                 args.node.registration.configuration,
                 args.node.registration.verification_keys,
             ],

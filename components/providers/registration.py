@@ -547,11 +547,14 @@ class NodeRegistrationProvider(ResourceProvider):
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
         """Another VM has to join anew, and so has a VM in another cluster.
 
-        Names and addresses count only while it joins; another configuration and other keys are waited for,
-        and a request for a certificate that waits is decided about.
+        One that is there already took the place of a VM that was gone: it joins as the Node that is there and
+        takes its pods, since nobody is there who would end them. Names and addresses count only while it
+        joins; another configuration and other keys are waited for, and a request for a certificate that waits
+        is decided about.
         """
-        waited = {"configuration", "verification_keys"}
-        result = _changed(olds, news, replace={"node", "instance"}, update=waited)
+        ended = {"node", "instance"} if is_unknown(news["instance"]) else {"node"}
+        waited = {"instance", "configuration", "verification_keys"} - ended
+        result = _changed(olds, news, replace=ended, update=waited)
         result.changes = result.changes or bool(olds.get("waiting_requests"))
         # The new Node has the old one's name.
         result.delete_before_replace = True
@@ -583,7 +586,7 @@ class NodeRegistrationProvider(ResourceProvider):
 
     @operation
     def update(self, _id: str, _olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:
-        """Wait until the agent runs with the new configuration, and judges by the new keys.
+        """Wait until the VM's agent runs with the new configuration, and judges by the new keys.
 
         What it asks for meanwhile, or has asked for before, is decided about.
         """
@@ -602,6 +605,7 @@ class NodeRegistration(pulumi.dynamic.Resource, module="registration", name="Nod
     """A VM that joined and is Ready; `uid` is its Node's."""
 
     node: pulumi.Output[str]
+    instance: pulumi.Output[str]
     uid: pulumi.Output[str]
     configuration: pulumi.Output[str]
     verification_keys: pulumi.Output[str]

@@ -7,7 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import requests
 
+from tests.e2e.cloud import Cloud
 from tests.e2e.conftest import Stack
 from tests.waiting import until
 
@@ -73,6 +75,19 @@ def test_a_restarted_agent_takes_its_pod_back_and_does_not_evict_it(stack: Stack
     after = stack.kubectl_json("get", "pod", *place)
     assert after["metadata"]["uid"] == uid
     assert after["status"]["containerStatuses"][0]["restartCount"] > count
+
+
+def test_a_vm_that_somebody_deleted_is_there_again_after_one_up_and_takes_its_pods_back(stack: Stack) -> None:
+    outputs = stack.outputs()
+    place = (outputs["pod"], "-n", outputs["namespace"])
+    before = stack.kubectl_json("get", "pod", *place)["metadata"]["uid"]
+    Cloud(stack.env).delete_instance(outputs["node"])
+    stack.run("pulumi", "up", "--yes", "--refresh")
+    answer = requests.get(f"{outputs['url']}/primorial/30", timeout=10)
+    assert answer.json()["primorial"] == "6469693230"
+    assert stack.kubectl_json("get", "pod", *place)["metadata"]["uid"] == before
+    assert _all_well(stack)
+    stack.run("pulumi", "preview", "--refresh", "--expect-no-changes")
 
 
 def test_a_pod_that_has_failed_for_good_is_made_anew_by_the_next_up(stack: Stack) -> None:

@@ -522,6 +522,7 @@ def test_the_smoke_test_is_last_and_runs_again_for_another_digest_or_url(program
         "http://203.0.113.7:8080",
         "pod-uid",
         "node-uid",
+        program.registered["node-registration"].plain("instance"),
         program.registered["node-registration"].plain("configuration"),
         program.registered["node-registration"].plain("verification_keys"),
     ]

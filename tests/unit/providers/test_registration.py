@@ -422,11 +422,12 @@ OLDS = {
         ({"kubeconfig": kubeconfig_of("CA", "https://10.0.0.2")}, []),
         ({"kubeconfig": kubeconfig_of("another")}, ["kubeconfig"]),
         ({"kubeconfig": pulumi.runtime.rpc.UNKNOWN}, ["kubeconfig"]),
-        ({"instance": "2"}, ["instance"]),
+        ({"instance": "2", "created": "u"}, []),
+        ({"instance": pulumi.runtime.rpc.UNKNOWN, "created": pulumi.runtime.rpc.UNKNOWN}, ["instance"]),
         ({"node": "m"}, ["node"]),
     ],
 )
-def test_another_vm_and_another_cluster_are_joined_anew_and_the_rest_is_an_update(
+def test_another_node_and_another_cluster_are_joined_anew_and_the_rest_is_an_update(
     news: dict[str, Any], replaces: list[str] | None
 ) -> None:
     result = registration.NodeRegistrationProvider().diff("n", OLDS, {**OLDS, **news})
