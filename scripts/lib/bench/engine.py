@@ -126,7 +126,7 @@ class Engine:
     def processes(self) -> set[int]:
         """The engine and all that it started; shims have no parent but name containerd's socket."""
         place = f"{self.directory}/exec/"
-        return family(lambda pid, words: pid == self._process.pid or place in words)
+        return family(lambda pid, words: pid == self._process.pid or place in " ".join(words))
 
     def close(self) -> None:
         """Ends the engine and frees the disk."""

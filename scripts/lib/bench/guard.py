@@ -8,6 +8,7 @@ groups of its name.
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,12 @@ def keep(directory: Path, file: Path) -> None:
     place = directory / KEPT / file.relative_to("/")
     place.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(file, place)
+
+
+def mount_points(mountinfo: str) -> list[str]:
+    """Where something is mounted, in order, without the octal codes of proc_pid_mountinfo(5)."""
+    places = (line.split(" ")[4] for line in mountinfo.splitlines())
+    return [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), place) for place in places]
 
 
 def marked(directory: Path) -> list[int]:
@@ -52,8 +59,7 @@ def end(directory: Path, grace: float = 15) -> None:
         file = Path("/", place.relative_to(directory / KEPT))
         if place.is_file() and place.read_bytes() != file.read_bytes():
             shutil.copy2(place, file)
-    mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
-    for mounted in reversed([line.split(" ")[4] for line in mounts]):
+    for mounted in reversed(mount_points(Path("/proc/self/mountinfo").read_text(encoding="utf-8"))):
         if mounted.startswith(f"{directory}/"):
             subprocess.run(["umount", "--lazy", mounted], check=False)
     for group in Path("/sys/fs/cgroup").glob(f"**/{directory.name}"):

@@ -157,18 +157,18 @@ def until(condition: Callable[[], bool], what: str, timeout: float) -> None:
         time.sleep(0.05)
 
 
-def processes() -> dict[int, tuple[int, str]]:
-    """Every process: its parent and its command line."""
+def processes() -> dict[int, tuple[int, list[str]]]:
+    """Every process: its parent and its arguments, the program first; none of a kernel thread."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
             found[int(entry.name)] = (int(_stat(int(entry.name))[1]), words)
     return found
 
 
-def family(roots: Callable[[int, str], bool]) -> set[int]:
-    """The processes that `roots` chooses by id and command line, and all that they started."""
+def family(roots: Callable[[int, list[str]], bool]) -> set[int]:
+    """The processes that `roots` chooses by id and arguments, and all that they started."""
     known = processes()
     chosen = {pid for pid, (_, words) in known.items() if roots(pid, words)}
     while more := {pid for pid, (parent, _) in known.items() if parent in chosen} - chosen:

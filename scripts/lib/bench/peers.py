@@ -34,6 +34,12 @@ class AbsentError(Exception):
     """The peer is not on this machine; the message says how to install it."""
 
 
+def of_stack(words: list[str], *names: str) -> bool:
+    """Whether arguments are of a program of that name that works in the stack's localcloud."""
+    home = os.environ["LOCALCLOUD_HOME"]
+    return bool(words) and Path(words[0]).name in names and any(home in word for word in words)
+
+
 class Peer:
     """One way of serving the app. Instances are numbered; each has a port of its own."""
 
@@ -144,17 +150,15 @@ class Node(Peer):
 
     def processes(self) -> set[int]:
         """The agent and what it started."""
-        home = os.environ["LOCALCLOUD_HOME"]
-        found = family(lambda _, words: Path(words.split(" ")[0]).name == "krustlet" and home in words)
+        found = family(lambda _, words: of_stack(words, "krustlet"))
         if not found:
             raise BenchError("no krustlet of this stack runs on this machine")
         return found
 
     def control_plane(self) -> set[int]:
         """What a pod also takes, and no peer has: API server, etcd, scheduler, controller manager."""
-        home = os.environ["LOCALCLOUD_HOME"]
         names = ("kube-apiserver", "etcd", "kube-scheduler", "kube-controller-manager")
-        return family(lambda _, words: Path(words.split(" ")[0]).name in names and home in words)
+        return family(lambda _, words: of_stack(words, *names))
 
     def close(self) -> None:
         """Deletes every pod of the benchmark."""
@@ -304,8 +308,8 @@ class Runtime(Peer):
     def processes(self) -> set[int]:
         """The app's alone: the runtime does not stay."""
         ours = set(guard.marked(self.directory))
-        line = re.compile(rf"/app {re.escape(LOOPBACK)}:{self.base // 1000}\d\d\d ")
-        return family(lambda pid, words: pid in ours and line.fullmatch(words) is not None)
+        line = re.compile(rf"/app {re.escape(LOOPBACK)}:{self.base // 1000}\d\d\d")
+        return family(lambda pid, words: pid in ours and line.fullmatch(" ".join(words)) is not None)
 
 
 class Docker(Peer):

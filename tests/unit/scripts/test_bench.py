@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts.lib.bench import change, guard, measure, report
+from scripts.lib.bench import change, guard, measure, peers, report
 from tests.unit.conftest import REPOSITORY
 from tests.waiting import until
 
@@ -144,6 +145,26 @@ with guard.place() as directory:
         until(lambda: not Path(directory).exists(), "the directory to go", timeout=40)
         assert guard.marked(Path(directory)) == []
         assert source.read_text() == "as it was"
+
+
+def test_a_mount_is_found_in_a_path_with_a_space() -> None:
+    line = r"36 35 98:0 / /a\040path\134/disk rw,noatime master:1 - ext3 /dev/root rw"
+    assert guard.mount_points(line) == ["/a path\\/disk"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads /proc")
+def test_a_program_is_found_in_a_path_with_a_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "a path" / ".localcloud"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("LOCALCLOUD_HOME", str(home))
+    agent = shutil.copy2("/bin/sh", home / "krustlet")
+    # Another one, which only knows the place.
+    other = ["sh", "-c", "read line", str(home / "krustlet")]
+    with (
+        subprocess.Popen([agent, "-c", "read line", "sh", str(home)], stdin=subprocess.PIPE) as ours,
+        subprocess.Popen(other, stdin=subprocess.PIPE),
+    ):
+        assert measure.family(lambda _, words: peers.of_stack(words, "krustlet")) == {ours.pid}
 
 
 def test_the_changed_line_is_put_back_whatever_happens(
