@@ -144,6 +144,13 @@ class Cluster:
         pods: list[Object] = self._request("GET", path, {"labelSelector": selector}).get("items", [])
         return pods
 
+    def nodes(self) -> list[Object]:
+        """Every node."""
+        nodes: list[Object] = self._request("GET", self._path(Kind("v1", "Node"), None, None)).get(
+            "items", []
+        )
+        return nodes
+
     def states(self, kind: Kind, namespace: str | None, name: str) -> Iterator[Object | None]:
         """The object now and after each change, None when it is not there; a state at least every few
         seconds. A watch that breaks is taken up again.

@@ -458,9 +458,11 @@ class KubernetesProvider(Provider):
         try:
             pods = self._cluster.pods(namespace, selector) if selector else []
             events = [event for each in (live, *pods[:3]) for event in self._cluster.events(each)]
+            waiting = [pod for pod in (live, *pods) if ready.is_unschedulable(pod)]
+            nodes = self._cluster.nodes() if waiting else []
         except (Unreachable, ApiError):
             return seen.reasons, []
-        return (*seen.reasons, *ready.pod_reasons(pods)), events
+        return (*seen.reasons, *ready.pod_reasons(pods), *ready.node_reasons(waiting, nodes)), events
 
     def _wait_gone(
         self, kind: Kind, resource: Resource, namespace: str | None, name: str, deadline: float

@@ -13,6 +13,8 @@ from localcloud.plugins.kubernetes.cluster import Kind, Object
 
 _EVENTS_SHOWN = 5
 _PODS_SHOWN = 5
+_NODES_SHOWN = 5
+_PRESSURES = ("MemoryPressure", "DiskPressure", "PIDPressure", "NetworkUnavailable")
 _SIGN_OF_LIFE_SECONDS = 10
 
 
@@ -153,6 +155,54 @@ def pod_reasons(pods: list[Object]) -> tuple[str, ...]:
     seen = [(pod["metadata"]["name"], _pod(pod)) for pod in pods]
     lines = [f"pod {name}: {reason}" for name, found in seen if not found.ready for reason in found.reasons]
     return tuple(lines[:_PODS_SHOWN])
+
+
+def is_unschedulable(pod: Object) -> bool:
+    """Whether the scheduler has found no node for a pod."""
+    conditions = (pod.get("status") or {}).get("conditions") or []
+    return any(
+        (c["type"], c["status"], c.get("reason")) == ("PodScheduled", "False", "Unschedulable")
+        for c in conditions
+    )
+
+
+def node_reasons(pods: list[Object], nodes: list[Object]) -> tuple[str, ...]:
+    """What keeps pods off the nodes that they select: the scheduler counts taints and names none."""
+    wanted = [pod["spec"] for pod in pods if is_unschedulable(pod)]
+    lines = []
+    for node in nodes:
+        keys = {
+            taint["key"]
+            for spec in wanted
+            if (spec.get("nodeSelector") or {}).items() <= (node["metadata"].get("labels") or {}).items()
+            for taint in node["spec"].get("taints") or []
+            if taint["effect"] != "PreferNoSchedule"
+            and not any(_tolerates(toleration, taint) for toleration in spec.get("tolerations") or [])
+        }
+        if keys:
+            said = "".join(f"; {line}" for line in _node_conditions(node))
+            lines.append(f"node {node['metadata']['name']} has the taint {', '.join(sorted(keys))}{said}")
+    return tuple(lines[:_NODES_SHOWN])
+
+
+def _tolerates(toleration: Object, taint: Object) -> bool:
+    """As Kubernetes' documentation, "Taints and Tolerations", has it."""
+    if toleration.get("key") and toleration["key"] != taint["key"]:
+        return False
+    if toleration.get("effect") and toleration["effect"] != taint["effect"]:
+        return False
+    return toleration.get("operator") == "Exists" or toleration.get("value", "") == taint.get("value", "")
+
+
+def _node_conditions(node: Object) -> list[str]:
+    """The conditions that taint a node, as it tells them."""
+    conditions = (node.get("status") or {}).get("conditions") or []
+    bad = {"Ready": ("False", "Unknown"), **dict.fromkeys(_PRESSURES, ("True",))}
+    return [
+        f"{c['type']} is {c['status']}: {c.get('message', '')}"
+        for c in conditions
+        if c["status"] in bad.get(c["type"], ())
+    ]
 
 
 class Waiting:

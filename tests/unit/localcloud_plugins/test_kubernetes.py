@@ -403,3 +403,35 @@ def test_what_is_ignored_stays_as_it_is_and_what_is_not_there_is_not_made_up() -
     state = provider(cluster).update(ignoring, {}, new, new, preview=True)
     assert state["spec"] == {"replicas": 7}
     assert provider(cluster).update(RESOURCE, {}, new, new, preview=True)["spec"] == {"replicas": 2}
+
+
+def test_a_pod_that_no_node_takes_says_which_taint_of_which_node_keeps_it_off() -> None:
+    said = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/2 nodes"}
+    waits: Object = {
+        "spec": {
+            "nodeSelector": {"kubernetes.io/arch": "wasm32-wasi"},
+            "tolerations": [{"key": "kubernetes.io/arch", "operator": "Exists"}],
+        },
+        "status": {"conditions": [said]},
+    }
+    full = {"type": "DiskPressure", "status": "True", "message": "the disk is full"}
+    well = {"type": "Ready", "status": "True", "message": "taking pods"}
+    own = {"key": "kubernetes.io/arch", "value": "wasm32-wasi", "effect": "NoExecute"}
+    pressed = {"key": "node.kubernetes.io/disk-pressure", "effect": "NoSchedule"}
+    rather_not = {"key": "spot", "effect": "PreferNoSchedule"}
+
+    def node(name: str, arch: str, *taints: Object) -> Object:
+        metadata = {"name": name, "labels": {"kubernetes.io/arch": arch}}
+        return {"metadata": metadata, "spec": {"taints": taints}, "status": {"conditions": [full, well]}}
+
+    nodes = [
+        node("linux-1", "amd64", pressed),
+        node("krustlet-1", "wasm32-wasi", own, pressed, rather_not),
+        node("krustlet-2", "wasm32-wasi", own, rather_not),
+    ]
+    assert ready.node_reasons([waits], nodes) == (
+        "node krustlet-1 has the taint node.kubernetes.io/disk-pressure; "
+        "DiskPressure is True: the disk is full",
+    )
+    scheduled = {**waits, "status": {"conditions": [{**said, "status": "True"}]}}
+    assert ready.node_reasons([scheduled], nodes) == ()
