@@ -52,6 +52,8 @@ else:
 TIMEOUT = timedelta(minutes=10)
 TOKEN_LIFE = TIMEOUT + timedelta(minutes=5)
 POLL_SECONDS = 0.5
+# An agent renews its node's lease every ten seconds.
+LEASE_RENEWAL = timedelta(seconds=15)
 # A pod that its node has not reported as ended this long after its grace period is on a node that cannot.
 GRACE_MARGIN = timedelta(seconds=15)
 ROLE_LABEL = "node-role.kubernetes.io/wasm"
@@ -177,6 +179,15 @@ class Cluster:
         with _gone_is_fine():
             return self.core.read_node(name)
         return None
+
+    def runs(self, name: str) -> bool:
+        """Say whether somebody renews a node's lease; whose clock is another's is waited for."""
+        before, deadline = self.renewed(name), time.monotonic() + LEASE_RENEWAL.total_seconds()
+        if before is not None and datetime.now(UTC) - before < LEASE_RENEWAL:
+            return True
+        while (now := self.renewed(name)) == before and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        return now != before
 
     def renewed(self, name: str) -> datetime | None:
         """Say when the node last renewed its lease."""
@@ -547,12 +558,13 @@ class NodeRegistrationProvider(ResourceProvider):
     def diff(self, _id: str, olds: dict[str, Any], news: dict[str, Any]) -> DiffResult:
         """Another VM has to join anew, and so has a VM in another cluster.
 
-        One that is there already took the place of a VM that was gone: it joins as the Node that is there and
-        takes its pods, since nobody is there who would end them. Names and addresses count only while it
-        joins; another configuration and other keys are waited for, and a request for a certificate that waits
-        is decided about.
+        One in the place of a VM that was gone joins as the Node that is there and takes its pods, since
+        nobody is there who would end them: a refresh has seen that, or the VM is there before this one is
+        asked. Names and addresses count only while it joins; another configuration and other keys are waited
+        for, and a request for a certificate that waits is decided about.
         """
-        ended = {"node", "instance"} if is_unknown(news["instance"]) else {"node"}
+        is_planned = is_unknown(news["instance"]) and bool(olds["instance"])
+        ended = {"node", "instance"} if is_planned else {"node"}
         waited = {"instance", "configuration", "verification_keys"} - ended
         result = _changed(olds, news, replace=ended, update=waited)
         result.changes = result.changes or bool(olds.get("waiting_requests"))
@@ -569,20 +581,23 @@ class NodeRegistrationProvider(ResourceProvider):
     def read(self, id_: str, props: dict[str, Any]) -> ReadResult:
         """Look for the Node; one that was deleted and came back has to be let in again.
 
+        One that nobody runs any more has no `instance` until the next join.
         True requests of it that wait, as a renewal on GKE, whose approver decides about none, are drift in
         `waiting_requests`. An API server that is away is an error.
         """
-        waiting = None
+        waiting, runs = None, True
         with _unless_given_up(), _api_errors(f"the Node {props['node']} cannot be read"):
             cluster = Cluster(props["kubeconfig"])
             node = cluster.node(props["node"])
             if node is not None and node.metadata.uid == props["uid"]:
                 asker = _asker(props.get("account") or "", props["token"])
                 waiting = _waiting(cluster, machine(props), asker)
+                runs = bool(props["instance"]) and cluster.runs(props["node"])
         if waiting is None:
             return gone()
         known = {key: value for key, value in props.items() if key != "waiting_requests"}
-        return ReadResult(id_, known | ({"waiting_requests": waiting} if waiting else {}))
+        seen = {"waiting_requests": waiting} if waiting else {}
+        return ReadResult(id_, known | seen | ({} if runs else {"instance": ""}))
 
     @operation
     def update(self, _id: str, _olds: dict[str, Any], news: dict[str, Any]) -> UpdateResult:

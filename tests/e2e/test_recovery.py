@@ -4,13 +4,16 @@ import json
 import os
 import signal
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import requests
 
+from components.providers.registration import LEASE_RENEWAL
 from tests.e2e.cloud import Cloud
 from tests.e2e.conftest import Stack
+from tests.e2e.test_changes import preview, up
 from tests.waiting import until
 
 
@@ -82,7 +85,13 @@ def test_a_vm_that_somebody_deleted_is_there_again_after_one_up_and_takes_its_po
     place = (outputs["pod"], "-n", outputs["namespace"])
     before = stack.kubectl_json("get", "pod", *place)["metadata"]["uid"]
     Cloud(stack.env).delete_instance(outputs["node"])
-    stack.run("pulumi", "up", "--yes", "--refresh")
+    lease = ("get", "lease", outputs["node"], "-n", "kube-node-lease")
+    last = stack.kubectl_json(*lease)["spec"]["renewTime"]
+    until(lambda: datetime.now(UTC) - datetime.fromisoformat(last) > LEASE_RENEWAL, "the lease to run out")
+    stack.run("pulumi", "refresh", "--yes", "--skip-preview")
+    plan = preview(stack)
+    assert (plan["node-vm"], plan["node-registration"]) == ("create", "update")
+    assert up(stack) == plan
     answer = requests.get(f"{outputs['url']}/primorial/30", timeout=10)
     assert answer.json()["primorial"] == "6469693230"
     assert stack.kubectl_json("get", "pod", *place)["metadata"]["uid"] == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import ipaddress
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -461,11 +462,47 @@ def test_a_refresh_sees_a_node_that_is_gone_or_came_back_as_another(
     monkeypatch: pytest.MonkeyPatch, uid: str | None, is_there: bool
 ) -> None:
     node = None if uid is None else SimpleNamespace(metadata=SimpleNamespace(uid=uid))
-    cluster = SimpleNamespace(node=lambda _: node, requests=list)
+    cluster = SimpleNamespace(node=lambda _: node, requests=list, runs=lambda _: True)
     monkeypatch.setattr(registration, "Cluster", lambda _: cluster)
     found = registration.NodeRegistrationProvider().read("n", STATE)
     assert bool(found.id) is is_there
     assert "waiting_requests" not in (found.outs or {})
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_node_that_nobody_runs_is_joined_again_by_whatever_machine_comes(
+    monkeypatch: pytest.MonkeyPatch, runs: bool
+) -> None:
+    there = SimpleNamespace(metadata=SimpleNamespace(uid="u"))
+    cluster = SimpleNamespace(node=lambda _: there, requests=list, runs=lambda _: runs)
+    monkeypatch.setattr(registration, "Cluster", lambda _: cluster)
+    provider = registration.NodeRegistrationProvider()
+    seen = provider.read("n", STATE).outs or {}
+    assert provider.diff("n", seen, STATE).changes is not runs
+    another = {**STATE, "instance": pulumi.runtime.rpc.UNKNOWN, "created": pulumi.runtime.rpc.UNKNOWN}
+    assert provider.diff("n", seen, another).replaces == (["instance"] if runs else [])
+
+
+@pytest.mark.parametrize(
+    ("renewals", "runs"),
+    [
+        ([timedelta(seconds=1)], True),
+        ([timedelta(minutes=5)], False),
+        ([None], False),
+        # A machine whose clock is behind.
+        ([timedelta(minutes=5), timedelta(minutes=5), timedelta(minutes=4)], True),
+    ],
+)
+def test_a_node_runs_while_its_lease_is_renewed(
+    monkeypatch: pytest.MonkeyPatch, renewals: list[timedelta | None], runs: bool
+) -> None:
+    now = datetime.now(UTC)
+    leases = [age and now - age for age in renewals]
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    cluster = with_core(SimpleNamespace())
+    monkeypatch.setattr(cluster, "renewed", lambda _: leases.pop(0) if len(leases) > 1 else leases[0])
+    assert cluster.runs("n") is runs
 
 
 STATE = {**OLDS, "node": VM.name, "addresses": [], "uid": "u", "account": ACCOUNT, "token": "t"}
@@ -488,6 +525,7 @@ def test_a_true_request_that_waits_is_drift_and_the_next_up_decides_about_it(
     there = SimpleNamespace(metadata=SimpleNamespace(uid="u"))
     cluster = FakeCluster(asked)
     monkeypatch.setattr(cluster, "node", lambda _: there)
+    monkeypatch.setattr(cluster, "runs", lambda _: True)
     monkeypatch.setattr(registration, "Cluster", lambda _: cluster)
     provider = registration.NodeRegistrationProvider()
     seen = provider.read("n", {**STATE, "waiting_requests": ["csr-of-before"]}).outs or {}
@@ -499,6 +537,7 @@ def test_whoever_may_not_list_requests_sees_no_drift(monkeypatch: pytest.MonkeyP
     cluster = FakeCluster(RENEWAL)
     cluster.failures.append(ApiException(status=403))
     monkeypatch.setattr(cluster, "node", lambda _: SimpleNamespace(metadata=SimpleNamespace(uid="u")))
+    monkeypatch.setattr(cluster, "runs", lambda _: True)
     monkeypatch.setattr(registration, "Cluster", lambda _: cluster)
     found = registration.NodeRegistrationProvider().read("n", STATE)
     assert "waiting_requests" not in (found.outs or {})
