@@ -19,6 +19,7 @@ pub mod terminated {
     pub const ERROR: &str = "Error";
     pub const OOM_KILLED: &str = "OOMKilled";
     pub const DEADLINE_EXCEEDED: &str = "DeadlineExceeded";
+    pub const CONTAINER_CANNOT_RUN: &str = "ContainerCannotRun";
 }
 
 /// Why a pod is in its phase.
@@ -67,6 +68,8 @@ pub mod event {
     pub const FAILED_POST_START_HOOK: &str = "FailedPostStartHook";
     /// Ours: a port of the container is of a kind that is not served.
     pub const PORT_NOT_SERVED: &str = "PortNotServed";
+    /// Ours: `kubectl debug` added a container.
+    pub const EPHEMERAL_CONTAINER_NOT_RUN: &str = "EphemeralContainerNotRun";
     /// Ours: the agent's own work on the pod failed by a bug.
     pub const WORKER_FAILED: &str = "PodWorkerFailed";
     pub const UNHEALTHY: &str = "Unhealthy";

@@ -2,14 +2,18 @@
 
 use super::fields::PodFacts;
 use super::{Role, is_finished};
-use crate::reasons::{condition, pod as pod_reason, waiting};
+use crate::reasons::{condition, pod as pod_reason, terminated, waiting};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
-    ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus, HostIP,
-    Pod, PodCondition, PodIP, PodStatus,
+    ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus,
+    EphemeralContainer, HostIP, Pod, PodCondition, PodIP, PodStatus,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde::{Deserialize, Serialize};
+
+/// What an ephemeral container is told, and the exit code of a container that no runtime could start.
+pub const NOT_DEBUGGED: &str = "a WebAssembly pod has no shell and no processes that another container could join";
+const CANNOT_RUN: i32 = 128;
 
 /// How a container ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -189,9 +193,37 @@ pub fn build(view: &View<'_>) -> PodStatus {
         start_time: Some(Time(view.start_time)),
         init_container_statuses: statuses(true),
         container_statuses: statuses(false),
+        ephemeral_container_statuses: refused(pod),
         observed_generation: pod.metadata.generation,
         ..PodStatus::default()
     }
+}
+
+/// The names of the containers that `kubectl debug` has added.
+pub fn ephemeral(pod: &Pod) -> impl Iterator<Item = &str> {
+    let spec = pod.spec.iter();
+    spec.flat_map(|spec| spec.ephemeral_containers.iter().flatten()).map(|container| container.name.as_str())
+}
+
+/// None of them is run. Ended with a reason, so that kubectl does not wait for it.
+fn refused(pod: &Pod) -> Option<Vec<ContainerStatus>> {
+    let spec = pod.spec.as_ref()?;
+    let ended = ContainerState {
+        terminated: Some(ContainerStateTerminated {
+            exit_code: CANNOT_RUN,
+            reason: Some(terminated::CONTAINER_CANNOT_RUN.to_owned()),
+            message: Some(NOT_DEBUGGED.to_owned()),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let of = |container: &EphemeralContainer| ContainerStatus {
+        name: container.name.clone(),
+        image: container.image.clone().unwrap_or_default(),
+        state: Some(ended.clone()),
+        ..Default::default()
+    };
+    spec.ephemeral_containers.as_ref().map(|containers| containers.iter().map(of).collect())
 }
 
 /// The kubelet's rules, and one more: an end is told only when nothing runs any more.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tests.integration.agent.harness import Manifest, Workspace, command, condition, served
+from tests.integration.agent.harness import Cluster, Manifest, Workspace, command, condition, served
 from tests.waiting import until
 
 
@@ -210,3 +210,16 @@ def test_a_sidecar_starts_first_and_does_not_keep_the_pod_from_completing(space:
 def test_a_component_that_serves_without_a_port_is_told_so(space: Workspace) -> None:
     pod = space.pod({"name": "web", "image": space.http_image})
     assert "containerPort" in pod.wait_waiting("CreateContainerError")
+
+
+def test_a_container_that_kubectl_debug_adds_is_refused_and_the_pod_goes_on(
+    space: Workspace, cluster: Cluster
+) -> None:
+    pod = space.serve().wait_ready()
+    debug = ["debug", f"--namespace={pod.namespace}", pod.name, "--image=busybox", "--container=shell"]
+    cluster.kubectl(*debug)
+    assert "no shell" in pod.wait_event("EphemeralContainerNotRun", "shell")
+    shown = until(lambda: pod.read().status.ephemeral_container_statuses, "its status")
+    ended = shown[0].state.terminated
+    assert (shown[0].name, ended.reason, ended.exit_code) == ("shell", "ContainerCannotRun", 128)
+    assert (pod.get("/version").text, pod.status().restart_count) == ("1", 0)

@@ -343,7 +343,11 @@ impl PodLifecycle {
         if is_finished(&pod) && !self.finished {
             self.completed = true;
         }
-        self.pod = pod;
+        let before = std::mem::replace(&mut self.pod, pod.clone());
+        for name in status::ephemeral(&pod).filter(|name| status::ephemeral(&before).all(|known| known != *name)) {
+            let text = format!("ephemeral container {name} is not run: {}", status::NOT_DEBUGGED);
+            self.tell(None, Severity::Warning, event_reason::EPHEMERAL_CONTAINER_NOT_RUN, text);
+        }
     }
 
     fn evict(&mut self, message: String) {
