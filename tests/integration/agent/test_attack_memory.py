@@ -7,8 +7,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+import wasmtime
+
 from tests.integration.agent.conftest import AgentFactory
-from tests.integration.agent.harness import Agent, Manifest, Pod, Workspace, served
+from tests.integration.agent.harness import Agent, Manifest, Pod, Workspace, layout, served
 
 
 def _attack(pods: list[Pod], requests: int, mib: int) -> set[int]:
@@ -61,3 +64,41 @@ def test_a_pod_without_a_limit_takes_a_quarter_of_what_the_node_has_for_guests(
     began = time.monotonic()
     assert neighbour.get("/version").ok
     assert time.monotonic() - began < 10
+
+
+GROWS = {
+    "a second memory": """(memory 1) (memory $m 1)
+        (func (export "_start") (loop $l (drop (memory.grow $m (i32.const 16))) (br $l)))""",
+    "a memory of 64 bits": """(memory i64 1)
+        (func (export "_start") (loop $l (drop (memory.grow (i64.const 16))) (br $l)))""",
+    "a list of structs": """(type $n (struct (field (ref null $n))))
+        (global $g (mut (ref null $n)) (ref.null $n))
+        (func (export "_start") (loop $l (global.set $g (struct.new $n (global.get $g))) (br $l)))""",
+    "a list of arrays": """(type $a (array (mut i64)))
+        (type $n (struct (field (ref null $n)) (field (ref $a))))
+        (global $g (mut (ref null $n)) (ref.null $n))
+        (func (export "_start") (loop $l
+            (global.set $g (struct.new $n (global.get $g) (array.new_default $a (i32.const 100000))))
+            (br $l)))""",
+    "a table": """(table $t 1 anyref)
+        (func (export "_start") (loop $l
+            (br_if $l (i32.ne (table.grow $t (ref.i31 (i32.const 1)) (i32.const 10000)) (i32.const -1)))
+            unreachable))""",
+}
+
+
+def _command(space: Workspace, body: str) -> Pod:
+    module = bytes(wasmtime.wat2wasm(f"(module {body})"))
+    image = space.registry.push("grows", layout(module), space.unique("grows"))
+    return space.run(image=image, resources={"limits": {"memory": "64Mi"}})
+
+
+@pytest.mark.parametrize("body", GROWS.values(), ids=GROWS)
+def test_whatever_a_guest_grows_has_an_end(space: Workspace, agent: Agent, body: str) -> None:
+    with agent.bounded(64):
+        _command(space, body).wait_phase("Failed", timeout=60)
+
+
+def test_a_memory_that_threads_would_share_is_refused(space: Workspace) -> None:
+    pod = _command(space, '(memory 1 1000 shared) (func (export "_start"))')
+    assert "shared memories" in pod.wait_waiting("InvalidImage")
