@@ -18,8 +18,10 @@ Predicate = Callable[[Json], bool]
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<mark>[()])|(?P<op>!=|>=|<=|=|:|>|<)|\"(?P<double>(?:[^\"\\]|\\.)*)\"|'(?P<single>[^']*)'"
-    r"|(?P<word>[^\s()=!<>:\"']+))"
+    r"|(?P<word>https?://[^\s()\"']+|[^\s()=!<>:\"']+))"
 )
+# A resource by the host and the version that a client knows this API by.
+_LINK = re.compile(r"https?://.*?/(projects/.+)")
 _WORD_OPERATORS = {"eq", "ne"}
 _MOST_LEVELS = 50
 """Of a filter; what is nested deeper is no question but a load."""
@@ -229,7 +231,7 @@ def _values(item: Any, path: list[str]) -> list[Any]:
 
 def _comparison(operator: str, value: str) -> Callable[[Any], bool]:
     if operator in ("eq", "ne"):
-        pattern = re.compile(value)
+        pattern = re.compile(_LINK.sub(r".*/\1", value))
         return lambda found: bool(pattern.fullmatch(_text(found))) == (operator == "eq")
     if operator in (">", "<", ">=", "<="):
         return lambda found: _ordered(operator, _text(found), value)

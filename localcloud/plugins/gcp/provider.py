@@ -51,6 +51,7 @@ from localcloud.plugins.values import (
 from localcloud.plugins.values import Change as ValueChange
 
 CLIENT_CONFIG = "gcp:organizations/getClientConfig:getClientConfig"
+ZONES = "gcp:compute/getZones:getZones"
 # The official plugin's own note of which inputs it made up, kept so that a state can move between the two.
 _DEFAULTS = "__defaults"
 # Ours, in the state of what was begun and not seen to its end.
@@ -355,13 +356,30 @@ class GcpProvider(Provider):
                     raise
 
     def invoke(self, token: str, args: Properties) -> Properties:
-        """`getClientConfig`: who and where the provider is."""
+        """`getClientConfig`: who and where the provider is; `getZones`: which zones a region has."""
+        if token == ZONES:
+            return self._zones(args)
         if token != CLIENT_CONFIG:
             return super().invoke(token, args)
         access = self._google.token or os.environ.get("GOOGLE_OAUTH_ACCESS_TOKEN") or ""
         where = {name: self._settings.get(name) or "" for name in _ENVIRONMENT}
         path = f"projects/{where['project']}/regions/{where['region']}/zones/{where['zone']}"
         return {**where, "id": path, "accessToken": Secret(access), "defaultLabels": {**self._google.labels}}
+
+    def _zones(self, args: Properties) -> Properties:
+        place = {name: args.get(name) or self._settings.get(name) or "" for name in ("project", "region")}
+        wanted = f"(region eq '.*/regions/{place['region']}')"
+        if args.get("status"):
+            wanted += f" (status eq {args['status']})"
+        path = f"projects/{place['project']}/zones"
+        listed = self._google.call("compute", "GET", path, query={"filter": wanted})
+        names = sorted(str(zone["name"]) for zone in listed.get("items") or [])
+        return {
+            **args,
+            **place,
+            "id": f"projects/{place['project']}/regions/{place['region']}",
+            "names": names,
+        }
 
     def _served(self, resource: Resource) -> resources.Resource:
         if resource.type not in TYPES:

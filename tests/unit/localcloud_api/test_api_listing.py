@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from localcloud.api.compute.common import LINK
 from localcloud.api.errors import ApiError
 from localcloud.api.listing import matching, ordered_page, page
 from localcloud.api.masks import merged, update
@@ -86,13 +87,23 @@ def test_or_binds_tighter_than_and(parts: list[tuple[str, str]]) -> None:
         ('(name = "a") OR (name = "b") AND (size = 10)', ["b"]),
         ("name eq [ab]", ["a", "b"]),
         ("name ne [ab]", ["c"]),
+        # As Google's plugin asks for a region's zones, by the endpoint that it was told.
+        (r"(region eq http://127\.0\.0\.1:1/compute/beta/projects/p/regions/r) (on eq true)", ["a"]),
+        ("region eq '.*/regions/r'", ["a"]),
+        ("region eq https://www.googleapis.com/compute/v1/projects/p/regions/other", []),
         ("on = true", ["a"]),
         ("list.x = 2", ["c"]),
     ],
 )
 def test_filters_of_googles_documents(expression: str, names: list[str]) -> None:
     items: list[Json] = [
-        {"name": "a", "labels": {"owner": "me"}, "size": "5", "on": True},
+        {
+            "name": "a",
+            "labels": {"owner": "me"},
+            "size": "5",
+            "on": True,
+            "region": f"{LINK}projects/p/regions/r",
+        },
         {"name": "b", "size": "10", "on": False},
         {"name": "c", "size": "20", "list": [{"x": 1}, {"x": 2}]},
     ]

@@ -580,6 +580,14 @@ def test_the_client_configuration_has_a_secret_token(monkeypatch: pytest.MonkeyP
         provider().invoke("gcp:organizations/getProject:getProject", {})
 
 
+def test_a_region_has_the_zones_that_google_says() -> None:
+    google = Recorder(GET={"items": [{"name": "r-b"}, {"name": "r-a"}]})
+    found = provider(google).invoke("gcp:compute/getZones:getZones", {"region": "r", "status": "UP"})
+    assert (found["names"], found["id"]) == (["r-a", "r-b"], "projects/p/regions/r")
+    assert google.calls == [("GET", "projects/p/zones", None)]
+    assert google.queries == [{"filter": "(region eq '.*/regions/r') (status eq UP)"}]
+
+
 RUNNING = {"name": "operation-1", "status": "RUNNING"}
 
 
