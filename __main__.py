@@ -16,7 +16,7 @@ from components.artifact import (
 )
 from components.cluster import KubernetesCluster, KubernetesClusterArgs
 from components.naming import former_keys, former_names, resource_name
-from components.node import KrustletNode, KrustletNodeArgs
+from components.node import KrustletNodeArgs, krustlet_nodes
 from components.project import ProjectServices, ProjectServicesArgs
 from components.providers.signature import SigningKey
 from components.registry import ContainerRegistry, ContainerRegistryArgs
@@ -54,11 +54,11 @@ artifacts = {
 agent = AgentArtifact(
     "agent",
     AgentArtifactArgs(
-        settings.node.agent_crate,
+        settings.nodes[0].agent_crate,
         pulumi.Output.concat(registry.url, f"/{config.AGENT_IMAGE}"),
         registry.lifetime,
         signing_key,
-        settings.node.agent_target,
+        settings.nodes[0].agent_target,
     ),
 )
 cluster = KubernetesCluster(
@@ -73,13 +73,12 @@ cluster = KubernetesCluster(
         services,
     ),
 )
-node = KrustletNode(
-    "node",
+nodes = krustlet_nodes(
     KrustletNodeArgs(
         google.project,
         google.region,
         google.zone,
-        settings.node,
+        settings.nodes[0],
         apps,
         settings.network,
         cluster,
@@ -89,12 +88,13 @@ node = KrustletNode(
         signing_key,
         services,
     ),
+    settings.nodes,
 )
 in_cluster = pulumi.ResourceOptions(providers=[cluster.provider])
 workloads = {
     app.name: (WasmPod if app.replicas is None else WasmDeployment)(
         resource_name("workload", app, apps),
-        WorkloadArgs(app, artifacts[app.name], node),
+        WorkloadArgs(app, artifacts[app.name], nodes),
         pulumi.ResourceOptions.merge(
             in_cluster, pulumi.ResourceOptions(aliases=former_names("workload", app, apps))
         ),
@@ -112,7 +112,8 @@ pulumi.export("public_key", signing_key.public_key)
 pulumi.export("registry", registry.url)
 pulumi.export("cluster", cluster.name)
 pulumi.export("kubeconfig", cluster.kubeconfig)
-pulumi.export("node", node.name)
+pulumi.export("node", nodes[0].name)
+pulumi.export("nodes", [{"name": node.name, "zone": node.zone, "address": node.address} for node in nodes])
 pulumi.export("namespace", cluster.namespace)
 pulumi.export("pod", workloads[main].name)
 pulumi.export("wasm_bytes", artifacts[main].size)

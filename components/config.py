@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pulumi
 from pulumi.runtime.config import CONFIG, get_config_env, is_config_secret
@@ -44,6 +44,8 @@ _CPU = re.compile(r"[1-9][0-9]*m|[1-9][0-9]*(\.[0-9]+)?|0\.[0-9]*[1-9][0-9]*")
 _TIME_OF_DAY = re.compile(r"|([01][0-9]|2[0-3]):[0-5][0-9]")
 _RUST_TARGET = re.compile(r"|[a-z0-9_.]+(-[a-z0-9_.]+){1,3}")
 _WORD = re.compile(r"[A-Za-z0-9._/-]+")
+# An account's id has 30 characters, of which `-node` and a number of the node's take their part.
+_LONGEST_SHARED_NAME = 22
 # What an app has where it does not say otherwise; the first one needs no name and no crate either.
 _APP = {"port": 8080, "memoryLimit": "64Mi", "cpuLimit": "500m", "environment": {}, "allowedHosts": []}
 _FIRST_APP = {"name": "primorial", "crate": "wasm_app", **_APP}
@@ -107,7 +109,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class NodeConfig:
-    """The VM that runs Krustlet.
+    """A VM that runs Krustlet.
 
     `pod_range` is how much of the WebAssembly pods' addresses it gets, a mask as in /22; empty for none.
     """
@@ -158,7 +160,7 @@ class StackConfig:
     registry: RegistryConfig
     network: NetworkConfig
     cluster: ClusterConfig
-    node: NodeConfig
+    nodes: tuple[NodeConfig, ...]
     namespace: str
     apps: tuple[AppConfig, ...]
     signing_key: pulumi.Output[str] | None
@@ -171,8 +173,8 @@ def load() -> StackConfig:
     config = pulumi.Config()
     keys = Reader(config)
     _refuse_former(config)
-    max_pods = keys.integer("maxPods", 1, 10000)
-    network = _network(keys, max_pods)
+    max_pods, count = keys.integer("maxPods", 1, 10000), keys.integer("nodes", 1, MOST_NODES)
+    network = _network(keys, max_pods, count)
     kms_key = keys.kms_key("signingKey")
     if kms_key is None:
         keys.check_signing_key("signingKey", "signingKeyPassword")
@@ -192,19 +194,7 @@ def load() -> StackConfig:
                 "maintenanceWindow", _TIME_OF_DAY, "a time of day in GMT, as in 03:00, or nothing"
             ),
         ),
-        node=NodeConfig(
-            name=keys.text("nodeName", _DNS_LABEL, NAME_RULE),
-            machine_type=keys.text("machineType", _WORD, "a machine type, as in e2-small"),
-            boot_image=keys.text("bootImage", _WORD, "an image or family, as in debian-cloud/debian-12"),
-            disk_size_gb=keys.integer("diskSizeGb", 10, 65536),
-            max_pods=max_pods,
-            pod_range=f"/{_pod_prefix(max_pods)}" if network.wasm_pods else "",
-            agent_crate=keys.crate("agentCrate"),
-            agent_target=keys.text(
-                "agentTarget", _RUST_TARGET, "a Rust target, or nothing for this machine's"
-            ),
-            bootstrap=keys.one_of("bootstrap", (BY_IDENTITY, BY_TOKEN)),
-        ),
+        nodes=_nodes(keys, network, max_pods, count),
         namespace=_namespace(keys),
         apps=read_apps(keys, network),
         signing_key=None if kms_key else signing_key,
@@ -297,6 +287,28 @@ def _autoscaling(fields: Reader) -> AutoscalingConfig | None:
     return found
 
 
+def _nodes(keys: Reader, network: NetworkConfig, max_pods: int, count: int) -> tuple[NodeConfig, ...]:
+    """Read the VMs, which are alike but for their names: a number at the end is the first one's or none's."""
+    first = NodeConfig(
+        name=keys.text("nodeName", _DNS_LABEL, NAME_RULE),
+        machine_type=keys.text("machineType", _WORD, "a machine type, as in e2-small"),
+        boot_image=keys.text("bootImage", _WORD, "an image or family, as in debian-cloud/debian-12"),
+        disk_size_gb=keys.integer("diskSizeGb", 10, 65536),
+        max_pods=max_pods,
+        pod_range=f"/{_pod_prefix(max_pods)}" if network.wasm_pods else "",
+        agent_crate=keys.crate("agentCrate"),
+        agent_target=keys.text("agentTarget", _RUST_TARGET, "a Rust target, or nothing for this machine's"),
+        bootstrap=keys.one_of("bootstrap", (BY_IDENTITY, BY_TOKEN)),
+    )
+    if count > 1 and len(first.name) > _LONGEST_SHARED_NAME:
+        allowed = (
+            f"at most {_LONGEST_SHARED_NAME} characters where nodes is {count}, for the numbers behind it"
+        )
+        raise keys.error("nodeName", first.name, allowed)
+    stem = first.name.removesuffix("-1")
+    return (first, *(replace(first, name=f"{stem}-{number}") for number in range(2, count + 1)))
+
+
 def _namespace(keys: Reader) -> str:
     name = keys.text("namespace", _DNS_LABEL, NAME_RULE)
     if _NOT_OURS.fullmatch(name):
@@ -342,7 +354,7 @@ def _pod_prefix(max_pods: int) -> int:
     return min(24, 32 - (2 * max_pods - 1).bit_length())
 
 
-def _network(keys: Reader, max_pods: int) -> NetworkConfig:
+def _network(keys: Reader, max_pods: int, nodes: int) -> NetworkConfig:
     named = {
         "networkCidr": keys.network("networkCidr", 29),
         "podCidr": keys.network("podCidr", 24),
@@ -350,8 +362,13 @@ def _network(keys: Reader, max_pods: int) -> NetworkConfig:
     }
     wasm_pods = keys.text("wasmPodCidr", re.compile(".*"), "a private IPv4 network, or nothing")
     if wasm_pods:
-        # What the VM gets of it has to fit.
-        named["wasmPodCidr"] = keys.network("wasmPodCidr", _pod_prefix(max_pods))
+        # What the VMs get of it has to fit.
+        each = _pod_prefix(max_pods)
+        named["wasmPodCidr"] = keys.network("wasmPodCidr", each)
+        room = each - (nodes - 1).bit_length()
+        if ipaddress.IPv4Network(wasm_pods).prefixlen > room:
+            needed = f"a prefix of at most {room} bits, which has a /{each} for each of {nodes} nodes"
+            raise keys.error("wasmPodCidr", wasm_pods, needed)
     seen: list[tuple[str, str]] = []
     for key, value in named.items():
         for other, taken in seen:
@@ -373,3 +390,5 @@ AGENT_PORT = 10250
 # What the agent's image is called in the stack's registry, beside the apps'.
 AGENT_IMAGE = "krustlet"
 MOST_REPLICAS = 10000
+# They are made one after the other.
+MOST_NODES = 20

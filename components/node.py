@@ -1,11 +1,12 @@
-"""KrustletNode: a VM that runs Krustlet and has joined the cluster."""
+"""KrustletNode: a VM that runs Krustlet and has joined the cluster; and how several are spread."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import ipaddress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,20 @@ SCOPES = [
 ]
 # Below it the service needs a capability, which the startup script gives to its unit.
 FIRST_UNPRIVILEGED_PORT = 1024
+# Which of several nodes it is; the first, which was alone before, has none.
+NUMBER_LABEL = "krustlet.dev/number"
 
 
 @dataclass(frozen=True)
 class KrustletNodeArgs:
-    """The VM, the cluster that it joins, the agent that it runs, the apps, and the key that it trusts."""
+    """The VM, the cluster that it joins, the agent that it runs, the apps, and the key that it trusts.
+
+    `before` is the node that is Ready before this one is made, changed or replaced: one VM at a time.
+    """
 
     project: str
     region: str
-    zone: str
+    zone: pulumi.Input[str]
     node: NodeConfig
     apps: tuple[AppConfig, ...]
     network: NetworkConfig
@@ -51,6 +57,8 @@ class KrustletNodeArgs:
     artifacts: tuple[WasmArtifact, ...]
     signing_key: SigningKey
     services: ProjectServices
+    before: KrustletNode | None = None
+    number: int = 1
 
 
 def bootstrap_kubeconfig(endpoint: str, certificate: str, token: str = "") -> str:
@@ -99,6 +107,7 @@ class KrustletNode(pulumi.ComponentResource):
 
     name: pulumi.Output[str]
     """The node's name, which is the VM's; known once it is Ready."""
+    zone: pulumi.Output[str]
     address: pulumi.Output[str]
     """The reserved address, where the pods' ports are, the world's or the network's; it survives the VM."""
     is_reachable: bool
@@ -119,16 +128,20 @@ class KrustletNode(pulumi.ComponentResource):
         # Where zone or region changes, what is made anew with its name begins with the cluster: two that
         # delete before they create at once would each end what the other one still needs.
         # In order, so that the order of the apps says nothing.
-        self._node_ports = sorted(app.port for app in args.apps if app.replicas is None)
+        # A single pod is on the first node, whose address its URL has.
+        self._node_ports = sorted(app.port for app in args.apps if app.replicas is None and not args.before)
         self._lowest_port = min(app.port for app in args.apps)
         self._after_cluster = [*args.services.enabled, args.cluster.lifetime]
+        # One that is deleted before it is made anew takes with it what needs it, the VM above all.
+        self._turn = [args.before.registration] if args.before else []
+        self._after_cluster += self._turn
         account = gcp.serviceaccount.Account(
             f"{name}-account",
             project=args.project,
             account_id=f"{args.node.name[:25]}-node".ljust(6, "x"),
             display_name=f"The VM {args.node.name}",
             opts=pulumi.ResourceOptions(
-                parent=self, depends_on=args.services.enabled, delete_before_replace=True
+                parent=self, depends_on=[*args.services.enabled, *self._turn], delete_before_replace=True
             ),
         )
         pull = args.registry.allow_pull(name, account.email)
@@ -138,7 +151,9 @@ class KrustletNode(pulumi.ComponentResource):
             f"{name}-token",
             args.node.name,
             args.cluster.kubeconfig,
-            opts=pulumi.ResourceOptions(parent=self, deleted_with=args.cluster.lifetime),
+            opts=pulumi.ResourceOptions(
+                parent=self, deleted_with=args.cluster.lifetime, depends_on=self._turn
+            ),
         )
         binding = self._allow_certificate_requests(account)
         self._configuration = args.agent.sha256.apply(
@@ -155,11 +170,13 @@ class KrustletNode(pulumi.ComponentResource):
         signed = [artifact.signed for artifact in args.artifacts]
         needs = [args.agent.signed, *signed, pull, binding, token, *firewalls]
         needs += args.cluster.way_out
-        if args.node.pod_range:
+        needs += self._turn
+        if args.node.pod_range and not args.before:
             needs.append(self._allow_services())
         instance = self._instance(account, address, token, needs)
         self.registration = self._registration(instance, address, account, token)
         self.name = self.registration.node
+        self.zone = instance.zone
         self.address = address.address
         self.register_outputs({"name": self.name, "address": self.address})
 
@@ -223,9 +240,11 @@ class KrustletNode(pulumi.ComponentResource):
 
     def _bind(self, what: str, role: str, subject: dict[str, pulumi.Input[str]]) -> pulumi.Resource:
         """Give a role of the cluster's own to somebody."""
+        # The first node's was there before there were others.
+        ending = f"-{self._args.node.name}" if self._args.before else ""
         return kubernetes.rbac.v1.ClusterRoleBinding(
             f"{self._name}-{what}",
-            metadata={"name": f"krustlet-{what}"},
+            metadata={"name": f"krustlet-{what}{ending}"},
             role_ref={"api_group": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role},
             subjects=[kubernetes.rbac.v1.SubjectArgs(api_group="rbac.authorization.k8s.io", **subject)],
             opts=pulumi.ResourceOptions(
@@ -304,6 +323,7 @@ class KrustletNode(pulumi.ComponentResource):
         )
         # Its alias range comes after its metadata: the startup script waits for one of this size.
         pods = {"krustlet-pod-range": args.node.pod_range} if args.node.pod_range else {}
+        labels = f"{NUMBER_LABEL}={args.number}," if args.before else ""
         return gcp.compute.Instance(
             f"{self._name}-vm",
             project=args.project,
@@ -324,7 +344,7 @@ class KrustletNode(pulumi.ComponentResource):
                 "krustlet-bootstrap-kubeconfig": bootstrap,
                 "krustlet-verification-key": args.signing_key.public_key,
                 "krustlet-node-labels": pulumi.Output.concat(
-                    f"krustlet.dev/runtime=wasmtime,{CONFIGURATION_LABEL}=", self._configuration
+                    f"{labels}krustlet.dev/runtime=wasmtime,{CONFIGURATION_LABEL}=", self._configuration
                 ),
                 "krustlet-max-pods": str(args.node.max_pods),
                 "krustlet-app-port": str(self._lowest_port),
@@ -359,7 +379,9 @@ class KrustletNode(pulumi.ComponentResource):
             node=args.node.name,
             instance=instance.instance_id,
             created=instance.creation_timestamp,
-            hostnames=hostnames(args.node.name, args.project, args.zone),
+            hostnames=pulumi.Output.from_input(args.zone).apply(
+                lambda zone: hostnames(args.node.name, args.project, zone)
+            ),
             addresses=[instance.network_interfaces[0].network_ip, address.address],
             configuration=self._configuration,
             verification_keys=args.signing_key.public_key.apply(fingerprint),
@@ -374,3 +396,38 @@ class KrustletNode(pulumi.ComponentResource):
                 replace_with=[instance],
             ),
         )
+
+
+def spread(first: str, offered: Sequence[str], count: int) -> list[str]:
+    """Give the zone of each of `count` nodes: the first one's, then each in turn of those that a region has.
+
+    Where a node is says its number, so that another one moves none.
+    """
+    others = sorted(set(offered) - {first})
+    after = [zone for zone in others if zone > first] + [zone for zone in others if zone < first]
+    zones = [first, *after]
+    return [zones[number % len(zones)] for number in range(count)]
+
+
+def krustlet_nodes(args: KrustletNodeArgs, nodes: tuple[NodeConfig, ...]) -> tuple[KrustletNode, ...]:
+    """Make the nodes, one after the other; the first one is in the zone of the arguments."""
+    made = [KrustletNode("node", args)]
+    if len(nodes) == 1:
+        return tuple(made)
+    # Those that are down too: none moves because of that.
+    offered = gcp.compute.get_zones_output(
+        project=args.project,
+        region=args.region,
+        opts=pulumi.InvokeOutputOptions(depends_on=args.services.enabled),
+    )
+    zones = pulumi.Output.all(args.zone, offered.names).apply(
+        lambda found: spread(found[0], found[1], len(nodes))
+    )
+    for number, node in enumerate(nodes[1:], start=2):
+        zone = zones[number - 1]
+        made.append(
+            KrustletNode(
+                f"node-{number}", replace(args, node=node, zone=zone, before=made[-1], number=number)
+            )
+        )
+    return tuple(made)

@@ -15,7 +15,7 @@ from pulumi_kubernetes.meta import v1 as meta
 
 from components.artifact import WasmArtifact
 from components.config import AppConfig, AutoscalingConfig
-from components.node import KrustletNode
+from components.node import NUMBER_LABEL, KrustletNode
 
 ARCHITECTURE = "wasm32-wasi"
 PREPARE_ONLY = "krustlet.dev/prepare-only"
@@ -31,11 +31,11 @@ curl --fail --silent --show-error --max-time 10 "$URL/primorial/30" | grep 64696
 
 @dataclass(frozen=True)
 class WorkloadArgs:
-    """What runs, where."""
+    """What runs, where: a single pod on the first of the nodes, replicas on all of them."""
 
     app: AppConfig
     artifact: WasmArtifact
-    node: KrustletNode
+    nodes: tuple[KrustletNode, ...]
 
 
 class WasmPod(pulumi.ComponentResource):
@@ -51,30 +51,34 @@ class WasmPod(pulumi.ComponentResource):
         prepared = _prepared(name, args, self, WasmDeployment.pulumi_type)
         metadata: meta.ObjectMetaArgsDict = {
             "name": args.app.name,
-            "namespace": args.node.cluster.namespace,
+            "namespace": args.nodes[0].cluster.namespace,
             "labels": {APP_LABEL: args.app.name},
             **_annotations(args.app),
         }
         pod = kubernetes.core.v1.Pod(
             f"{name}-pod",
             metadata=metadata,
-            spec=_spec(args.app, args.artifact.image, host_port=args.node.pods_have_addresses),
+            spec={
+                **_place(args.nodes),
+                **_spec(args.app, args.artifact.image, host_port=args.nodes[0].pods_have_addresses),
+            },
             opts=pulumi.ResourceOptions(
                 parent=self,
-                depends_on=[args.node.registration, args.artifact.signed, prepared],
+                depends_on=[args.nodes[0].registration, args.artifact.signed, prepared],
                 delete_before_replace=True,
-                deleted_with=args.node.cluster.lifetime,
+                deleted_with=args.nodes[0].cluster.lifetime,
                 # A pod ends with its node; the next VM of that name gets a new one.
-                replace_with=[args.node.registration],
+                replace_with=[args.nodes[0].registration],
                 # The agent reads them when the pod begins.
                 replace_on_changes=["metadata.annotations"],
+                ignore_changes=_kept_place(args.nodes),
             ),
         )
-        url = pulumi.Output.format("http://{0}:{1}", args.node.address, args.app.port)
+        url = pulumi.Output.format("http://{0}:{1}", args.nodes[0].address, args.app.port)
         # A preview of another pod has metadata without a uid, which would pass for None; it has no status.
         uid = pulumi.Output.all(pod.metadata.uid, pod.status).apply(lambda made: made[0])
         answered = uid
-        if args.node.is_reachable:
+        if args.nodes[0].is_reachable:
             answered = self._smoke_test(name, args, url, uid, pod)
         self.name = pod.metadata.name
         self.url = pulumi.Output.all(url, answered).apply(lambda parts: str(parts[0]))
@@ -98,10 +102,10 @@ class WasmPod(pulumi.ComponentResource):
                 args.artifact.image,
                 url,
                 uid,
-                args.node.registration.uid,
-                args.node.registration.instance,
-                args.node.registration.configuration,
-                args.node.registration.verification_keys,
+                args.nodes[0].registration.uid,
+                args.nodes[0].registration.instance,
+                args.nodes[0].registration.configuration,
+                args.nodes[0].registration.verification_keys,
             ],
             opts=pulumi.ResourceOptions(parent=self, depends_on=[pod], delete_before_replace=True),
         )
@@ -118,27 +122,33 @@ class WasmDeployment(pulumi.ComponentResource):
 
     def __init__(self, name: str, args: WorkloadArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__(self.pulumi_type, name, None, opts)
-        app, lifetime = args.app, args.node.cluster.lifetime
+        app, lifetime = args.app, args.nodes[0].cluster.lifetime
         metadata: meta.ObjectMetaArgsDict = {
             "name": app.name,
-            "namespace": args.node.cluster.namespace,
+            "namespace": args.nodes[0].cluster.namespace,
             "labels": {APP_LABEL: app.name},
         }
         prepared = _prepared(name, args, self, WasmPod.pulumi_type)
-        annotations: dict[str, pulumi.Input[str]] = {
-            # Where another node took its place: up is up when its pods are there again.
-            "krustlet.dev/node": args.node.registration.uid,
-        }
+        annotations: dict[str, pulumi.Input[str]] = {}
+        if len(args.nodes) == 1:
+            # Where another node took its place: up is up when its pods are there again. With several, they
+            # were there before the node went; and for the engine a value of a node's would have the
+            # Deployment go before the node does.
+            annotations["krustlet.dev/node"] = args.nodes[0].registration.uid
         if not app.autoscaling:
             # Where there was an autoscaler the number is what it said last.
             annotations["pulumi.com/patchForce"] = "true"
         deployment = kubernetes.apps.v1.Deployment(
             f"{name}-deployment",
             metadata={**metadata, "annotations": annotations},
-            spec=_deployment(app, args.artifact.image),
+            spec=_deployment(app, args.artifact.image, SPREAD if len(args.nodes) > 1 else SPREAD[:1]),
             opts=pulumi.ResourceOptions(
                 parent=self,
-                depends_on=[args.node.registration, args.artifact.signed, prepared],
+                depends_on=[
+                    *(node.registration for node in args.nodes),
+                    args.artifact.signed,
+                    prepared,
+                ],
                 deleted_with=lifetime,
                 # They are the autoscaler's affair then.
                 ignore_changes=["spec.replicas"] if app.autoscaling else None,
@@ -183,6 +193,8 @@ PLACEMENT: core.PodSpecArgsDict = {
     "security_context": {"run_as_non_root": True, "seccomp_profile": {"type": "RuntimeDefault"}},
     "containers": [],
 }
+# What the pods of a Deployment are spread over; on a single node there is nothing to be said of zones.
+SPREAD = ("kubernetes.io/hostname", "topology.kubernetes.io/zone")
 CONFINED: core.SecurityContextArgsDict = {
     "allow_privilege_escalation": False,
     "read_only_root_filesystem": True,
@@ -200,20 +212,39 @@ def _prepared(
     """
     return kubernetes.core.v1.Pod(
         f"{name}-prepare",
-        metadata={"namespace": args.node.cluster.namespace, "annotations": {PREPARE_ONLY: "true"}},
+        metadata={"namespace": args.nodes[0].cluster.namespace, "annotations": {PREPARE_ONLY: "true"}},
         spec={
             **PLACEMENT,
+            **_place(args.nodes),
             "restart_policy": "Never",
             "containers": [{"name": "prepare", "image": args.artifact.image, "security_context": CONFINED}],
         },
         opts=pulumi.ResourceOptions(
             parent=parent,
-            depends_on=[args.node.registration, args.artifact.signed],
-            deleted_with=args.node.cluster.lifetime,
-            replace_with=[args.node.registration],
+            depends_on=[args.nodes[0].registration, args.artifact.signed],
+            deleted_with=args.nodes[0].cluster.lifetime,
+            replace_with=[args.nodes[0].registration],
+            ignore_changes=_kept_place(args.nodes),
             aliases=[pulumi.Alias(parent=pulumi.create_urn(name, other_type))],
         ),
     )
+
+
+def _place(nodes: tuple[KrustletNode, ...]) -> core.PodSpecArgsDict:
+    """Give where a pod is that ends with the first of several nodes: on the one that has no number."""
+    if len(nodes) == 1:
+        return {"containers": []}
+    unnumbered: core.NodeSelectorRequirementArgsDict = {"key": NUMBER_LABEL, "operator": "DoesNotExist"}
+    required: core.NodeSelectorArgsDict = {"node_selector_terms": [{"match_expressions": [unnumbered]}]}
+    affinity: core.NodeAffinityArgsDict = {"required_during_scheduling_ignored_during_execution": required}
+    return {"affinity": {"node_affinity": affinity}, "containers": []}
+
+
+def _kept_place(nodes: tuple[KrustletNode, ...]) -> list[str] | None:
+    """Say what stays as it is when the first node is left alone: a new pod would find the others, which go
+    last.
+    """
+    return ["spec.affinity"] if len(nodes) == 1 else None
 
 
 def _annotations(app: AppConfig) -> meta.ObjectMetaArgsDict:
@@ -253,18 +284,23 @@ def _selector(app: AppConfig) -> meta.LabelSelectorArgsDict:
     return {"match_labels": {APP_LABEL: app.name}}
 
 
-def _deployment(app: AppConfig, image: pulumi.Input[str]) -> apps.DeploymentSpecArgsDict:
-    """Give pods on as many nodes as there are, of which a new one is Ready before an old one goes."""
-    spread: core.TopologySpreadConstraintArgsDict = {
-        "max_skew": 1,
-        "topology_key": "kubernetes.io/hostname",
-        "when_unsatisfiable": "ScheduleAnyway",
-        "label_selector": _selector(app),
-        "match_label_keys": ["pod-template-hash"],
-    }
+def _deployment(
+    app: AppConfig, image: pulumi.Input[str], over: tuple[str, ...]
+) -> apps.DeploymentSpecArgsDict:
+    """Give pods spread over nodes and zones, of which a new one is Ready before an old one goes."""
+    spread: list[core.TopologySpreadConstraintArgsDict] = [
+        {
+            "max_skew": 1,
+            "topology_key": key,
+            "when_unsatisfiable": "ScheduleAnyway",
+            "label_selector": _selector(app),
+            "match_label_keys": ["pod-template-hash"],
+        }
+        for key in over
+    ]
     pod: core.PodSpecArgsDict = {
         **_spec(app, image, host_port=False),
-        "topology_spread_constraints": [spread],
+        "topology_spread_constraints": spread,
     }
     rolling: apps.RollingUpdateDeploymentArgsDict = {"max_unavailable": 0, "max_surge": "25%"}
     labelled: meta.ObjectMetaArgsDict = {"labels": {APP_LABEL: app.name}, **_annotations(app)}

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import string
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -204,20 +205,29 @@ class Cluster:
     def drain(self, name: str, timeout: timedelta = TIMEOUT) -> None:
         """Let the node take no more pods and end those that it has, as `kubectl drain` does.
 
-        Nobody ends the pods of a node whose VM is gone: they would be Terminating for ever. Raises
-        RegistrationError with the pods that are still there after `timeout`.
+        Where other nodes take them, they end as their disruption budgets let them; where this is the only
+        node of all, they end with it. Nobody ends the pods of a node whose VM is gone: they would be
+        Terminating for ever. Raises RegistrationError, and lets the node take pods again, if none of the
+        others is Ready, and with the pods that are still there after a time `timeout` in which none went.
         """
+        evict = self._others_take_over(name)
         with _gone_is_fine():
             self.core.patch_node(name, {"spec": {"unschedulable": True}})
-        end = datetime.now(UTC) + timeout
+        end, fewest = datetime.now(UTC) + timeout, sys.maxsize
         while pods := list(self._pods_on(name)):
             now = datetime.now(UTC)
+            if len(pods) < fewest:
+                end, fewest = now + timeout, len(pods)
             if now > end:
                 there = ", ".join(f"{pod.metadata.namespace}/{pod.metadata.name}" for pod in pods)
+                with _gone_is_fine():
+                    self.core.patch_node(name, {"spec": {"unschedulable": False}})
                 raise RegistrationError(f"node {name} still has pods after {timeout.seconds} s: {there}")
             for pod in pods:
                 until = pod.metadata.deletion_timestamp
-                if until is None or now > until + GRACE_MARGIN:
+                if until is None and evict:
+                    self._evict(pod.metadata.name, pod.metadata.namespace)
+                elif until is None or now > until + GRACE_MARGIN:
                     with _gone_is_fine():
                         self.core.delete_namespaced_pod(
                             pod.metadata.name,
@@ -225,6 +235,33 @@ class Cluster:
                             grace_period_seconds=None if until is None else 0,
                         )
             time.sleep(POLL_SECONDS)
+
+    def _others_take_over(self, name: str) -> bool:
+        """Say whether other nodes take a node's pods. Raises RegistrationError where none of them can."""
+        selector = ",".join(f"{key}={value}" for key, value in WASM_LABELS.items())
+        listed: list[Any] = self.core.list_node(label_selector=selector).items
+        nodes = {node.metadata.name: node for node in listed}
+        own = nodes.pop(name, None)
+        if own is None or not nodes or not _is_ready(own):
+            return False
+        if any(_is_ready(node) and not node.spec.unschedulable for node in nodes.values()):
+            return True
+        raise RegistrationError(
+            f"node {name} is the last one that takes pods, and is not taken away under what runs on it: "
+            f"{', '.join(sorted(nodes))} must be Ready first"
+        )
+
+    def _evict(self, name: str, namespace: str) -> None:
+        """End a pod, unless its disruption budget has it wait until another one is Ready."""
+        body = kubernetes.client.V1Eviction(
+            metadata=kubernetes.client.V1ObjectMeta(name=name, namespace=namespace)
+        )
+        try:
+            with _gone_is_fine():
+                self.core.create_namespaced_pod_eviction(name, namespace, body)
+        except kubernetes.client.ApiException as error:
+            if error.status != 429:
+                raise
 
     def _pods_on(self, name: str) -> Iterator[Any]:
         """Give the node's pods, without those that a DaemonSet would only make again."""
@@ -237,6 +274,10 @@ class Cluster:
         """Remove a Node; one that is gone already is fine."""
         with _gone_is_fine():
             self.core.delete_node(name)
+
+
+def _is_ready(node: Any) -> bool:
+    return any(item.type == "Ready" and item.status == "True" for item in node.status.conditions or [])
 
 
 @contextmanager
@@ -632,7 +673,7 @@ class NodeRegistration(pulumi.dynamic.Resource, module="registration", name="Nod
         node: pulumi.Input[str],
         instance: pulumi.Input[str],
         created: pulumi.Input[str],
-        hostnames: Sequence[pulumi.Input[str]],
+        hostnames: pulumi.Input[Sequence[str]],
         addresses: Sequence[pulumi.Input[str]],
         configuration: pulumi.Input[str],
         verification_keys: pulumi.Input[str],

@@ -142,6 +142,15 @@ CHANGES = (
     Change("agentTarget", "HOST", {}, note="this machine's own, said by name"),
     Change("bootstrap", "token", update("node-bootstrap") | RECONFIGURED, AGENT),
     Change(
+        "nodes",
+        "2",
+        create(*(f"node-2-{part}" for part in ("account", "agent-firewall", "address", "token", "bootstrap")))
+        | create("registry-node-2-reader", "node-2-disk", "node-2-vm", "node-2-registration")
+        | MOVED,
+        POD,
+        note="the pod says then that it is on the first; taken back, it stays, and the last VM goes",
+    ),
+    Change(
         "nodeName",
         "krustlet-2",
         replace("node-account", "registry-node-reader", "node-app-firewall", "node-agent-firewall")

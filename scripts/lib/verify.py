@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,7 +37,7 @@ SIGNATURE_ANNOTATION = "dev.cosignproject.cosign/signature"
 BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 ATTESTED = {"https://slsa.dev/provenance/v1", "https://cyclonedx.org/bom"}
 SIGNED = "https://sigstore.dev/cosign/sign/v1"
-OUTPUTS = ("urls", "image", "images", "public_key", "kubeconfig", "node", "namespace", "wasm_bytes")
+OUTPUTS = ("urls", "image", "images", "public_key", "kubeconfig", "nodes", "namespace", "wasm_bytes")
 PRIMORIALS = (1, 2, 30, 97, 1000)
 FACTORED = (1, 2, 360, 6469693230, 2**61 - 1, 18446744073709551557, 2**64 - 1)
 REFUSED = (
@@ -197,25 +198,31 @@ class Stack:
 
     def checks(self) -> dict[str, Callable[[], str]]:
         """Give the checks by name, in the order that makes the first failure the telling one."""
-        found = {"node is Ready, wasm32-wasi": self.node}
-        names = list(self._outputs["urls"])
+        nodes, names = self._outputs["nodes"], list(self._outputs["urls"])
+        found: dict[str, Callable[[], str]] = {
+            f"{node['name'] if len(nodes) > 1 else 'node'} is Ready, wasm32-wasi": partial(self.node, node)
+            for node in nodes
+        }
         for name in names:
             checks = App(name, self._outputs, self._api).checks()
             found |= {f"{name}: {what}" if len(names) > 1 else what: do for what, do in checks.items()}
         return found
 
-    def node(self) -> str:
-        """Check the Node's condition, labels and taints."""
-        node: Any = kubernetes.client.CoreV1Api(self._api).read_node(self._outputs["node"])
+    def node(self, wanted: dict[str, str]) -> str:
+        """Check a Node's condition, labels, zone and taints, and that it takes pods."""
+        node: Any = kubernetes.client.CoreV1Api(self._api).read_node(wanted["name"])
+        expect(not node.spec.unschedulable, "it is cordoned")
         ready = {item.type: item.status for item in node.status.conditions or []}.get("Ready")
         expect(ready == "True", f"Ready is {ready}")
         architecture = (node.metadata.labels or {}).get("kubernetes.io/arch")
         expect(architecture == "wasm32-wasi", f"kubernetes.io/arch is {architecture}")
+        zone = node.metadata.labels.get("topology.kubernetes.io/zone")
+        expect(zone == wanted["zone"], f"its zone is {zone}, not {wanted['zone']}")
         taints = {(taint.key, taint.value, taint.effect) for taint in node.spec.taints or []}
         for effect in ("NoSchedule", "NoExecute"):
             taint = ("kubernetes.io/arch", "wasm32-wasi", effect)
             expect(taint in taints, f"the taint kubernetes.io/arch=wasm32-wasi:{effect} is missing")
-        return f"{node.metadata.name}, {node.status.node_info.container_runtime_version}"
+        return f"{node.metadata.name}, {zone}, {node.status.node_info.container_runtime_version}"
 
 
 def through_the_api(
@@ -275,9 +282,10 @@ class App:
         return self._registry
 
     def pod(self) -> str:
-        """Check that the pod is Ready, on this node, and runs exactly the image that was pushed."""
+        """Check that the pod is Ready, on the first node, and runs exactly the image that was pushed."""
         core = kubernetes.client.CoreV1Api(self._api)
-        return self._is_ready(core.read_namespaced_pod(self._name, self._outputs["namespace"]))
+        nodes = [self._outputs["nodes"][0]["name"]]
+        return self._is_ready(core.read_namespaced_pod(self._name, self._outputs["namespace"]), nodes)
 
     def replicas(self) -> str:
         """Check that all replicas are up to date and available, and each pod as the one pod of an app."""
@@ -292,14 +300,18 @@ class App:
             .list_namespaced_pod(where[1], label_selector=selector)
             .items
         )
-        found = [self._is_ready(pod) for pod in pods if pod.metadata.deletion_timestamp is None]
+        nodes = [node["name"] for node in self._outputs["nodes"]]
+        live = [pod for pod in pods if pod.metadata.deletion_timestamp is None]
+        found = [self._is_ready(pod, nodes) for pod in live]
         expect(len(found) == wanted, f"it has {len(found)} pods, not {wanted}")
-        return f"{wanted} of {where[1]}/{where[0]}, {found[0].rpartition(' ')[2]}"
+        on = len({pod.spec.node_name for pod in live})
+        spread = f" on {on} of {len(nodes)} nodes" if len(nodes) > 1 else ""
+        return f"{wanted} of {where[1]}/{where[0]}{spread}, {found[0].rpartition(' ')[2]}"
 
-    def _is_ready(self, pod: Any) -> str:
+    def _is_ready(self, pod: Any, nodes: list[str]) -> str:
         ready = {item.type: item.status for item in pod.status.conditions or []}.get("Ready")
         expect(ready == "True", f"Ready is {ready}, phase {pod.status.phase}")
-        expect(pod.spec.node_name == self._outputs["node"], f"it runs on {pod.spec.node_name}")
+        expect(pod.spec.node_name in nodes, f"it runs on {pod.spec.node_name}")
         statuses = pod.status.container_statuses or []
         expect(len(statuses) == 1, f"it has {len(statuses)} containers")
         digest = self._image.partition("@")[2]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import requests
+import yaml
 
 from components.providers import compiler
 from components.providers.signature import generate_key
@@ -170,9 +171,14 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 @contextmanager
-def running(directory: Path) -> Iterator[Stack]:
-    """A stack in a clone below a directory, up and verified, and down in the end."""
+def running(directory: Path, **settings: object) -> Iterator[Stack]:
+    """A stack in a clone below a directory, with these settings, up and verified, and down in the end."""
     made = clone(directory)
+    if settings:
+        path = made.directory / "Pulumi.local.yaml"
+        configured = yaml.safe_load(path.read_text())
+        configured["config"] |= {f"awesome-wasm:{key}": value for key, value in settings.items()}
+        path.write_text(yaml.safe_dump(configured))
     outside = Stack(made.directory, dict(made.env))
     try:
         made.run("./scripts/up")

@@ -32,6 +32,7 @@ class Registered:
     replacement_trigger: list[Any] = field(default_factory=list)
     ignore_changes: list[str] = field(default_factory=list)
     aliases: list[str] = field(default_factory=list)
+    property_dependencies: dict[str, list[str]] = field(default_factory=dict)
     deleted_with: str = ""
 
     def is_secret(self, key: str) -> bool:
@@ -98,7 +99,9 @@ class Cloud(mocks.Mocks):
         return f"{args.name}-id", {**args.inputs, **computed.get(args.typ, {})}
 
     def call(self, args: mocks.MockCallArgs) -> tuple[dict[Any, Any], list[tuple[str, str]] | None]:
-        """Refuse functions: the program calls none."""
+        """Answer the one function that the program calls, where it has several nodes."""
+        if args.token == "gcp:compute/getZones:getZones":
+            return {**args.args, "id": "z", "names": [f"europe-west1-{letter}" for letter in "bcd"]}, []
         raise AssertionError(f"the program called {args.token}")
 
 
@@ -125,6 +128,10 @@ class Monitor(mocks.MockMonitor):
             rpc.deserialize_property(request.replacement_trigger.list_value),
             list(request.ignoreChanges),
             [alias.spec.name for alias in request.aliases],
+            {
+                key: [urn.rsplit("::", 1)[-1] for urn in found.urns]
+                for key, found in request.propertyDependencies.items()
+            },
             request.deletedWith.rsplit("::", 1)[-1],
         )
         return super().RegisterResource(request)  # type: ignore[no-untyped-call]

@@ -72,6 +72,9 @@ def test_the_defaults_of_the_local_stack_are_valid(run: Run, defaults: dict[str,
         ("awesome-wasm:wasmPodCidr", "127.64.0.0/16", "neither loopback nor link-local"),
         ("awesome-wasm:wasmPodCidr", "8.8.0.0/16", "private"),
         ("awesome-wasm:wasmPodCidr", "10.70.0.0", "at most 20 bits"),
+        ("awesome-wasm:nodes", "0", "from 1 to 20"),
+        ("awesome-wasm:nodes", "21", "from 1 to 20"),
+        ("awesome-wasm:nodes", "two", "from 1 to 20"),
         ("awesome-wasm:registryName", "eu.gcr.io", "europe"),
         ("awesome-wasm:registryName", "asia-1.gcr.io", "gcr.io, us.gcr.io"),
         ("awesome-wasm:maxPods", "0", "from 1"),
@@ -99,6 +102,35 @@ def test_a_wrong_value_is_one_line_that_names_key_value_and_what_is_allowed(
     assert f"configuration {named}:" in message or "registryLocation" in message
     if named == "signingKey" and "kms://" not in value:
         assert value not in message
+
+
+def test_several_nodes_are_alike_but_for_their_names(run: Run, defaults: dict[str, str]) -> None:
+    def named(**given: str) -> list[str]:
+        settings = {f"awesome-wasm:{key}": value for key, value in given.items()}
+        nodes = load(run, {**defaults, **settings}).nodes
+        assert {replace(node, name="") for node in nodes} == {replace(nodes[0], name="")}
+        return [node.name for node in nodes]
+
+    assert named() == ["krustlet-1"]
+    assert named(nodes="3") == ["krustlet-1", "krustlet-2", "krustlet-3"]
+    assert named(nodes="2", nodeName="edge") == ["edge", "edge-2"]
+    assert named(nodeName="n" * 63) == ["n" * 63]
+    with pytest.raises(pulumi.RunError, match=r"configuration nodeName: .* at most 22 characters"):
+        named(nodes="2", nodeName="n" * 23)
+
+
+@pytest.mark.parametrize(("nodes", "prefix"), [(1, 24), (2, 23), (3, 22), (4, 22), (5, 21)])
+def test_the_range_for_pods_has_a_part_for_each_node(
+    run: Run, defaults: dict[str, str], nodes: int, prefix: int
+) -> None:
+    given = {"awesome-wasm:nodes": str(nodes), "awesome-wasm:maxPods": "100"}
+
+    def with_range(length: int) -> config.StackConfig:
+        return load(run, {**defaults, **given, "awesome-wasm:wasmPodCidr": f"10.70.0.0/{length}"})
+
+    assert {node.pod_range for node in with_range(prefix).nodes} == {"/24"}
+    with pytest.raises(pulumi.RunError, match=rf"configuration wasmPodCidr: .* at most {prefix} bits"):
+        with_range(prefix + 1)
 
 
 def apps(
@@ -257,8 +289,8 @@ def test_a_vm_gets_twice_as_many_addresses_as_it_has_pods(
     run: Run, defaults: dict[str, str], max_pods: str, mask: str
 ) -> None:
     given = {"awesome-wasm:maxPods": max_pods, "awesome-wasm:wasmPodCidr": "10.70.0.0/16"}
-    assert load(run, defaults | given).node.pod_range == mask
-    assert load(run, defaults).node.pod_range == ""
+    assert load(run, defaults | given).nodes[0].pod_range == mask
+    assert load(run, defaults).nodes[0].pod_range == ""
 
 
 @pytest.mark.parametrize("key", ["credentials", "accessToken", "impersonateServiceAccount"])

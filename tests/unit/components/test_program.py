@@ -655,3 +655,96 @@ def test_how_many_pods_there_are_is_the_autoscaler_s_affair_where_there_is_one(p
         for item in (scaled, fixed)
     ]
     assert forced == [None, "true"]
+
+
+def test_one_node_is_as_it_was_and_a_second_one_moves_nothing_of_it(
+    program: Monitor, program_with: Program
+) -> None:
+    two = program_with(nodes="2")
+    own = ("account", "agent-firewall", "address", "token", "bootstrap", "disk", "vm", "registration")
+    added = two.registered.keys() - program.registered.keys()
+    assert added == {"node-2", "registry-node-2-reader", *(f"node-2-{part}" for part in own)}
+    differ = {
+        name
+        for name, item in program.registered.items()
+        if item.type != "pulumi:pulumi:Stack" and item.inputs != two.registered[name].inputs
+    }
+    assert differ == {"workload-prepare", "workload-pod"}, "which say now that they are on the first"
+    for name in differ:
+        before, after = (found.registered[name] for found in (program, two))
+        place = after.plain("spec").pop("affinity")["nodeAffinity"]
+        [term] = place["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+        assert term == {"matchExpressions": [{"key": "krustlet.dev/number", "operator": "DoesNotExist"}]}
+        assert after.inputs == before.inputs
+        # Alone again, it stays: while it was made anew the others would still be there.
+        assert (before.ignore_changes, after.ignore_changes) == (["spec.affinity"], [])
+    labels = two.registered["node-2-vm"].plain("metadata")["krustlet-node-labels"]
+    assert (
+        labels
+        == f"krustlet.dev/number=2,{program.registered['node-vm'].plain('metadata')['krustlet-node-labels']}"
+    )
+    names = [two.registered[f"node-2-{part}"].plain("name") for part in ("vm", "disk", "address")]
+    assert names == ["krustlet-2", "krustlet-2-disk", "krustlet-2-address"]
+    bindings = [two.registered[f"{node}-bootstrap"].plain("metadata")["name"] for node in ("node", "node-2")]
+    assert bindings == ["krustlet-bootstrap", "krustlet-bootstrap-krustlet-2"]
+
+
+def test_nodes_are_in_turn_in_the_region_s_zones(program_with: Program) -> None:
+    given = {"nodes": "4"}
+    four = program_with(**given).registered
+    parts = ("vm", "disk")
+    for number, letter in enumerate("bcdb", start=1):
+        name = "node" if number == 1 else f"node-{number}"
+        zone = f"europe-west1-{letter}"
+        assert [four[f"{name}-{part}"].plain("zone") for part in parts] == [zone] * 2
+        assert f"krustlet-{number}.{zone}.c.localcloud-dev.internal" in four[f"{name}-registration"].plain(
+            "hostnames"
+        )
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+def test_another_node_moves_none(count: int) -> None:
+    zones = ["r-a", "r-b", "r-d"]
+    placed = node.spread("r-b", zones, count)
+    assert node.spread("r-b", zones, count + 1)[:count] == placed
+    assert placed[:4] == ["r-b", "r-d", "r-a", "r-b"][:count]
+    assert node.spread("r-b", [], count) == ["r-b"] * count
+
+
+def test_a_vm_is_touched_when_the_one_before_it_is_ready_and_made_anew_with_no_other(
+    program_with: Program,
+) -> None:
+    three = program_with(nodes="3", **RANGE).registered
+    for before, after in (("node", "node-2"), ("node-2", "node-3")):
+        assert f"{before}-registration" in three[f"{after}-vm"].dependencies
+        # What a value comes from would replace it: none is the other node's.
+        for part in ("account", "disk", "vm", "registration"):
+            resource = three[f"{after}-{part}"]
+            found = {name for names in resource.property_dependencies.values() for name in names}
+            assert not [
+                name
+                for name in found
+                if name.startswith(("node-", "cluster-")) and not name.startswith((f"{after}-", "cluster-"))
+            ]
+            assert not [name for name in resource.replace_with if not name.startswith(f"{after}-")]
+    assert [name for name in three if name.endswith("proxier")] == ["node-proxier"]
+    ranges = [
+        three[f"{name}-vm"].plain("networkInterfaces")[0]["aliasIpRanges"] for name in ("node", "node-3")
+    ]
+    assert ranges[0] == ranges[1]
+
+
+def test_replicas_are_spread_over_nodes_and_zones_and_wait_for_all_nodes(program_with: Program) -> None:
+    three = program_with(nodes="3", apps=first(second={"replicas": 3}), **RANGE).registered
+    deployment = three["workload-second-deployment"]
+    template = deployment.plain("spec")["template"]["spec"]
+    keys = [item["topologyKey"] for item in template["topologySpreadConstraints"]]
+    assert keys == ["kubernetes.io/hostname", "topology.kubernetes.io/zone"]
+    assert template["nodeSelector"] == {"kubernetes.io/arch": "wasm32-wasi"}
+    registrations = {"node-registration", "node-2-registration", "node-3-registration"}
+    assert registrations <= set(deployment.dependencies)
+    # The engine deletes before a node what has a value of it, where it cannot tell that the value stays.
+    used = {name for names in deployment.property_dependencies.values() for name in names}
+    assert not registrations & used
+    # A single pod's port is open at the first node's address alone.
+    assert [name for name in three if name.endswith("app-firewall")] == ["node-app-firewall"]

@@ -568,6 +568,15 @@ def test_an_api_server_that_is_away_is_an_error_until_the_cluster_is_given_up(
     token.delete("n", props)
 
 
+def named(name: str, ready: bool) -> SimpleNamespace:
+    condition = SimpleNamespace(type="Ready", status=str(ready))
+    return SimpleNamespace(
+        metadata=SimpleNamespace(name=name),
+        spec=SimpleNamespace(unschedulable=None),
+        status=SimpleNamespace(conditions=[condition]),
+    )
+
+
 class Pods:
     """A core API with the pods of one node; `hung` are those whose node does not end them."""
 
@@ -578,6 +587,9 @@ class Pods:
         self.hung = hung
         self.past = past
         self.calls: list[tuple[str, int | None]] = []
+        self.nodes = {VM.name: True}
+        self.evicted: list[str] = []
+        self.cordoned = False
 
     @staticmethod
     def _metadata(name: str) -> SimpleNamespace:
@@ -586,7 +598,19 @@ class Pods:
         return SimpleNamespace(name=name, namespace="x", deletion_timestamp=None, owner_references=owners)
 
     def patch_node(self, name: str, body: Any) -> None:
-        assert (name, body) == (VM.name, {"spec": {"unschedulable": True}})
+        assert name == VM.name
+        self.cordoned = body["spec"]["unschedulable"]
+
+    def list_node(self, label_selector: str) -> SimpleNamespace:
+        assert label_selector == "kubernetes.io/arch=wasm32-wasi,kubernetes.io/os=wasi"
+        return SimpleNamespace(items=[named(name, ready) for name, ready in self.nodes.items()])
+
+    def create_namespaced_pod_eviction(self, name: str, namespace: str, body: Any) -> None:
+        assert (name, namespace) == (body.metadata.name, body.metadata.namespace)
+        self.evicted.append(name)
+        if self.evicted.count(name) < 2:
+            raise ApiException(429, "Cannot evict pod as it would violate the pod's disruption budget.")
+        del self.there[name]
 
     def list_pod_for_all_namespaces(self, field_selector: str) -> SimpleNamespace:
         assert field_selector == f"spec.nodeName={VM.name}"
@@ -622,3 +646,27 @@ def test_a_pod_has_its_grace_period_and_one_that_stays_is_named() -> None:
     with pytest.raises(registration.RegistrationError, match="still has pods after 0 s: x/hangs"):
         with_core(core).drain(VM.name, timeout=timedelta(seconds=0.1))
     assert core.calls == [("hangs", None)]
+    assert core.cordoned is False, "it takes pods again"
+
+
+def test_pods_go_to_other_nodes_as_their_disruption_budgets_let_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration, "POLL_SECONDS", 0)
+    core = Pods("one", "two", "daemon")
+    core.nodes["other"] = True
+    with_core(core).drain(VM.name)
+    assert core.evicted == ["one", "two"] * 2
+    assert core.calls == [], "none is deleted"
+    assert core.cordoned
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_last_node_of_several_is_not_taken_away_unless_it_is_down_itself(own: bool) -> None:
+    core = Pods("one")
+    core.nodes = {VM.name: own, "other": False}
+    if own:
+        with pytest.raises(registration.RegistrationError, match=f"{VM.name} is the last one .* other must"):
+            with_core(core).drain(VM.name)
+        assert (list(core.there), core.cordoned) == (["one"], False)
+    else:
+        with_core(core).drain(VM.name)
+        assert core.calls == [("one", None)]
