@@ -5,11 +5,14 @@
 
 use crate::allowed_hosts::{AllowedHost, Host, Target};
 use crate::egress_policy::{EgressPolicy, Refused};
+use crate::gate::{Gate, Verdict};
+use crate::guest::ContainerSpec;
 use crate::limits::size_of_fields;
 use crate::logs::{LogFile, LogStream};
 use crate::memory::{Budget, Reservation};
 use crate::name_service::Names;
 use crate::shares::{Share, Taken};
+use crate::source;
 use crate::tenants::Tenant;
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -24,7 +27,7 @@ use rustls::{ClientConfig, RootCertStore};
 use std::error::Error as StdError;
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs as _};
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
@@ -139,15 +142,15 @@ impl Outbound {
         egress: &Arc<Egress>,
         memory: &Arc<Budget>,
         tenant: &Tenant,
-        allowed_hosts: &[String],
-        ca_bundle: Option<&str>,
-        timeout: Duration,
-        log: LogFile,
+        spec: &ContainerSpec,
     ) -> Result<Self, String> {
-        let allowed = allowed_hosts.iter().map(|entry| AllowedHost::parse(entry)).collect::<Result<_, _>>()?;
+        let (timeout, log) = (spec.request_timeout, spec.log.clone());
+        let allowed = spec.allowed_hosts.iter().map(|entry| AllowedHost::parse(entry)).collect::<Result<_, _>>()?;
         let connecting = Arc::new(Connecting {
-            tls: egress.tls(ca_bundle)?.into(),
+            tls: egress.tls(spec.ca_bundle.as_deref())?.into(),
             egress: egress.clone(),
+            source: spec.source,
+            gate: spec.gate.clone(),
             timeout,
             connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
             descriptors: tenant.descriptors.clone(),
@@ -333,6 +336,8 @@ impl Body for AnswerBody {
 enum ConnectError {
     #[error(transparent)]
     Refused(#[from] RefusedAddress),
+    #[error("a policy does not let the pod connect to {0}")]
+    Denied(SocketAddr),
     #[error("{0}")]
     Url(String),
     #[error("failed to resolve the name: {0}")]
@@ -371,18 +376,15 @@ fn find<'a, T: StdError + 'static>(error: &'a (dyn StdError + 'static)) -> Optio
     std::iter::successors(Some(error), |error| (**error).source()).find_map(|error| error.downcast_ref())
 }
 
-fn refusal_in(error: &legacy::Error) -> Option<&RefusedAddress> {
-    match find::<ConnectError>(error) {
-        Some(ConnectError::Refused(refused)) => Some(refused),
-        _ => None,
-    }
+fn refusal_in(error: &legacy::Error) -> Option<&ConnectError> {
+    find::<ConnectError>(error).filter(|error| matches!(error, ConnectError::Refused(_) | ConnectError::Denied(_)))
 }
 
 /// A failure in the terms that wasi:http has for it.
 fn failure_of(error: &legacy::Error) -> HttpError {
     if let Some(error) = find::<ConnectError>(error) {
         return match error {
-            ConnectError::Refused(_) => HttpError::DestinationIpProhibited,
+            ConnectError::Refused(_) | ConnectError::Denied(_) => HttpError::DestinationIpProhibited,
             ConnectError::Url(_) => HttpError::HttpRequestUriInvalid,
             ConnectError::Lookup(error) => HttpError::DnsError { rcode: Some(error.to_string()), info_code: None },
             ConnectError::Connect(error) => match error.kind() {
@@ -426,6 +428,9 @@ struct Connector {
 
 struct Connecting {
     egress: Arc<Egress>,
+    /// Its pod's own address.
+    source: Option<Ipv4Addr>,
+    gate: Option<Arc<dyn Gate>>,
     tls: TlsConnector,
     timeout: Duration,
     connections: Arc<Semaphore>,
@@ -462,7 +467,7 @@ impl Connecting {
         let permit = self.connections.clone().acquire_owned().await.map_err(|_| ConnectError::Limit)?;
         let descriptor = self.descriptors.acquire(1).await;
         let addresses = self.addresses(&target).await?;
-        let stream = self.connect_to(&addresses, to_endpoints).await?;
+        let (stream, way) = self.connect_to(&addresses, to_endpoints).await?;
         // A request must not wait for the acknowledgement of its own beginning.
         let _ = stream.set_nodelay(true);
         let stream: Box<dyn Stream> = if target.tls {
@@ -474,7 +479,7 @@ impl Connecting {
         } else {
             Box::new(stream)
         };
-        Ok(OpenConnection { stream: TokioIo::new(stream), _permit: permit, _descriptor: descriptor })
+        Ok(OpenConnection { stream: TokioIo::new(stream), way, _permit: permit, _descriptor: descriptor })
     }
 
     /// The addresses of a host: once resolved, they are all that is connected to.
@@ -494,7 +499,7 @@ impl Connecting {
     }
 
     /// Connects to the first address that is permitted and answers.
-    async fn connect_to(&self, addresses: &[SocketAddr], to_endpoints: bool) -> Result<TcpStream, ConnectError> {
+    async fn connect_to(&self, addresses: &[SocketAddr], to_endpoints: bool) -> Result<(TcpStream, Way), ConnectError> {
         let mut refused = None;
         let mut permitted = Vec::new();
         for address in addresses {
@@ -515,13 +520,55 @@ impl Connecting {
         let share = self.timeout / u32::try_from(permitted.len().max(1)).unwrap_or(u32::MAX);
         let mut failed = ConnectError::Lookup(io::Error::new(io::ErrorKind::NotFound, "the name has no address"));
         for address in permitted {
-            match tokio::time::timeout(share, TcpStream::connect(address)).await {
-                Ok(Ok(stream)) => return Ok(stream),
-                Ok(Err(error)) => failed = ConnectError::Connect(error),
+            let way = Way::new(self.gate.clone(), address);
+            let connecting = async {
+                if !way.is_permitted().await {
+                    return Err(ConnectError::Denied(address));
+                }
+                source::connect(self.source, address).await.map_err(ConnectError::Connect)
+            };
+            match tokio::time::timeout(share, connecting).await {
+                Ok(Ok(stream)) => return Ok((stream, way)),
+                Ok(Err(error)) => failed = error,
                 Err(_) => failed = ConnectError::Timeout,
             }
         }
         Err(failed)
+    }
+}
+
+/// Where a connection leads, and as of which version of its container's gate that is permitted.
+struct Way {
+    to: SocketAddr,
+    gate: Option<Arc<dyn Gate>>,
+    version: u64,
+}
+
+impl Way {
+    fn new(gate: Option<Arc<dyn Gate>>, to: SocketAddr) -> Self {
+        let version = gate.as_ref().map_or(0, |gate| gate.version());
+        Self { to, gate, version }
+    }
+
+    async fn is_permitted(&self) -> bool {
+        match self.gate.as_ref().map(|gate| gate.permits(self.to)) {
+            None | Some(Verdict::Admitted) => true,
+            Some(Verdict::Denied) => false,
+            Some(Verdict::Pending(verdict)) => verdict.await,
+        }
+    }
+
+    /// Fails when it was permitted and is not any more: a connection that is kept for the next request is judged again.
+    fn check(&mut self) -> io::Result<()> {
+        let Some(gate) = &self.gate else { return Ok(()) };
+        let version = gate.version();
+        if version != self.version {
+            if !matches!(gate.permits(self.to), Verdict::Admitted) {
+                return Err(io::Error::new(io::ErrorKind::PermissionDenied, ConnectError::Denied(self.to)));
+            }
+            self.version = version;
+        }
+        Ok(())
     }
 }
 
@@ -532,6 +579,7 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 /// A connection, which holds its place among the container's until it is closed.
 struct OpenConnection {
     stream: TokioIo<Box<dyn Stream>>,
+    way: Way,
     _permit: OwnedSemaphorePermit,
     _descriptor: Taken,
 }
@@ -554,6 +602,7 @@ impl hyper::rt::Read for OpenConnection {
 
 impl hyper::rt::Write for OpenConnection {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.way.check()?;
         hyper::rt::Write::poll_write(Pin::new(&mut self.stream), context, bytes)
     }
 
@@ -574,6 +623,7 @@ impl hyper::rt::Write for OpenConnection {
         context: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.way.check()?;
         hyper::rt::Write::poll_write_vectored(Pin::new(&mut self.stream), context, bytes)
     }
 }
@@ -609,9 +659,13 @@ mod tests {
             let log = LogFile::create(path.clone(), LogLimits::default()).unwrap();
             let egress = Arc::new(self.egress);
             let budget = Budget::node(u64::MAX);
-            let timeout = Duration::from_secs(10);
-            let outbound =
-                Outbound::new(&egress, &budget, &self.tenant, &[allowed.to_owned()], ca_bundle, timeout, log).unwrap();
+            let spec = ContainerSpec {
+                allowed_hosts: vec![allowed.to_owned()],
+                ca_bundle: ca_bundle.map(str::to_owned),
+                request_timeout: Duration::from_secs(10),
+                ..ContainerSpec::new("default/pod/container", log)
+            };
+            let outbound = Outbound::new(&egress, &budget, &self.tenant, &spec).unwrap();
             let directory = self.directory;
             (outbound, move || std::fs::read_to_string(directory.path().join("0.log")).unwrap())
         }

@@ -210,7 +210,7 @@ fn embedded(address: Ipv6Addr) -> [Option<Ipv4Addr>; 2] {
 
 /// Whether the kernel would deliver to this machine: for its own addresses it chooses the same one as the sender's. Asked each
 /// time, since addresses come and go, and ranges that are local altogether are on no interface. Sends nothing.
-fn is_own(address: IpAddr) -> bool {
+pub(crate) fn is_own(address: IpAddr) -> bool {
     let any: SocketAddr = match address {
         IpAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
         IpAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),

@@ -5,6 +5,7 @@ use crate::egress::Outbound;
 use crate::error::StartError;
 use crate::executor::Executor;
 use crate::files::OpenFiles;
+use crate::gate::Gate;
 use crate::limits::{Limiter, MAX_FIELDS, MemoryLimitExceeded};
 use crate::logs::{LogFile, LogStream};
 use crate::memory::{Budget, Reservation, Scope};
@@ -16,6 +17,7 @@ use crate::shares::Taken;
 use crate::stack;
 use crate::tenants::Tenant;
 use std::fmt;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
 use wasmtime::component::ResourceTable;
@@ -61,6 +63,10 @@ pub struct ContainerSpec {
     pub allowed_hosts: Vec<String>,
     /// Certificate authorities in PEM that the guest's https requests trust beside those that the node trusts.
     pub ca_bundle: Option<String>,
+    /// The address that is its pod's own, from which its requests go out; the machine's without it.
+    pub source: Option<Ipv4Addr>,
+    /// Who may connect to it, and what it may connect to; all of that without it.
+    pub gate: Option<Arc<dyn Gate>>,
     /// A request whose answer has not begun after this is answered with 504.
     pub request_timeout: Duration,
     /// An answer that has begun may pause for so long.
@@ -89,6 +95,8 @@ impl ContainerSpec {
             cpu_limit: None,
             allowed_hosts: Vec::new(),
             ca_bundle: None,
+            source: None,
+            gate: None,
             request_timeout: Self::DEFAULT_REQUEST_TIMEOUT,
             stream_idle_timeout: Self::DEFAULT_STREAM_IDLE_TIMEOUT,
             max_concurrent_requests: Self::DEFAULT_MAX_CONCURRENT_REQUESTS,
@@ -190,16 +198,8 @@ impl Container {
         };
         limit.set_limit(bytes);
         let memory = Budget::within(&limit, Scope::Container, u64::MAX);
-        let outbound = Outbound::new(
-            &executor.egress,
-            &memory,
-            &tenant,
-            &spec.allowed_hosts,
-            spec.ca_bundle.as_deref(),
-            spec.request_timeout,
-            spec.log.clone(),
-        )
-        .map_err(|cause| StartError::Config { container: spec.name.clone(), cause })?;
+        let outbound = Outbound::new(&executor.egress, &memory, &tenant, &spec)
+            .map_err(|cause| StartError::Config { container: spec.name.clone(), cause })?;
         let cpu = Arc::new(executor.share(&tenant, spec.cpu_limit));
         Ok(Self { spec, tenant, cpu, memory, limit, environment, filesystem, outbound, _mounted: mounted })
     }

@@ -9,13 +9,13 @@ use crate::answer::{Answer, Exchange, GuestResponse as _, Progress, Running, Sen
 use crate::authority;
 use crate::connection::OpenRequest;
 use crate::cpu::Sliced;
+use crate::entry::{Denied, Entry};
 use crate::guest::{ComponentState, Container, Failure};
 use crate::http::{Server, Serving};
 use crate::limits::size_of_head;
 use crate::stack;
 use hyper::body::Incoming;
 use hyper::{Method, Request, Response, StatusCode, header};
-use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,17 +25,18 @@ use wasmtime_wasi_http::p2::bindings::http::types::Scheme;
 
 pub async fn handle(
     server: Arc<Server>,
+    entry: Arc<Entry>,
     open: OpenRequest,
-    local_addr: SocketAddr,
     request: Request<Incoming>,
-) -> Result<Response<Sending>, Infallible> {
+) -> Result<Response<Sending>, Denied> {
+    entry.check(&server).await?;
     let began = Instant::now();
     server.count_request();
     let response = if server.connections.are_clogged(&server.limits) {
         // Without a body: it would be one more that nobody takes.
         refusal(StatusCode::SERVICE_UNAVAILABLE, "").map(|_| Answer::empty())
     } else {
-        match checked(request, local_addr) {
+        match checked(request, entry.to) {
             Ok(request) => answer(&server, open.flow(), request, began).await,
             Err(refusal) => *refusal,
         }

@@ -3,8 +3,10 @@
 use crate::admission::Admission;
 use crate::connection::{Connection, Connections, Limits, Lost, Registered, Stream};
 use crate::cpu::CpuShare;
+use crate::entry::Entered;
 use crate::error::StartError;
 use crate::executor::Executor;
+use crate::gate::Gate;
 use crate::guest::{ComponentState, Container, ContainerSpec, Stats};
 use crate::handler::handle;
 use crate::memory::Budget;
@@ -54,6 +56,7 @@ pub struct Server {
     pub limits: Limits,
     pub admission: Arc<Admission>,
     pub connections: Arc<Connections>,
+    pub gate: Option<Arc<dyn Gate>>,
     current: RwLock<Arc<Serving>>,
     retired: Mutex<Retired>,
     requests: AtomicU64,
@@ -132,6 +135,7 @@ impl HttpServer {
             limits,
             admission: serving.admission(&limits),
             connections: Connections::new(),
+            gate: serving.container.spec.gate.clone(),
             current: RwLock::new(Arc::new(serving)),
             retired: Mutex::default(),
             requests: AtomicU64::new(0),
@@ -301,16 +305,23 @@ async fn accept(server: &Arc<Server>, listener: TcpListener, open: &TaskTracker,
     loop {
         // First the connection, then room for it: an idle one gives way to one that is there, not to one that may come.
         let accepted = async {
-            let (stream, _) = listener.accept().await?;
-            Ok((stream, server.connections.admit(&server.limits, descriptors).await))
+            let (stream, from) = listener.accept().await?;
+            // Who is not let in takes nobody's room.
+            let Some(entered) = Entered::of(server, &stream, from) else { return Ok(None) };
+            let registered = server.connections.admit(&server.limits, descriptors).await;
+            Ok(Some((stream, entered, registered)))
         };
         let accepted: io::Result<_> = tokio::select! {
             biased;
             () = server.closed.cancelled() => break,
             accepted = accepted => accepted,
         };
-        let (stream, registered) = match accepted {
-            Ok(accepted) => accepted,
+        let (stream, entered, registered) = match accepted {
+            Ok(Some(accepted)) => accepted,
+            Ok(None) => {
+                failing = false;
+                continue;
+            }
             Err(error) => {
                 // Once for a whole series: it may go on for long, on every port of the node.
                 if !std::mem::replace(&mut failing, true) {
@@ -322,18 +333,25 @@ async fn accept(server: &Arc<Server>, listener: TcpListener, open: &TaskTracker,
         };
         failing = false;
         let server = server.clone();
-        open.spawn(async move { serve(&server, stream, registered).await });
+        open.spawn(async move { serve(&server, stream, entered, registered).await });
     }
 }
 
 /// One connection's life.
-async fn serve(server: &Arc<Server>, stream: TcpStream, registered: Registered) {
+async fn serve(server: &Arc<Server>, stream: TcpStream, entered: Entered, registered: Registered) {
     let connection: &Arc<Connection> = &registered.connection;
+    let entry = tokio::select! {
+        biased;
+        () = server.closed.cancelled() => return,
+        entry = entered.judged(server, &stream) => match entry {
+            Some(entry) => Arc::new(entry),
+            None => return,
+        },
+    };
     // Small answers must not wait for the client's acknowledgement of earlier ones.
     let _ = stream.set_nodelay(true);
     // Counted here: in HTTP/2 what answers is another task, which begins some time later.
-    let local_addr = stream.local_addr().unwrap_or(server.local_addr);
-    let service = service_fn(|request| handle(server.clone(), connection.begin(), local_addr, request));
+    let service = service_fn(|request| handle(server.clone(), entry.clone(), connection.begin(), request));
     let stream = TokioIo::new(Stream::new(stream, connection.clone(), server.limits.write_timeout));
     let mut serving = pin!(server.protocol.serve_connection(stream, service));
     let lost = tokio::select! {

@@ -87,6 +87,7 @@ struct Inner {
     by_code: Box<[OnceLock<Counter>]>,
     latency: Latencies,
     instances: Gauge,
+    denied: Counter,
     pulls: Family<Outcome, Counter>,
     pull_seconds: Histogram,
     removed: Counter,
@@ -105,6 +106,7 @@ impl Metrics {
             by_code: (0..STATUS_CODES).map(|_| OnceLock::new()).collect(),
             latency: Latencies::default(),
             instances: Gauge::default(),
+            denied: Counter::default(),
             pulls: Family::default(),
             pull_seconds: Histogram::new(exponential_buckets(0.005, 2.0, 14)),
             removed: Counter::default(),
@@ -120,6 +122,11 @@ impl Metrics {
             ObservedLatencies(inner.clone()),
         );
         registry.register("wasm_instances", "Guest instances alive", inner.instances.clone());
+        registry.register(
+            "denied_connections",
+            "Connections closed because who made them may not connect to the pod",
+            inner.denied.clone(),
+        );
         registry.register("image_pulls", "Image pulls, by result", inner.pulls.clone());
         registry.register_with_unit(
             "image_pull_duration",
@@ -146,6 +153,10 @@ impl Metrics {
             known.get_or_init(counter).inc();
         }
         self.0.latency.observe(duration);
+    }
+
+    pub fn denied(&self) {
+        self.0.denied.inc();
     }
 
     pub fn instance(&self) -> LiveInstance {
