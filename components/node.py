@@ -172,7 +172,7 @@ class KrustletNode(pulumi.ComponentResource):
         needs += args.cluster.way_out
         needs += self._turn
         if args.node.pod_range and not args.before:
-            needs.append(self._allow_services())
+            needs += [self._allow_services(), self._allow_policies()]
         instance = self._instance(account, address, token, needs)
         self.registration = self._registration(instance, address, account, token)
         self.name = self.registration.node
@@ -238,8 +238,33 @@ class KrustletNode(pulumi.ComponentResource):
         """Let nodes read where Services lead, as their guests call them by name."""
         return self._bind("proxier", "system:node-proxier", {"kind": "Group", "name": "system:nodes"})
 
-    def _bind(self, what: str, role: str, subject: dict[str, pulumi.Input[str]]) -> pulumi.Resource:
-        """Give a role of the cluster's own to somebody."""
+    def _allow_policies(self) -> pulumi.Resource:
+        """Let nodes read what says who may connect to their pods, and who that is: pods and namespaces."""
+        watch = ["list", "watch"]
+        role = kubernetes.rbac.v1.ClusterRole(
+            f"{self._name}-network-policies-role",
+            metadata={"name": "krustlet-network-policies"},
+            rules=[
+                {"api_groups": ["networking.k8s.io"], "resources": ["networkpolicies"], "verbs": watch},
+                {"api_groups": [""], "resources": ["pods", "namespaces"], "verbs": watch},
+            ],
+            opts=pulumi.ResourceOptions(
+                parent=self,
+                provider=self._args.cluster.provider,
+                deleted_with=self._args.cluster.lifetime,
+            ),
+        )
+        nodes: dict[str, pulumi.Input[str]] = {"kind": "Group", "name": "system:nodes"}
+        return self._bind("network-policies", "krustlet-network-policies", nodes, [role])
+
+    def _bind(
+        self,
+        what: str,
+        role: str,
+        subject: dict[str, pulumi.Input[str]],
+        needs: Sequence[pulumi.Resource] = (),
+    ) -> pulumi.Resource:
+        """Give a cluster role to somebody."""
         # The first node's was there before there were others.
         ending = f"-{self._args.node.name}" if self._args.before else ""
         return kubernetes.rbac.v1.ClusterRoleBinding(
@@ -249,6 +274,7 @@ class KrustletNode(pulumi.ComponentResource):
             subjects=[kubernetes.rbac.v1.SubjectArgs(api_group="rbac.authorization.k8s.io", **subject)],
             opts=pulumi.ResourceOptions(
                 parent=self,
+                depends_on=[*needs],
                 provider=self._args.cluster.provider,
                 deleted_with=self._args.cluster.lifetime,
             ),

@@ -79,7 +79,7 @@ CLUSTER = (
 
 # With addresses for pods.
 RANGED = update("cluster-subnetwork", "cluster-namespace", "node-vm", "node-registration")
-RANGED |= create("node-pods-firewall", "node-proxier")
+RANGED |= create("node-pods-firewall", "node-proxier", "node-network-policies", "node-network-policies-role")
 # In place of the pod.
 REPLICATED = create("workload-deployment", "workload-service", "workload-disruption-budget")
 REPLICATED |= delete("workload-pod", "workload-smoke-test", "node-app-firewall")

@@ -41,6 +41,7 @@ REPOSITORIES = f"/artifactregistry/v1/projects/{PROJECT}/locations/{REGION}/repo
 ARCHITECTURE = "wasm32-wasi"
 TOLERATIONS = [{"key": "kubernetes.io/arch", "operator": "Equal", "value": ARCHITECTURE}]
 PULL_SECRET = "registry"
+NETWORK_POLICIES = "krustlet-network-policies"
 MIB = 1024 * 1024
 # That the machine's own disk is nearly full is no matter, unless a flag of the test says otherwise.
 AGENT_ENVIRONMENT = {
@@ -159,6 +160,7 @@ class Cluster:
         self.certificates: Any = kubernetes.client.CertificatesV1Api(api)
         self.batch: Any = kubernetes.client.BatchV1Api(api)
         self.policy: Any = kubernetes.client.PolicyV1Api(api)
+        self.networking: Any = kubernetes.client.NetworkingV1Api(api)
         self.registration = registration.Cluster(json.dumps(self.kubeconfig))
         self._machines: dict[str, tuple[certificates.Machine, str]] = {}
         self._stop = threading.Event()
@@ -213,10 +215,22 @@ class Cluster:
     def _allow_bootstrap(self) -> None:
         """As the program does it for its node."""
         group = "rbac.authorization.k8s.io"
+        watch = ["list", "watch"]
+        self.rbac.create_cluster_role(
+            {
+                "metadata": {"name": NETWORK_POLICIES},
+                "rules": [
+                    {"apiGroups": ["networking.k8s.io"], "resources": ["networkpolicies"], "verbs": watch},
+                    {"apiGroups": [""], "resources": ["pods", "namespaces"], "verbs": watch},
+                ],
+            }
+        )
         for name, role, subject in (
             ("krustlet-bootstrap", "system:node-bootstrapper", certificates.BOOTSTRAP_GROUP),
             # Reads EndpointSlices, for guests that call Services by name.
             ("krustlet-services", "system:node-proxier", "system:nodes"),
+            # Reads NetworkPolicies, and the pods and namespaces that they name.
+            (NETWORK_POLICIES, NETWORK_POLICIES, "system:nodes"),
         ):
             self.rbac.create_cluster_role_binding(
                 {

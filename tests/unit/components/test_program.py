@@ -464,7 +464,10 @@ def test_only_the_control_plane_reaches_the_agent_s_port(program: Monitor) -> No
 
 def test_pods_get_addresses_of_their_own_by_one_key(program: Monitor, program_with: Program) -> None:
     ranged = program_with(wasmPodCidr="10.70.0.0/16", maxPods="500")
-    assert ranged.registered.keys() - program.registered.keys() == {"node-pods-firewall", "node-proxier"}
+    assert ranged.registered.keys() - program.registered.keys() == {
+        *("node-pods-firewall", "node-proxier"),
+        *("node-network-policies", "node-network-policies-role"),
+    }
     ranges = ranged.registered["cluster-subnetwork"].plain("secondaryIpRanges")
     assert ranges[2:] == [{"rangeName": "wasm-pods", "ipCidrRange": "10.70.0.0/16"}]
     assert ranges[:2] == program.registered["cluster-subnetwork"].plain("secondaryIpRanges")
@@ -477,6 +480,16 @@ def test_pods_get_addresses_of_their_own_by_one_key(program: Monitor, program_wi
     binding = ranged.registered["node-proxier"]
     assert binding.plain("roleRef")["name"] == "system:node-proxier"
     assert [subject["name"] for subject in binding.plain("subjects")] == ["system:nodes"]
+    assert "node-network-policies" in vm.dependencies
+    binding = ranged.registered["node-network-policies"]
+    role = ranged.registered["node-network-policies-role"]
+    assert binding.plain("roleRef")["name"] == role.plain("metadata")["name"]
+    assert [subject["name"] for subject in binding.plain("subjects")] == ["system:nodes"]
+    assert {verb for rule in role.plain("rules") for verb in rule["verbs"]} == {"list", "watch"}
+    assert [rule["resources"] for rule in role.plain("rules")] == [
+        ["networkpolicies"],
+        ["pods", "namespaces"],
+    ]
     firewall = ranged.registered["node-pods-firewall"]
     assert firewall.plain("destinationRanges") == ["10.70.0.0/16"]
     assert firewall.plain("sourceRanges") == ["10.10.0.0/20", "10.20.0.0/16"]
