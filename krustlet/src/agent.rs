@@ -21,6 +21,7 @@ use crate::pod::roster::Roster;
 use crate::pod::sources::Objects;
 use crate::pod::volumes::HostPaths;
 use crate::pods::Pods;
+use crate::policies::NetworkPolicies;
 use crate::ports::Ports;
 use crate::pressure::Signals;
 use crate::reasons::event;
@@ -102,7 +103,7 @@ async fn serve(
     let listener = TcpListener::bind(listen)
         .await
         .with_context(|| format!("failed to listen on {listen}; choose another --addr or --port"))?;
-    let addresses = pod_addresses(&options, &names, address, &membership.server).await?;
+    let addresses = Arc::new(pod_addresses(&options, &names, address, &membership.server).await?);
     if options.pod_cidr.is_some() {
         runtime.resolve_names(Arc::new(Services::new(client.clone())));
     }
@@ -167,7 +168,10 @@ async fn serve(
     // The node says that it is not ready before its pods are taken up again, and that it is once they are.
     let (readiness, current) = watch::channel(Readiness::NotReady("krustlet is taking up its pods"));
     let (told, keys) = watch::channel(runtime.verification().fingerprint());
-    let mut keeper = Keeper::new(client.clone(), config, machine, current, keys, expiring);
+    let policies = NetworkPolicies::new(addresses.clone(), roster.clone());
+    let _policies = vital.spawn("following the NetworkPolicies", policies.clone().keep(client.clone(), events.clone()));
+    let told_of = node::Told { readiness: current, keys, expiring, policies: policies.standing() };
+    let mut keeper = Keeper::new(client.clone(), config, machine, told_of);
     let mut reported = keeper.reported();
     tokio::select! {
         () = keeper.register() => {}
@@ -196,6 +200,7 @@ async fn serve(
         events: events.clone(),
         facts,
         addresses,
+        policies,
         data_dir: names.data_dir.clone(),
         host_paths: Arc::new(HostPaths { allowed: options.hostpath_allow.clone(), data_dir: names.data_dir.clone() }),
         ports: Ports::default(),

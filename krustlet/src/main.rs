@@ -21,6 +21,7 @@ mod node;
 mod panics;
 mod pod;
 mod pods;
+mod policies;
 mod ports;
 mod pressure;
 mod reach;

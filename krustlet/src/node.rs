@@ -2,6 +2,7 @@
 
 use crate::backoff::Backoff;
 use crate::client::{describe, status_code};
+use crate::policies::Standing;
 use crate::pressure::{Pressure, Signals};
 use crate::reasons::node as reasons;
 use jiff::Timestamp;
@@ -252,16 +253,24 @@ pub enum Readiness {
     NotReady(&'static str),
 }
 
+/// What the rest of the agent tells of itself.
+#[derive(Clone)]
+pub struct Told {
+    pub readiness: watch::Receiver<Readiness>,
+    /// The fingerprint of the keys.
+    pub keys: watch::Receiver<Option<String>>,
+    /// When the client certificate ends, once its renewal is late.
+    pub expiring: watch::Receiver<Option<Timestamp>>,
+    /// Whether NetworkPolicies are kept.
+    pub policies: watch::Receiver<Standing>,
+}
+
 /// Keeps one Node and its Lease.
 pub struct Keeper {
     client: kube::Client,
     config: NodeConfig,
     machine: Machine,
-    readiness: watch::Receiver<Readiness>,
-    /// The fingerprint of the keys.
-    keys: watch::Receiver<Option<String>>,
-    /// When the client certificate ends, once its renewal is late.
-    expiring: watch::Receiver<Option<Timestamp>>,
+    told: Told,
     /// The readiness that the API server has heard of.
     reported: watch::Sender<Option<Readiness>>,
     /// UID of the Node, which the Lease belongs to.
@@ -274,21 +283,12 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    pub fn new(
-        client: kube::Client,
-        config: NodeConfig,
-        machine: Machine,
-        readiness: watch::Receiver<Readiness>,
-        keys: watch::Receiver<Option<String>>,
-        expiring: watch::Receiver<Option<Timestamp>>,
-    ) -> Self {
+    pub fn new(client: kube::Client, config: NodeConfig, machine: Machine, told: Told) -> Self {
         Self {
             client,
             config,
             machine,
-            readiness,
-            keys,
-            expiring,
+            told,
             reported: watch::Sender::new(None),
             uid: watch::Sender::new(None),
             info: system_info(kubelet_version(None)),
@@ -320,7 +320,7 @@ impl Keeper {
     }
 
     async fn try_register(&mut self) -> kube::Result<()> {
-        match self.keys.borrow_and_update().clone() {
+        match self.told.keys.borrow_and_update().clone() {
             Some(keys) => self.config.labels.insert(KEYS_LABEL.to_owned(), keys),
             None => self.config.labels.remove(KEYS_LABEL),
         };
@@ -377,7 +377,7 @@ impl Keeper {
 
     /// Sends the node's status, whole.
     async fn report(&mut self) -> kube::Result<()> {
-        let readiness = self.readiness.borrow_and_update().clone();
+        let readiness = self.told.readiness.borrow_and_update().clone();
         let conditions = self.conditions(&readiness);
         let mut status = serde_json::to_value(self.status(conditions.clone())).map_err(kube::Error::SerdeError)?;
         // Addresses would be merged by type, and one that is gone from the flags would stay.
@@ -433,8 +433,7 @@ impl Keeper {
         let mut measure = tokio::time::interval(MEASURE);
         measure.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut present = true;
-        let (mut readiness, mut keys) = (self.readiness.clone(), self.keys.clone());
-        let mut expiring = self.expiring.clone();
+        let Told { mut readiness, mut keys, mut expiring, mut policies } = self.told.clone();
         loop {
             let due = tokio::select! {
                 changed = readiness.changed() => {
@@ -448,6 +447,7 @@ impl Keeper {
                     false
                 }
                 Ok(()) = expiring.changed() => true,
+                Ok(()) = policies.changed() => self.is_due(),
                 _ = measure.tick() => self.is_due(),
                 event = futures::StreamExt::next(&mut events) => match event {
                     Some(Ok(Event::Init)) => { present = false; false }
@@ -481,13 +481,14 @@ impl Keeper {
     }
 
     fn conditions(&self, readiness: &Readiness) -> Vec<NodeCondition> {
-        let expiring = *self.expiring.borrow();
-        conditions(readiness, self.machine.signals.pressure(), expiring, &self.sent, now())
+        let expiring = *self.told.expiring.borrow();
+        let policies = self.told.policies.borrow().clone();
+        conditions(readiness, self.machine.signals.pressure(), expiring, &policies, &self.sent, now())
     }
 
     /// Whether the API's Node differs from the truth, or has not heard from us for long.
     fn is_due(&self) -> bool {
-        let current = self.conditions(&self.readiness.borrow());
+        let current = self.conditions(&self.told.readiness.borrow());
         let states = |conditions: &[NodeCondition]| -> Vec<(String, String, Option<String>)> {
             let mut states: Vec<_> = conditions
                 .iter()
@@ -501,11 +502,12 @@ impl Keeper {
     }
 }
 
-const OUR_CONDITIONS: [&str; 5] = [
+const OUR_CONDITIONS: [&str; 6] = [
     reasons::MEMORY_PRESSURE,
     reasons::DISK_PRESSURE,
     reasons::PID_PRESSURE,
     reasons::CERTIFICATE_EXPIRING,
+    reasons::POLICIES_NOT_KEPT,
     reasons::READY,
 ];
 
@@ -514,6 +516,7 @@ fn conditions(
     readiness: &Readiness,
     pressure: Pressure,
     expiring: Option<Timestamp>,
+    policies: &Standing,
     before: &[NodeCondition],
     now: Timestamp,
 ) -> Vec<NodeCondition> {
@@ -564,11 +567,18 @@ fn conditions(
         Some(end) => condition(type_, true, reasons::RENEWAL_NOT_APPROVED, &expiry(end)),
         None => condition(type_, false, kept, "the client certificate is renewed long before its end"),
     };
+    let type_ = reasons::POLICIES_NOT_KEPT;
+    let policies = match policies {
+        Standing::NotKept(why) => condition(type_, true, reasons::MAY_NOT_READ, why),
+        Standing::Kept | Standing::Asking(_) => {
+            condition(type_, false, reasons::POLICIES_ARE_KEPT, "pods take connections as NetworkPolicies let them in")
+        }
+    };
     let ready = match readiness {
         Readiness::Ready => condition(reasons::READY, true, reasons::KUBELET_READY, "krustlet is taking pods"),
         Readiness::NotReady(why) => condition(reasons::READY, false, reasons::KUBELET_NOT_READY, why),
     };
-    vec![memory, disk, pid, certificate, ready]
+    vec![memory, disk, pid, certificate, policies, ready]
 }
 
 fn now() -> Timestamp {
@@ -768,13 +778,13 @@ mod tests {
         let (start, later): (Timestamp, Timestamp) =
             ("2026-01-01T00:00:00Z".parse().unwrap(), "2026-01-01T01:00:00Z".parse().unwrap());
         let not_ready = Readiness::NotReady("starting");
-        let first = conditions(&not_ready, Pressure::default(), None, &[], start);
-        let same = conditions(&not_ready, Pressure::default(), None, &first, later);
-        assert_eq!(same[4].last_transition_time, Some(Time(start)));
-        assert_eq!(same[4].last_heartbeat_time, Some(Time(later)));
-        let ready = conditions(&Readiness::Ready, Pressure::default(), None, &same, later);
-        assert_eq!(ready[4].status, "True");
-        assert_eq!(ready[4].last_transition_time, Some(Time(later)));
+        let first = conditions(&not_ready, Pressure::default(), None, &Standing::Kept, &[], start);
+        let same = conditions(&not_ready, Pressure::default(), None, &Standing::Kept, &first, later);
+        assert_eq!(same[5].last_transition_time, Some(Time(start)));
+        assert_eq!(same[5].last_heartbeat_time, Some(Time(later)));
+        let ready = conditions(&Readiness::Ready, Pressure::default(), None, &Standing::Kept, &same, later);
+        assert_eq!(ready[5].status, "True");
+        assert_eq!(ready[5].last_transition_time, Some(Time(later)));
         assert_eq!(ready[0].last_transition_time, Some(Time(start)));
     }
 

@@ -149,7 +149,13 @@ impl Pods {
 
     fn take(&mut self, pod: Arc<Pod>) {
         let id = uid(&pod).to_owned();
-        self.node.roster.put_pod(&id, pod.clone());
+        let before = self.node.roster.put_pod(&id, pod.clone());
+        let is_as_before = |before: Arc<Pod>| {
+            before.metadata.labels == pod.metadata.labels && is_finished(&before) == is_finished(&pod)
+        };
+        if !before.is_some_and(is_as_before) {
+            self.node.policies.pods_changed();
+        }
         if let Some(worked) = self.workers.get_mut(&id) {
             worked.pod = pod.clone();
             worked.updates.send_replace(Some(pod));
@@ -192,6 +198,7 @@ impl Pods {
 
     fn drop_pod(&mut self, uid: &str) {
         self.node.roster.remove_pod(uid);
+        self.node.policies.pods_changed();
         match self.workers.get(uid) {
             Some(Worked { task: None, .. }) => {
                 self.workers.remove(uid);
@@ -291,6 +298,7 @@ mod tests {
     use crate::pod::roster::Roster;
     use crate::pod::sources::Objects;
     use crate::pod::volumes::HostPaths;
+    use crate::policies::NetworkPolicies;
     use crate::ports::Ports;
     use crate::pressure::{Signals, Thresholds};
     use krustlet_runtime::{NoCredentials, OperatorsRegistries, PullLimits, Runtime, RuntimeConfig, Verification};
@@ -312,11 +320,14 @@ mod tests {
             max_pods: 10,
         };
         let client = kube::Client::new(axum::Router::new(), "default");
+        let addresses = Arc::new(Addresses::of_node([127, 0, 0, 1].into()));
+        let roster = Arc::new(Roster::default());
         Arc::new(NodeContext {
             runtime: Runtime::new(config, &mut prometheus_client::registry::Registry::default()).unwrap(),
             events: Recorder::new(client.clone(), "node").0,
             facts: PodFacts::default(),
-            addresses: Addresses::of_node([127, 0, 0, 1].into()),
+            policies: NetworkPolicies::new(addresses.clone(), roster.clone()),
+            addresses,
             data_dir: directory.to_owned(),
             objects: Objects::new(client.clone()),
             pull_secrets: PullSecrets::default(),
@@ -332,7 +343,7 @@ mod tests {
                 Duration::ZERO,
             )),
             ports: Ports::default(),
-            roster: Arc::new(Roster::default()),
+            roster,
             shutdown: CancellationToken::new(),
         })
     }

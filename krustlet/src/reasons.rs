@@ -72,6 +72,10 @@ pub mod event {
     pub const EPHEMERAL_CONTAINER_NOT_RUN: &str = "EphemeralContainerNotRun";
     /// Ours: the agent's own work on the pod failed by a bug.
     pub const WORKER_FAILED: &str = "PodWorkerFailed";
+    /// Ours: what a NetworkPolicy says is not done for the pod, or not all of it.
+    pub const POLICY_NOT_KEPT: &str = "NetworkPolicyNotKept";
+    /// Ours: the pod waits until it is known who may connect to it.
+    pub const POLICIES_UNKNOWN: &str = "NetworkPoliciesUnknown";
     pub const UNHEALTHY: &str = "Unhealthy";
     pub const UPDATED: &str = "ImageUpdated";
     pub const FAILED_UPDATE: &str = "FailedImageUpdate";
@@ -95,6 +99,9 @@ pub mod node {
     /// Ours: the node will be out of the cluster unless somebody approves its certificate request.
     pub const CERTIFICATE_EXPIRING: &str = "krustlet.dev/ClientCertificateExpiring";
 
+    /// Ours: pods take connections whatever NetworkPolicies say, or by what was known of them.
+    pub const POLICIES_NOT_KEPT: &str = "krustlet.dev/NetworkPoliciesNotKept";
+
     pub const KUBELET_READY: &str = "KubeletReady";
     pub const KUBELET_NOT_READY: &str = "KubeletNotReady";
     pub const SUFFICIENT_MEMORY: &str = "KubeletHasSufficientMemory";
@@ -103,5 +110,7 @@ pub mod node {
     pub const DISK_PRESSURE_REASON: &str = "KubeletHasDiskPressure";
     pub const SUFFICIENT_PID: &str = "KubeletHasSufficientPID";
     pub const CERTIFICATE_IS_KEPT: &str = "ClientCertificateIsKept";
+    pub const POLICIES_ARE_KEPT: &str = "NetworkPoliciesAreKept";
+    pub const MAY_NOT_READ: &str = "NodeMayNotRead";
     pub const RENEWAL_NOT_APPROVED: &str = "RenewalNotApproved";
 }

@@ -13,6 +13,8 @@ use tracing_subscriber::EnvFilter;
 /// Sends log lines to stderr, one JSON object each; `RUST_LOG` chooses them, `info` when it is not set.
 pub fn init() -> anyhow::Result<()> {
     let filter = EnvFilter::builder().with_default_directive(LevelFilter::INFO.into()).from_env()?;
+    // It warns at each try; who watches says once that it fails.
+    let filter = filter.add_directive("kube_runtime::watcher=error".parse()?);
     tracing_subscriber::fmt()
         .json()
         .flatten_event(true)

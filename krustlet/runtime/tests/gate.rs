@@ -53,7 +53,8 @@ impl Gate for Switch {
 
 /// What comes back, if anything.
 async fn answer(address: SocketAddr) -> String {
-    let mut stream = TcpStream::connect(address).await.unwrap();
+    // The reset may be there before the connection is known to be.
+    let Ok(mut stream) = TcpStream::connect(address).await else { return String::new() };
     let _ = stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await;
     let mut answer = Vec::new();
     let _ = tokio::time::timeout(Duration::from_secs(20), stream.read_to_end(&mut answer)).await.unwrap();

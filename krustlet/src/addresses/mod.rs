@@ -77,6 +77,21 @@ impl Addresses {
         self.range.as_ref().filter(|_| !shares_node)
     }
 
+    /// Whether the pod has an address of its own, or gets one.
+    pub fn has_own(&self, pod: &Pod) -> bool {
+        self.range_for(pod).is_some()
+    }
+
+    /// The UID of the pod that has the address.
+    pub fn holder(&self, address: IpAddr) -> Option<String> {
+        let (Some(range), IpAddr::V4(address)) = (&self.range, address) else { return None };
+        if !range.cidr.contains(&address) {
+            return None;
+        }
+        let ledger = range.ledger.lock();
+        ledger.pool.held().find(|(_, held)| *held == address).map(|(uid, _)| uid.to_owned())
+    }
+
     /// The pod's address, if it is known already.
     pub fn of(&self, pod: &Pod) -> Option<PodAddress> {
         match self.range_for(pod) {

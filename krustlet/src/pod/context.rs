@@ -9,6 +9,7 @@ use super::volumes::HostPaths;
 use crate::addresses::Addresses;
 use crate::events::Recorder;
 use crate::eviction::Evictions;
+use crate::policies::NetworkPolicies;
 use crate::ports::Ports;
 use crate::pressure::Signals;
 use k8s_openapi::api::core::v1::Pod;
@@ -22,7 +23,8 @@ pub struct NodeContext {
     pub runtime: Runtime,
     pub events: Recorder,
     pub facts: PodFacts,
-    pub addresses: Addresses,
+    pub addresses: Arc<Addresses>,
+    pub policies: NetworkPolicies,
     pub data_dir: PathBuf,
     pub objects: Objects,
     pub pull_secrets: PullSecrets,

@@ -10,21 +10,26 @@ use std::net::{IpAddr, SocketAddr};
 /// What the container is served on, each once, in the order of the spec.
 pub fn served(container: &Container, address: PodAddress, node: IpAddr) -> Vec<SocketAddr> {
     let mut served = Vec::new();
-    let mut add = |ip, number| {
-        let socket = SocketAddr::new(ip, number);
+    for (socket, _) in declared(container, address, node) {
         if !served.contains(&socket) {
             served.push(socket);
         }
-    };
-    for port in container.ports.iter().flatten().filter(|port| is_tcp(port)) {
-        if let Some(number) = number_at(port, address) {
-            add(address.ip, number);
-        }
-        if let Some(number) = port.host_port.and_then(valid).filter(|_| address.is_own) {
-            add(node, number);
-        }
     }
     served
+}
+
+/// Each TCP port with what it is served on.
+pub fn declared(
+    container: &Container,
+    address: PodAddress,
+    node: IpAddr,
+) -> impl Iterator<Item = (SocketAddr, &ContainerPort)> {
+    container.ports.iter().flatten().filter(|port| is_tcp(port)).flat_map(move |port| {
+        let own = number_at(port, address).map(|number| SocketAddr::new(address.ip, number));
+        let on_host = port.host_port.and_then(valid).filter(|_| address.is_own);
+        let on_host = on_host.map(|number| SocketAddr::new(node, number));
+        own.into_iter().chain(on_host).map(move |socket| (socket, port))
+    })
 }
 
 /// What is to be said of each port that is not served.
@@ -66,7 +71,7 @@ pub fn resolve(port: &IntOrString, container: &Container, address: PodAddress) -
     found.ok_or_else(|| format!("{number} is not a port"))
 }
 
-fn is_tcp(port: &ContainerPort) -> bool {
+pub fn is_tcp(port: &ContainerPort) -> bool {
     matches!(port.protocol.as_deref(), None | Some("" | "TCP"))
 }
 

@@ -21,8 +21,13 @@ pub struct Roster {
 }
 
 impl Roster {
-    pub fn put_pod(&self, uid: &str, pod: Arc<Pod>) {
-        self.pods.write().insert(uid.to_owned(), pod);
+    /// Gives what was known of the pod before.
+    pub fn put_pod(&self, uid: &str, pod: Arc<Pod>) -> Option<Arc<Pod>> {
+        self.pods.write().insert(uid.to_owned(), pod)
+    }
+
+    pub fn pod(&self, uid: &str) -> Option<Arc<Pod>> {
+        self.pods.read().get(uid).cloned()
     }
 
     pub fn remove_pod(&self, uid: &str) {

@@ -11,19 +11,24 @@ use super::sources::{ConfigError, Wanted};
 use super::volumes::{Mounts, PodVolumes};
 use super::{Role, annotation, full_name, hooks, images, namespace, ports, probes, uid};
 use crate::addresses::PodAddress;
+use crate::events::Severity;
 use crate::logs;
+use crate::policies::Standing;
 use crate::ports::{Holder, Refused};
+use crate::reasons::event;
 use k8s_openapi::api::core::v1::{Container, Pod};
 use krustlet_runtime::{ContainerSpec, HeldMemory, HttpServer, Image, Kind, LogFile, LogLimits, Module, PodMemory};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::{Mutex, OnceCell};
 
 /// The key that a bundle has in the ConfigMaps of the field.
 const DEFAULT_CA_KEY: &str = "ca.crt";
 /// ConfigMaps and Secrets, of up to a mebibyte each, that a container refers to without waiting for the others of its pod.
 const FEW_OBJECTS: usize = 4;
+/// How long a pod waits for the NetworkPolicies before it says so.
+const UNSAID: Duration = Duration::from_secs(2);
 /// What any container may have, without its being counted.
 const ORDINARY: usize = 16 * 1024;
 
@@ -93,7 +98,8 @@ impl Start {
             Ok::<_, Failure>((self.hold(size, "bundle of certificate authorities")?, bundle))
         };
         // None is cut short by another's failure: what was pulled stays pulled.
-        let (module, volumes, environment, ca_bundle) = tokio::join!(self.module(), volumes, environment, ca_bundle);
+        let (module, volumes, environment, ca_bundle, ()) =
+            tokio::join!(self.module(), volumes, environment, ca_bundle, self.policies());
         volumes?;
         let ((of_environment, environment), (of_bundle, ca_bundle)) = (environment?, ca_bundle?);
         let (mut image, mut module) = module?;
@@ -111,6 +117,23 @@ impl Start {
         }
         let held = vec![of_environment, of_bundle];
         Ok(Prepared { image, module, limits, environment, mounts, ca_bundle, held, start: self })
+    }
+
+    /// Nobody is let in before it is known who may be.
+    async fn policies(&self) {
+        let node = &self.node;
+        let known = node.policies.known_for(&self.pod);
+        tokio::pin!(known);
+        if tokio::time::timeout(UNSAID, &mut known).await.is_ok() {
+            return;
+        }
+        let mut message =
+            "waits until the NetworkPolicies, and who they let in, were read from the API server".to_owned();
+        if let Standing::Asking(Some(why)) = &*node.policies.standing().borrow() {
+            message += &format!(": {why}");
+        }
+        node.events.pod(&self.pod, None, Severity::Warning, event::POLICIES_UNKNOWN, message);
+        known.await;
     }
 
     fn pod_memory(&self) -> PodMemory {
@@ -267,6 +290,11 @@ impl Prepared {
             cpu_limit: limits.cpu,
             allowed_hosts: limits.allowed_hosts,
             ca_bundle,
+            source: match start.address {
+                PodAddress { ip: IpAddr::V4(ip), is_own: true } => Some(ip),
+                _ => None,
+            },
+            gate: start.node.policies.gate(&start.pod, &start.container, start.address),
             request_timeout: limits.request_timeout,
             stream_idle_timeout: limits.stream_idle_timeout,
             max_concurrent_requests: limits.max_concurrent_requests,

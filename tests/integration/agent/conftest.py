@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -101,3 +104,21 @@ def make_workspace(
 def space(agent: Agent, make_workspace: Callable[[Agent], Workspace]) -> Workspace:
     """A test's place for its objects, on the shared agent's node."""
     return make_workspace(agent)
+
+
+@pytest.fixture(scope="session")
+def routed_range() -> Iterator[str]:
+    """A range outside of 127.0.0.0/8 that this machine holds as local, for as long as the tests run."""
+    sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    route = [*sudo, "ip", "route"]
+    # Of the range for benchmarks (RFC 2544), so that nobody's network is cut off.
+    cidr = f"198.18.{random.randint(0, 255)}.0/24"  # noqa: S311
+    if shutil.which(route[0]) is None:
+        pytest.skip(f"{route[0]} is not on PATH")
+    added = subprocess.run(
+        [*route, "add", "local", cidr, "dev", "lo"], capture_output=True, text=True, check=False
+    )
+    if added.returncode:
+        pytest.skip(f"an EndpointSlice takes no loopback address, and no other may be had: {added.stderr}")
+    yield cidr
+    subprocess.run([*route, "del", "local", cidr, "dev", "lo"], check=True)

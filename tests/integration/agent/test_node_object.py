@@ -78,6 +78,7 @@ def test_the_conditions_are_those_of_a_healthy_kubelet(agent: Agent) -> None:
         "DiskPressure": "False",
         "PIDPressure": "False",
         "krustlet.dev/ClientCertificateExpiring": "False",
+        "krustlet.dev/NetworkPoliciesNotKept": "False",
     }
     assert conditions["Ready"].reason == "KubeletReady"
     for item in conditions.values():

@@ -12,8 +12,6 @@ import ipaddress
 import json
 import os
 import random
-import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -47,24 +45,6 @@ def a_range(prefix: int = 24) -> str:
     """A part of 127.0.0.0/8 in which the tests have nothing else."""
     address = f"127.{random.randint(100, 199)}.{random.randint(0, 255)}.0"  # noqa: S311
     return str(ipaddress.ip_network(f"{address}/{prefix}", strict=False))
-
-
-@pytest.fixture(scope="module")
-def routed_range() -> Iterator[str]:
-    """A range outside of 127.0.0.0/8 that this machine holds as local, for as long as the tests run."""
-    sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
-    route = [*sudo, "ip", "route"]
-    # Of the range for benchmarks (RFC 2544), so that nobody's network is cut off.
-    cidr = f"198.18.{random.randint(0, 255)}.0/24"  # noqa: S311
-    if shutil.which(route[0]) is None:
-        pytest.skip(f"{route[0]} is not on PATH")
-    added = subprocess.run(
-        [*route, "add", "local", cidr, "dev", "lo"], capture_output=True, text=True, check=False
-    )
-    if added.returncode:
-        pytest.skip(f"an EndpointSlice takes no loopback address, and no other may be had: {added.stderr}")
-    yield cidr
-    subprocess.run([*route, "del", "local", cidr, "dev", "lo"], check=True)
 
 
 def address(pod: Pod) -> str:
