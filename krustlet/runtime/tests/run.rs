@@ -5,7 +5,9 @@ mod common;
 
 use common::{Client, Node, Upstream, any_port, get, http_guest, logged, served, until};
 use futures::future::join_all;
-use krustlet_runtime::{ContainerSpec, Exit, ExitReason, Kind, LoadError, Mount, NoCredentials, Verification};
+use krustlet_runtime::{
+    ContainerSpec, Exit, ExitReason, HttpServer, Kind, LoadError, Mount, NoCredentials, Verification,
+};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -485,17 +487,24 @@ async fn endless_loops_in_one_container_delay_its_pods_others_by_the_slices_of_t
 async fn a_cpu_limit_holds_a_container_to_its_part_of_a_core() {
     let node = Node::trusting_anyone().await;
     let limit = 0.2;
-    let (server, _) = served(&node, |spec| {
+    let held_for = Duration::from_secs(2);
+    let (limited, _) = served(&node, |spec| {
         spec.cpu_limit = Some(limit);
-        spec.request_timeout = Duration::from_secs(2);
+        spec.request_timeout = held_for;
     })
     .await;
+    let (free, _) = served(&node, |spec| spec.request_timeout = held_for).await;
     let began = Instant::now();
-    let address = server.local_addr();
-    let replies = join_all((0..4).map(|_| get(address, "/spin"))).await;
-    assert!(replies.iter().all(|reply| reply.status == 504));
-    let part = server.stats().cpu_time.as_secs_f64() / began.elapsed().as_secs_f64();
-    assert!((limit / 2.0..limit * 1.75).contains(&part), "{part} of a core");
+    let spin = |server: &HttpServer| join_all((0..4).map(|_| get(server.local_addr(), "/spin")));
+    let replies = join_all([spin(&limited), spin(&free)]).await;
+    for reply in replies.iter().flatten() {
+        assert_eq!(reply.status, 504);
+    }
+    let part = |server: &HttpServer| server.stats().cpu_time.as_secs_f64() / began.elapsed().as_secs_f64();
+    let (part, all) = (part(&limited), part(&free));
+    assert!(part < limit * 1.75, "{part} of a core");
+    // A machine with other work may have less to give.
+    assert!(part > (limit / 2.0).min(all / 4.0), "{part} of a core, beside {all} without a limit");
 }
 
 // Commands
