@@ -1,8 +1,10 @@
 """Waiting for a condition: the one place of the tests where time passes."""
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -27,3 +29,13 @@ def until(condition: Callable[[], T | None], what: str, *, timeout: float = 60, 
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {timeout:.0f} s in vain for {what}") from last
         _PAUSE.wait(every)
+
+
+def remove(directory: Path) -> None:
+    """Deletes a directory that others still write to."""
+
+    def is_gone() -> bool:
+        shutil.rmtree(directory, ignore_errors=True)
+        return not directory.exists()
+
+    until(is_gone, f"{directory} to be gone")

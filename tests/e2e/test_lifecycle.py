@@ -1,7 +1,6 @@
 """Bringing the stack up and down the hard way: killed in the middle, twice at once, torn down."""
 
 import os
-import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import requests
 
 from tests.e2e.conftest import Stack, clone
-from tests.waiting import until
+from tests.waiting import remove, until
 
 
 def _processes_of(directory: Path) -> list[str]:
@@ -39,7 +38,7 @@ def test_an_up_carries_on_after_a_kill_begins_anew_without_its_cloud_and_a_down_
         made.read_environment()
         assert made.get("/primorial/30").json()["primorial"] == "6469693230"
         # The stack's state is still there, and speaks of what is gone.
-        shutil.rmtree(made.directory / ".localcloud")
+        remove(made.directory / ".localcloud")
         outside.run("./scripts/up")
         made.read_environment()
         url = made.outputs()["url"]

@@ -23,7 +23,7 @@ from googleapiclient.errors import HttpError
 
 from localcloud.backends.processes import marked, start_time
 from tests.integration.conftest import Localcloud, make_localcloud
-from tests.waiting import until
+from tests.waiting import remove, until
 
 PROJECT, REGION, ZONE = "localcloud-dev", "europe-west1", "europe-west1-b"
 COMPUTE = f"/compute/v1/projects/{PROJECT}"
@@ -163,7 +163,7 @@ def test_a_directory_deleted_under_a_localcloud_that_runs_leaves_no_process(
     fresh.command("start")
     fresh.done(fresh.request("POST", INSTANCES, _instance("vm")).json())
     before = [item["pid"] for item in fresh.status()["programs"]]
-    shutil.rmtree(fresh.home)
+    remove(fresh.home)
     fresh.command(command)
     assert not [pid for pid in before if start_time(pid) is not None]
     if command == "start":
